@@ -1,0 +1,228 @@
+"""Captioned pictures in a folder: with a metadata file, or with a .txt beside each picture.
+
+The metadata file is that of Hugging Face's imagefolder: `metadata.csv`, `.jsonl` or `.parquet`, in the folder or in
+folders below it, with a column `file_name` relative to its own folder. Where there is none, each non-empty line of
+`cat.txt` is a caption of `cat.png`. Nothing is dropped in silence: a picture without a caption is a problem, and so
+is a caption without a picture.
+
+Rows are counted as an editor shows them: from 1, and the header of a csv is row 1.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from ldm.data.pictures import BadPictureError
+from ldm.data.rows import BadCaptionError, BadDataError, Finding, Found, Problem, clean, plain, require_columns
+from ldm.data.tables import BadRow, read_table
+
+# Names that promise a picture. Those of formats that cannot be read are among them, so that they are reported.
+PICTURES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif"}
+    | {".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd"}
+)
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+MAX_FILE_BYTES = 1 << 30
+MAX_TEXT_BYTES = 1 << 20
+_NOTES = frozenset(("readme", "license", "licence", "notice", "copying", "credits", "attribution", "authors"))
+
+
+@dataclass
+class Listing:
+    """What lies in a folder, as sorted paths relative to it. Hidden files are left out."""
+
+    root: str
+    metadata: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)  # links to folders, which are not followed
+
+    def shown(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+
+def list_folder(root: str) -> Listing:
+    """Walk a folder once and sort its files by what they are for."""
+    listing = Listing(root)
+    for parent, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        below = os.path.relpath(parent, root)
+        listing.strays += [_join(below, name) for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in sorted(files):
+            stem, suffix = os.path.splitext(name.lower())
+            if name.startswith("."):
+                continue
+            if name in METADATA:
+                listing.metadata.append(_join(below, name))
+            elif suffix in PICTURES:
+                listing.pictures.append(_join(below, name))
+            elif suffix == ".txt" and stem not in _NOTES:
+                listing.texts.append(_join(below, name))
+            elif suffix == ".tar":
+                listing.shards.append(_join(below, name))
+            elif suffix in (".parquet", ".arrow"):
+                listing.tables.append(_join(below, name))
+    return listing
+
+
+class FolderStore:
+    """Files below a folder, read by their path relative to it; nothing outside it can be read."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.realpath(root)
+        parent = PurePosixPath(self.root).parent
+        # A snapshot in the Hugging Face cache is a folder of links to ../../blobs.
+        self._allowed = [self.root, str(parent.parent / "blobs")] if parent.name == "snapshots" else [self.root]
+
+    def locate(self, name: object) -> str:
+        """A `file_name` cell => the normal path below the folder. Raises BadPictureError if no file is there."""
+        if not isinstance(name, str) or not name.strip():
+            raise BadPictureError(
+                "file_name is empty" if name is None else f"file_name is no name ({str(name)[:40]!r})"
+            )
+        if os.path.isabs(name):
+            raise BadPictureError("file_name is an absolute path; expected one relative to the metadata file")
+        self._resolve(name)
+        return os.path.normpath(name)
+
+    def read(self, locator: str) -> bytes:
+        """The bytes of a file. Raises BadPictureError if it is missing, no file, outside the folder or too large."""
+        try:
+            with open(self._resolve(locator), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadPictureError(f"picture cannot be read ({error.strerror})") from None
+
+    def holds(self, path: str) -> bool:
+        """Whether an absolute path without links lies in the folder."""
+        return any(os.path.commonpath([path, folder]) == folder for folder in self._allowed)
+
+    def _resolve(self, name: str) -> str:
+        try:
+            path = os.path.realpath(os.path.join(self.root, name))
+            inside = self.holds(path)
+            status = os.stat(path) if inside else None
+        except FileNotFoundError:
+            raise BadPictureError("picture is missing") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise BadPictureError(f"picture cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        if status is None:
+            raise BadPictureError("path leads out of the data folder")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
+            kind = "folder" if stat.S_ISDIR(status.st_mode) else "special file"
+            raise BadPictureError(f"picture is a {kind}; expected a plain file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise BadPictureError(f"file is too large ({status.st_size / 2**30:.1f} GiB)")
+        return path
+
+
+def metadata_rows(listing: Listing, store: FolderStore, caption_columns: Sequence[str]) -> Iterator[Finding]:
+    """The rows of every metadata file, then the pictures that none of them names."""
+    folders = [os.path.dirname(name) for name in listing.metadata]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            files = " and ".join(name for name in listing.metadata if os.path.dirname(name) == folder)
+            raise BadDataError(f"several metadata files in one folder: {listing.root} has {files}; keep one of them")
+    claimed: set[str] = set()
+    for name in listing.metadata:
+        columns: set[str] = set()
+        rows = problems = 0
+        for number, row in read_table(listing.shown(name), columns):
+            rows += 1
+            where = f"{listing.shown(name)} row {number}"
+            finding, claims = _metadata_row(where, os.path.dirname(name), row, store, caption_columns)
+            problems += isinstance(row, BadRow)
+            if claims:
+                claimed.add(claims)
+            yield finding
+        if not rows:
+            raise BadDataError(f"metadata has no rows: {listing.shown(name)}; expected one a picture")
+        if problems < rows:
+            require_columns(["file_name"], columns, listing.shown(name), "rename it to file_name")
+            texts = columns - {"file_name", "split"}
+            require_columns(caption_columns, texts, listing.shown(name), "set data.caption_columns")
+    for picture in listing.pictures:
+        if picture not in claimed:
+            yield Problem("picture has no metadata row", listing.shown(picture))
+    yield from _strays(listing, store)
+
+
+def text_rows(listing: Listing, store: FolderStore) -> Iterator[Finding]:
+    """A row for each picture with a .txt beside it; then the .txt files without a picture."""
+    texts = {os.path.splitext(name)[0]: name for name in listing.texts}
+    for picture in listing.pictures:
+        text = texts.get(os.path.splitext(picture)[0])
+        if text is None:
+            yield Problem("picture has no .txt beside it", listing.shown(picture))
+            continue
+        try:
+            store.locate(picture)
+            captions = caption_lines(_read_text(store, text), listing.shown(text))
+        except BadPictureError as error:
+            yield Problem(str(error), listing.shown(picture))
+        else:
+            yield captions if isinstance(captions, Problem) else Found(listing.shown(picture), picture, captions)
+    stems = {os.path.splitext(picture)[0] for picture in listing.pictures}
+    for stem, text in texts.items():
+        if stem not in stems:
+            yield Problem("caption has no picture beside it", listing.shown(text))
+    yield from _strays(listing, store)
+
+
+def caption_lines(data: bytes, where: str) -> list[str] | Problem:
+    """The captions in a .txt, one a line, or the first thing that is wrong with them, its row named."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        return Problem("caption is not UTF-8", f"{where} row {row}")
+    captions = []
+    for row, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        try:
+            if line.strip():
+                captions.append(clean(line))
+        except BadCaptionError as error:
+            return Problem(str(error), f"{where} row {row}")
+    return captions or Problem("caption is empty", where)
+
+
+def _metadata_row(
+    where: str, folder: str, row: dict[str, object] | BadRow, store: FolderStore, caption_columns: Sequence[str]
+) -> tuple[Finding, str | None]:
+    """A table's row => what it says, and the picture that it thereby accounts for."""
+    name = row.file_name if isinstance(row, BadRow) else row.get("file_name")
+    path = _join(folder, name) if isinstance(name, str) and name.strip() and not os.path.isabs(name) else name
+    claims = os.path.normpath(path) if isinstance(path, str) else None
+    if isinstance(name, str):
+        where = f"{where} ({name[:200]})"
+    if isinstance(row, BadRow):
+        return Problem(row.what, where), claims
+    try:
+        locator = store.locate(path)
+    except BadPictureError as error:
+        return Problem(str(error), where), claims
+    extra = plain(row, ("file_name", "split", *caption_columns))
+    return Found(where, locator, [row.get(name) for name in caption_columns], row.get("split"), extra), claims
+
+
+def _read_text(store: FolderStore, name: str) -> bytes:
+    data = store.read(name)
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadPictureError(f"caption file is too large ({len(data):,} bytes)")
+    return data
+
+
+def _strays(listing: Listing, store: FolderStore) -> Iterator[Problem]:
+    for name in listing.strays:
+        if not store.holds(os.path.realpath(listing.shown(name))):
+            yield Problem("link leads out of the data folder", listing.shown(name))
+
+
+def _join(folder: str, name: str) -> str:
+    return name if folder in ("", ".") else os.path.join(folder, name)

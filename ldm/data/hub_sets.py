@@ -1,0 +1,119 @@
+"""Captioned pictures of a Hugging Face data set: from the Hub by name, or saved on disk by `datasets`.
+
+Captions are read at once, and pictures one at a time, undecoded: `datasets` would let any format and any size through.
+Rows are counted as `datasets` counts them, from 0, so that `row 17` is `dataset[17]`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ldm.data.pictures import BadPictureError
+from ldm.data.rows import BadDataError, Finding, Found, plain, require_columns
+
+
+class HubStore:
+    """The picture column of a data set, read by row."""
+
+    def __init__(self, pictures: Any, column: str, folder: str | None) -> None:
+        from datasets import config
+        from huggingface_hub import constants
+
+        self._pictures, self._column = pictures, column
+        # A cell may hold the path of a picture instead of its bytes. It is a stranger's word: only what was
+        # downloaded, or lies in the data set's own folder, is opened.
+        caches = [config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE, *([folder] if folder else [])]
+        self._allowed = [os.path.realpath(cache) for cache in caches]
+
+    def read(self, locator: int) -> bytes:
+        """The bytes of a picture. Raises BadPictureError if the row has none."""
+        cell = self._pictures[locator][self._column] or {}
+        if cell.get("bytes") is not None:
+            return bytes(cell["bytes"])
+        path = cell.get("path")
+        if not path:
+            raise BadPictureError("picture is missing")
+        real = os.path.realpath(path)
+        if not any(os.path.commonpath([real, folder]) == folder for folder in self._allowed):
+            raise BadPictureError(f"picture is a path that leads out of the data set ({path[:200]})")
+        try:
+            with open(real, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadPictureError(f"picture cannot be read ({error.strerror})") from None
+
+
+def load(source: str, config: str | None, split: str) -> Any:
+    """A map-style `datasets.Dataset`. Says on stderr what it downloads before it does.
+
+    Raises:
+        BadDataError: if there is no such data set, configuration or split, or the Hub cannot be reached.
+    """
+    import datasets
+
+    try:
+        if os.path.isdir(source) and is_saved(source):
+            dataset = datasets.load_from_disk(source)
+        else:
+            if not os.path.isdir(source):
+                cache = datasets.config.HF_DATASETS_CACHE
+                print(
+                    f"{source} is no folder here: reading the data set {source!r} of the Hugging Face Hub; "
+                    f"what {cache} does not hold yet is downloaded now",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            dataset = datasets.load_dataset(source, config)
+    except Exception as error:  # noqa: BLE001 - datasets, huggingface_hub, httpx and pyarrow raise what they like
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise BadDataError(f"neither a folder nor a data set that can be read: {source} ({reason})") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            splits = ", ".join(dataset)
+            raise BadDataError(f"data set has no split {split!r}: {source} has {splits}; set data.hub_split")
+        dataset = dataset[split]
+    return dataset
+
+
+def hub_rows(dataset: Any, name: str, caption_columns: Sequence[str]) -> Iterator[Finding]:
+    """A row for each row of the data set."""
+    from datasets import Value
+
+    values = {key for key, kind in dataset.features.items() if isinstance(kind, Value) and "binary" not in kind.dtype}
+    wanted = [key for key in dataset.column_names if key in values or key in caption_columns]
+    number = 0
+    for batch in dataset.with_format(None).select_columns(wanted).iter(1000):
+        for cells in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, cells, strict=True))
+            captions = [row[column] for column in caption_columns]
+            extra = plain(row, ("split", *caption_columns))
+            yield Found(f"{name} row {number}", number, captions, row.get("split"), extra)
+            number += 1
+
+
+def open_store(dataset: Any, source: str, image_column: str, caption_columns: Sequence[str]) -> HubStore:
+    """The store of a data set's pictures. Raises BadDataError if a column is missing or holds no pictures."""
+    from datasets import Image, Value
+
+    columns = set(dataset.column_names)
+    require_columns([image_column], columns, source, "set data.image_column")
+    require_columns(caption_columns, columns - {image_column, "split"}, source, "set data.caption_columns")
+    kind = dataset.features[image_column]
+    if isinstance(kind, Value) and "string" in kind.dtype:
+        raise BadDataError(
+            f"column {image_column!r} holds text, not pictures: {source}; "
+            "download what it names first (img2dataset makes shards), or set data.image_column"
+        )
+    try:
+        pictures = dataset.with_format(None).select_columns([image_column])
+        pictures = pictures.cast_column(image_column, Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise BadDataError(f"column {image_column!r} holds no pictures ({str(error)[:80]}): {source}") from None
+    return HubStore(pictures, image_column, source if os.path.isdir(source) else None)
+
+
+def is_saved(folder: str) -> bool:
+    return any(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))

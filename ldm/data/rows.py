@@ -1,0 +1,175 @@
+"""What every source of captioned pictures hands over: rows that name a picture, and problems.
+
+A source (a folder, a Hub data set, shards) yields a `Found` for each row that names a picture, or a `Problem`
+for each that does not. What a caption is, and in which split it falls, is the same for all of them and is said here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+Split: TypeAlias = Literal["train", "heldout"]
+
+_SPLITS: dict[str, Split] = {
+    "train": "train",
+    "heldout": "heldout",
+    "held-out": "heldout",
+    "test": "heldout",
+    "validation": "heldout",
+    "valid": "heldout",
+    "val": "heldout",
+    "dev": "heldout",
+}
+# control characters that are not white space, surrogates without a partner, and the mark of a lost character
+_GARBLED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+# what a stranger's file name must not do to a report: break its line, steer the terminal, fail to be encoded
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_LISTED = 1000  # problems written into one message; all of them are in `BadDataError.problems`
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one row or one file, and where: `caption is empty: data/metadata.jsonl row 17 (cat.png)`."""
+
+    what: str
+    where: str
+
+    def __str__(self) -> str:
+        return _UNPRINTABLE.sub(lambda found: f"\\x{ord(found.group()):02x}", f"{self.what}: {self.where}")
+
+
+class BadDataError(ValueError):
+    """Data that cannot be trained on. `problems` lists what is wrong row by row; empty where the whole source fails."""
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+    @classmethod
+    def listing(cls, problems: Sequence[Problem], source: str) -> BadDataError:
+        """One error that lists the problems, a line each, and names the way out."""
+        lines = [f"{count(len(problems), 'problem')} in {source}"]
+        lines += [f"  {problem}" for problem in problems[:_LISTED]]
+        if len(problems) > _LISTED:
+            lines.append(f"  ... and {len(problems) - _LISTED:,} more")
+        lines.append("Correct them, or leave these rows out with data.on_bad=skip.")
+        return cls("\n".join(lines), problems)
+
+
+class BadCaptionError(ValueError):
+    """A caption that cannot be used; the message says why, not where."""
+
+
+class Store(Protocol):
+    """Where the bytes of the pictures lie. Can be pickled, and read from several threads."""
+
+    def read(self, locator: Any) -> bytes:
+        """The picture file at `locator`. Raises BadPictureError if it is not there or is no file."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row as its source has it: names a picture that is there; its captions are not checked yet.
+
+    Attributes:
+        where: file and row, for reports.
+        locator: what `Store.read` takes; two rows with the same locator describe the same picture.
+        captions: the caption cells, of any type.
+        split: the cell of the split column, None where there is none.
+        extra: other plain values of the row.
+    """
+
+    where: str
+    locator: str | int | tuple[int, ...]
+    captions: Sequence[object]
+    split: object = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Finding: TypeAlias = Found | Problem
+
+
+def split_of(caption: str, holdout: float) -> Split:
+    """The split of a caption, by its hash: the same on every machine and whatever else the data holds.
+
+    Args:
+        caption: a picture's first caption.
+        holdout: share of all captions that is kept out of training, in [0, 1).
+    """
+    return "heldout" if int(hashlib.sha256(caption.encode()).hexdigest()[:8], 16) / 2**32 < holdout else "train"
+
+
+def named_split(cell: object) -> Split | None:
+    """The split that a cell names; None where it is empty. Raises BadCaptionError if there is no such split."""
+    if _is_null(cell) or cell == "":
+        return None
+    split = _SPLITS.get(cell.strip().lower()) if isinstance(cell, str) else None
+    if split is None:
+        raise BadCaptionError(f"split is {str(cell)[:40]!r}; expected one of {', '.join(_SPLITS)}")
+    return split
+
+
+def captions_of(cells: Sequence[object]) -> tuple[str, ...]:
+    """The captions in a row's cells, each a text or a list of texts, without duplicates.
+
+    Where there are several columns, some may be null: not every picture has five captions.
+
+    Raises:
+        BadCaptionError: if any of them is empty or no text, or there is none at all.
+    """
+    full = [cell for cell in cells if not _is_null(cell)]
+    if not full:
+        raise BadCaptionError("caption is empty")
+    captions = [caption for cell in full for caption in (cell if isinstance(cell, (list, tuple)) else [cell])]
+    if not captions:
+        raise BadCaptionError("caption is an empty list")
+    return tuple(dict.fromkeys(clean(caption) for caption in captions))
+
+
+def clean(caption: object) -> str:
+    """A caption without the white space around it. Raises BadCaptionError if it is no text that can be read."""
+    if _is_null(caption):
+        raise BadCaptionError("caption is empty")
+    if not isinstance(caption, str):
+        raise BadCaptionError(f"caption is not text but {type(caption).__name__} ({str(caption)[:40]})")
+    text = caption.strip()
+    if not text:
+        raise BadCaptionError("caption is empty")
+    if garbled := _GARBLED.search(text):
+        raise BadCaptionError(f"caption holds U+{ord(garbled.group()):04X}, which is no readable character")
+    if all(unicodedata.category(character)[0] in "CZ" for character in text):
+        raise BadCaptionError("caption has only invisible characters")
+    return text
+
+
+def plain(row: dict[str, Any], besides: Iterable[str]) -> dict[str, Any]:
+    """The text, number and truth values of a row, besides some columns."""
+    left_out = set(besides)
+    return {key: v for key, v in row.items() if isinstance(v, (str, int, float, bool)) and key not in left_out}
+
+
+def require_columns(wanted: Sequence[str], columns: Iterable[str], where: str, fix: str) -> None:
+    """Raise BadDataError, naming the nearest column, unless all `wanted` columns are there."""
+    there = sorted(columns)
+    for name in wanted:
+        if name not in there:
+            nearest = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
+            hint = f"; the nearest is {nearest[0]!r}: {fix}" if nearest else ""
+            raise BadDataError(f"column {name!r} is missing: {where} has {', '.join(there) or 'no columns'}{hint}")
+
+
+def count(number: int, noun: str) -> str:
+    """`1 problem`, `1,200 problems`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _is_null(cell: object) -> bool:
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))

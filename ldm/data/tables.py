@@ -1,0 +1,133 @@
+"""Metadata files => rows: csv, jsonl and parquet, each row with its number.
+
+A row that cannot be read is handed on as a `BadRow`, so that it is reported together with all the others.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ldm.data.rows import BadDataError
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read: why, and the file_name in it as far as it can be told."""
+
+    what: str
+    file_name: str | None = None
+
+
+Row: TypeAlias = "dict[str, object] | BadRow"
+
+
+def read_table(path: str, columns: set[str]) -> Iterator[tuple[int, Row]]:
+    """Yield (row number, row) of a metadata file; the columns met are added to `columns`.
+
+    Raises:
+        BadDataError: if the file as a whole is not what its name says.
+    """
+    if path.endswith(".parquet"):
+        return _parquet(path, columns)
+    try:
+        with open(path, "rb") as file:
+            data = file.read().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise BadDataError(f"metadata cannot be read ({error.strerror}): {path}") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BadDataError(f"metadata is UTF-16: {path}; save it as UTF-8")
+    return _csv(data, path, columns) if path.endswith(".csv") else _jsonl(data, columns)
+
+
+def _jsonl(data: bytes, columns: set[str]) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        row = json_row(line)
+        if isinstance(row, dict):
+            columns.update(row)
+        yield number, row
+
+
+def json_row(line: bytes) -> Row:
+    """A JSON object, in UTF-8, that has no key twice; anything else is a BadRow."""
+    repeated: list[str] = []
+
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(items)
+        if len(result) < len(items):
+            names = [name for name, _ in items]
+            repeated.extend(name for name in result if names.count(name) > 1)
+        return result
+
+    found = re.search(rb'"file_name"\s*:\s*"([^"\\]+)"', line)
+    name = found.group(1).decode(errors="replace") if found else None
+    try:
+        row = json.loads(line.decode(), object_pairs_hook=pairs)
+    except UnicodeDecodeError:
+        return BadRow("row is not UTF-8", name)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"row is not JSON ({str(error)[:80]})", name)
+    if not isinstance(row, dict):
+        return BadRow(f"row is not a JSON object but {type(row).__name__}")
+    if repeated:
+        return BadRow(f"key {repeated[0]!r} appears twice", name)
+    return row
+
+
+def _csv(data: bytes, path: str, columns: set[str]) -> Iterator[tuple[int, Row]]:
+    # Bytes that are not UTF-8 become lone surrogates here, and a problem of their own row below.
+    reader = csv.reader(io.StringIO(data.decode(errors="surrogateescape"), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise BadDataError(f"metadata is not csv ({error}): {path} row 1") from None
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise BadDataError(f"column {twice[0]!r} appears twice: {path} row 1")
+    columns.update(header)
+    number = 1
+    while True:
+        number += 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, BadRow(f"row is not csv ({error})")
+            continue
+        if cells:
+            yield number, _csv_row(header, cells)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row:
+    row: dict[str, object] = {name: cell or None for name, cell in zip(header, cells, strict=False)}
+    name = row.get("file_name")
+    known = name if isinstance(name, str) and name.isprintable() else None
+    if len(cells) != len(header):
+        return BadRow(f"row has {len(cells)} cells; the header has {len(header)}", known)
+    if any("\ud800" <= character <= "\udfff" for cell in cells for character in cell):
+        return BadRow("row is not UTF-8", known)
+    return row
+
+
+def _parquet(path: str, columns: set[str]) -> Iterator[tuple[int, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns.update(file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadDataError(f"metadata is not parquet ({str(error)[:80]}): {path}") from None
