@@ -1,7 +1,7 @@
 """Captioned pictures in, tensors out.
 
-    captioned.py   any source => checked rows (folders.py, tables.py, shards.py, hub_sets.py, check.py, rows.py)
-    pictures.py    bytes => upright RGB => pixels
-    openmoji.py    the embedded data set
-    cache.py       posteriors and contexts, computed once
+captioned.py   any source => checked rows (folders.py, tables.py, shards.py, hub_sets.py, check.py, rows.py)
+pictures.py    bytes => upright RGB => pixels
+openmoji.py    the embedded data set
+cache.py       posteriors and contexts, computed once
 """

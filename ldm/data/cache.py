@@ -66,7 +66,9 @@ class LatentCache:
         """Encode every picture and every caption once."""
         means, stds = [], []
         flips = (False, True) if flip else (False,)
-        for start in tqdm(range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", disable=not progress):
+        for start in tqdm(
+            range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", disable=not progress
+        ):
             rows = [pictures[i] for i in range(start, min(start + batch_size, len(pictures)))]
             pixels = torch.stack([load_pixels(row, size, flip=mirrored) for row in rows for mirrored in flips])
             mean, std = encode_pixels(pixels)

@@ -67,7 +67,7 @@ def load(source: str, config: str | None, split: str) -> Any:
                     flush=True,
                 )
             dataset = datasets.load_dataset(source, config)
-    except Exception as error:  # noqa: BLE001 - datasets, huggingface_hub, httpx and pyarrow raise what they like
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise BadDataError(f"neither a folder nor a data set that can be read: {source} ({reason})") from None
     if isinstance(dataset, datasets.DatasetDict):

@@ -85,7 +85,7 @@ def decode(data: bytes, background: str = "white") -> Image.Image:
         raise BadPictureError(_TOO_LARGE) from None
     except UnidentifiedImageError:
         raise BadPictureError(_unidentified(data)) from None
-    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything: OSError, SyntaxError, KeyError, ...
+    except Exception as error:
         raise BadPictureError(f"picture is broken ({_first_line(error)})") from None
 
 
@@ -158,7 +158,7 @@ def _open(data: bytes) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))  # Pillow has turned TIFFs already, and dropped their tag
-    except Exception:  # noqa: BLE001 - EXIF that cannot be read rotates nothing; the pixels are whole
+    except Exception:
         return image
     return image if turn is None else image.transpose(turn)
 

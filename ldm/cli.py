@@ -1,0 +1,141 @@
+"""The command line: `ldm data openmoji | ldm data check | ldm sample`.
+
+What a command needs is imported when it runs: `ldm --help` doesn't wait for torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import ldm
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments (sys.argv's by default) name; exits with 1 and one line if it can't be done."""
+    parsed = build_parser().parse_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        parsed.run(parsed)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ldm", description="A folder of captioned pictures in, a text-to-image model out."
+    )
+    parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    data = commands.add_parser("data", help="make and check captioned folders")
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    openmoji = command(
+        kinds,
+        "openmoji",
+        "draw the embedded data set into a captioned folder",
+        "ldm data openmoji data/openmoji --size 64",
+    )
+    openmoji.add_argument("out", help="the folder to make")
+    openmoji.add_argument("--size", type=int, default=64, help="edge of the pictures in pixels (default: 64)")
+    openmoji.add_argument(
+        "--subset", choices=("all", "demo"), default="all", help="all 3,939 drawings, or the few hundred of the demo"
+    )
+    openmoji.set_defaults(run=run_openmoji)
+
+    check = command(
+        kinds, "check", "say what is wrong with a data set, with file and row; exits with 1 if anything is",
+        "ldm data check my_pictures",
+    )  # fmt: skip
+    check.add_argument("source", help="a captioned folder, WebDataset shards, or a Hub data set")
+    check.add_argument("--image-column", default="image", help="where a Hub data set has its pictures (default: image)")
+    check.add_argument(
+        "--caption-columns",
+        nargs="+",
+        default=["text"],
+        metavar="COLUMN",
+        help="where the captions are (default: text)",
+    )
+    check.set_defaults(run=run_check)
+
+    sample = command(
+        commands, "sample", "draw prompts into one captioned grid",
+        'ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png --seed 7',
+    )  # fmt: skip
+    sample.add_argument("model", help="a pipeline folder (RUN/pipeline) or a Hub id")
+    sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    sample.add_argument(
+        "--out", type=Path, default=Path("samples.png"), help="PNG file to write (default: samples.png)"
+    )
+    sample.add_argument("--steps", type=int, default=20, help="network evaluations per picture (default: 20)")
+    sample.add_argument(
+        "--guidance-scale", type=float, default=3.0, help="how strictly to follow the prompt; 1 is off (default: 3)"
+    )
+    sample.add_argument("--negative-prompt", help="what to steer away from")
+    sample.add_argument("--images-per-prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
+    sample.add_argument("--seed", type=int, default=0, help="of the first picture; the others count on (default: 0)")
+    sample.add_argument("--columns", type=int, default=4, help="pictures in a row (default: 4)")
+    sample.set_defaults(run=run_sample)
+    return parser
+
+
+def command(
+    group: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, example: str
+) -> argparse.ArgumentParser:
+    """A subcommand whose help ends in an example."""
+    return group.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run_openmoji(arguments: argparse.Namespace) -> None:
+    from ldm.data.openmoji import build
+
+    out = arguments.out
+    drawn = build(out, arguments.size, arguments.subset)
+    print(f"{drawn} pictures with captions are in {out} (CC BY-SA 4.0, see {out}/ATTRIBUTION.md)")
+
+
+def run_check(arguments: argparse.Namespace) -> None:
+    from ldm.data.captioned import read_captioned
+
+    pictures = read_captioned(
+        arguments.source, image_column=arguments.image_column, caption_columns=arguments.caption_columns
+    )
+    captions = {caption for row in pictures for caption in row.captions}
+    print(
+        f"{arguments.source} is fine: {len(pictures)} pictures, {len(captions)} different captions, "
+        f"{len(pictures.heldout)} pictures held out"
+    )
+
+
+def run_sample(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from ldm.grid import captioned_grid
+    from ldm.pipeline import LDMPipeline
+
+    pipeline = LDMPipeline.from_pretrained(arguments.model)
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    drawn = pipeline(
+        arguments.prompts,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
+        num_images_per_prompt=arguments.images_per_prompt,
+        seed=arguments.seed,
+    )
+    assert not isinstance(drawn, tuple)  # return_dict is True
+    captions = [prompt for prompt in arguments.prompts for _ in range(arguments.images_per_prompt)]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    captioned_grid(drawn.images, captions, columns=arguments.columns).save(arguments.out)
+    print(f"{len(captions)} pictures are in {arguments.out}")

@@ -1,0 +1,70 @@
+"""The loss on held-out pictures at fixed (picture, t, eps): the one curve that says whether a model learns.
+
+The training loss is taken at random t, whose spread hides months of progress. Here nothing is random: every
+picture is noised at four timesteps, one in each quarter of [0, T), with the same noise each time, so two
+values differ only because the network does. Always the unweighted squared error of eps, whatever the
+network predicts, so that runs with other objectives can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.forward import q_sample
+from ldm.diffusion.prediction import Prediction, to_eps
+from ldm.diffusion.schedule import NoiseSchedule
+
+QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Fixed questions: x0 [B,C,h,w], context [B,L,D], t int64 [4,B] (one row a quarter), eps [4,B,C,h,w]."""
+
+    x0: Tensor
+    context: Tensor
+    t: Tensor
+    eps: Tensor
+
+    @classmethod
+    def fixed(cls, x0: Tensor, context: Tensor, T: int, generator: torch.Generator) -> HeldOut:
+        """Questions about these latents, with t and eps drawn once from the generator (a CPU one)."""
+        edges = [T * i // QUARTERS for i in range(QUARTERS + 1)]
+        t = torch.stack(
+            [
+                torch.randint(low, max(low + 1, high), (len(x0),), generator=generator)
+                for low, high in zip(edges[:-1], edges[1:], strict=True)
+            ]
+        )
+        eps = torch.randn(QUARTERS, *x0.shape, generator=generator).to(x0.device)
+        return cls(x0, context, t, eps)
+
+
+@torch.no_grad()
+def heldout_loss(
+    network: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    questions: HeldOut,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Mean squared error of eps: {"total": ..., "q1": ..., "q4": ...}; q1 is the quarter with the least noise.
+
+    Args:
+        network: (x_t [B,C,h,w], t [B], context [B,L,D]) => prediction.
+    """
+    by_quarter = []
+    for t, eps in zip(questions.t, questions.eps, strict=True):
+        errors = []
+        for part in torch.arange(len(questions.x0)).split(batch_size):
+            x0, noise = questions.x0[part], eps[part]
+            x_t = q_sample(schedule, x0, t[part], noise)
+            output = network(x_t, t[part].to(x0.device), questions.context[part]).float()
+            alpha, sigma = schedule.at(t[part], x0)
+            errors.append((to_eps(prediction, output, x_t, alpha, sigma) - noise).square().flatten(1).mean(1))
+        by_quarter.append(float(torch.cat(errors).mean()))
+    return {"total": sum(by_quarter) / QUARTERS, **{f"q{i + 1}": value for i, value in enumerate(by_quarter)}}

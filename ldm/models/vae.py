@@ -1,0 +1,180 @@
+"""pixels => latents => pixels, and the only place where latents are scaled.
+
+Diffusion assumes data of about unit variance; a VAE's raw latents have whatever variance its training
+left them. So the mean and std of every latent channel are measured over the data set once and folded
+into the VAE's own weights: into `quant_conv`, the last layer of the encoder, and `post_quant_conv`,
+the first of the decoder. After that the VAE *speaks* unit-variance latents, `scaling_factor` is 1, and
+stock diffusers (whose pipelines know a scalar `scaling_factor` and nothing else) needs no code of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+NARROW = -6.0  # the log variance that training starts from: a std of 0.05
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder that train_vae.py trains.
+
+    Attributes:
+        channels: width of each level; every level but the last halves the resolution, so three levels
+            make latents a quarter of the pictures' size (f4).
+        layers: residual blocks per level.
+        latent_channels: channels of the latents.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 128)
+    layers: int = 1
+    latent_channels: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"vae_model.channels: expected at least one positive width, got {list(self.channels)}")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(latents | pixels), a diagonal Gaussian over scaled latents: mean and std [B,C,h,w]; std may be 0."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, for standard normal noise [B,C,h,w]."""
+        return self.mean + self.std * noise
+
+
+def build_vae(config: VAEConfig) -> AutoencoderKL:
+    """A stock AutoencoderKL with random weights, whose posterior starts narrow.
+
+    Stock initialization has log variances near 0, noise of std 1 on means of std 0.1: for hundreds of steps the
+    encoder learns little but to shout over it.
+    """
+    from diffusers import AutoencoderKL
+
+    # as many groups as all widths divide into, of at least two channels
+    most = max(1, min(32, config.channels[0] // 2))
+    groups = max(g for g in range(1, most + 1) if not any(width % g for width in config.channels))
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(config.channels),
+        up_block_types=("UpDecoderBlock2D",) * len(config.channels),
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        latent_channels=config.latent_channels,
+        norm_num_groups=groups,
+        scaling_factor=1.0,
+    )
+    torch.nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], NARROW)
+    return vae
+
+
+def load_vae(name: str | Path) -> Any:
+    """A pretrained AutoencoderKL or AutoencoderTiny, frozen.
+
+    Args:
+        name: a folder (a VAE's own, or a pipeline's that has one in `vae/`) or a Hub id.
+    Raises:
+        ValueError: if it holds another class of model.
+        OSError: if there is no such folder or id.
+    """
+    import diffusers
+
+    subfolder = "vae" if (Path(name) / "vae" / "config.json").exists() else None
+    config = diffusers.AutoencoderKL.load_config(name, subfolder=subfolder)
+    class_name = config.get("_class_name")
+    if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
+    vae = getattr(diffusers, class_name).from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+    return vae.eval().requires_grad_(False)
+
+
+def downsampling(vae: Any) -> int:
+    """How many pixels, along an edge, one latent stands for."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def encode(vae: Any, pixels: Tensor) -> Posterior:
+    """pixels [B,3,H,W] in [-1,1] => the posterior over scaled latents [B,C,H/f,W/f]."""
+    encoded = vae.encode(pixels.to(vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+    else:  # AutoencoderTiny has no posterior
+        mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+    scale = vae.config.scaling_factor
+    return Posterior(mean.float() * scale, std.float() * scale)
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """scaled latents [B,C,h,w] => pixels [B,3,H,W], in [-1,1]."""
+    pixels: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    return pixels.float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def measure(posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
+    """Mean and std of each latent channel, float64 [C], of latents drawn from these posteriors.
+
+    The variance of a draw is the variance of the means plus the mean of the variances.
+    """
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    for posterior in posteriors:
+        mean, std = posterior.mean.double(), posterior.std.double()
+        count += mean.numel() // mean.shape[1]
+        total = total + mean.sum((0, 2, 3))
+        square = square + (mean**2 + std**2).sum((0, 2, 3))
+    if not count:
+        raise ValueError("measure: no latents to measure")
+    mean = total / count
+    return mean, (square / count - mean**2).clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def normalize(vae: Any, mean: Tensor, std: Tensor) -> None:
+    """Change the VAE in place so that latents of the given mean and std [C] come out with mean 0 and std 1.
+
+    An AutoencoderKL with quant convolutions is normalized channel by channel. One without, and
+    AutoencoderTiny, have only the scalar `scaling_factor`: their overall std becomes 1, their mean stays.
+    """
+    if not bool((std > 0).all()):
+        raise ValueError(f"normalize: a latent channel is constant (std {std.tolist()}); the VAE has collapsed")
+    if getattr(vae, "quant_conv", None) is None:
+        vae.register_to_config(scaling_factor=float(vae.config.scaling_factor / std.square().mean().sqrt()))
+        return
+    old = vae.config.scaling_factor
+    mean, std = mean / old, std / old  # of the raw latents
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    # encoder: (mean_raw, log variance_raw) => ((mean_raw - m) / s, log variance_raw - 2 log s)
+    quant.weight[:channels] = (quant.weight[:channels].double() / std.reshape(-1, 1, 1, 1)).to(quant.weight)
+    quant.bias[:channels] = ((quant.bias[:channels].double() - mean) / std).to(quant.bias)
+    quant.bias[channels:] = (quant.bias[channels:].double() - 2 * std.log()).to(quant.bias)
+    # decoder: z => W (z s + m) + b
+    weight = post.weight.double()
+    post.bias.add_((weight[:, :, 0, 0] @ mean).to(post.bias))
+    post.weight.copy_((weight * std.reshape(1, -1, 1, 1)).to(post.weight))
+    vae.register_to_config(scaling_factor=1.0)
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """pixels [B,3,H,W] in [-1,1] => 8-bit pictures."""
+    arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB, float32 [B]; both arguments are [B,3,H,W] in [-1,1]."""
+    mse = ((reconstruction - pixels) / 2).square().flatten(1).mean(1)
+    return -10 * mse.clamp(min=1e-10).log10()

@@ -1,0 +1,338 @@
+"""The whole recipe of a model: one frozen dataclass, one YAML file, one command line.
+
+    accelerate launch train/train_ldm.py --config configs/demo.yaml optim.lr=3e-4 loop.steps=2000
+
+A later word overrides an earlier one; `--print_config` shows what it all comes to. A key that doesn't
+exist is an error that names the nearest one that does. train_vae.py and train_ldm.py read the same file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, get_type_hints
+
+from ldm.diffusion.prediction import Prediction
+from ldm.models.text import TextConfig
+from ldm.models.unet import UNetConfig
+from ldm.models.vae import VAEConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The captioned pictures.
+
+    Attributes:
+        source: a folder with metadata.csv, .jsonl or .parquet; a folder with a .txt beside each picture;
+            WebDataset shards ("shards/{000..007}.tar"); or a Hub data set's name.
+        image_column, hub_config, hub_split: where the pictures are, in a Hub data set.
+        caption_columns: where the captions are; a picture may have several, and each epoch draws one.
+        size: edge in pixels that the model learns and draws.
+        crop: which square is taken of a picture that isn't one.
+        flip: mirror half of the pictures. Not for letters, flags or anything that has a left and a right.
+        background: the color behind transparent pictures.
+        holdout: share kept out of training, by a hash of the caption, where no column `split` says it.
+        on_bad: stop at bad pictures and captions, or skip, count and list them.
+        cache: encode once and keep latents and context in memory, or encode anew each time ("off").
+            Random crops need "off".
+        workers: processes that read pictures when the cache is off.
+    """
+
+    source: str = "data/openmoji"
+    image_column: str = "image"
+    hub_config: str | None = None
+    hub_split: str = "train"
+    caption_columns: tuple[str, ...] = ("text",)
+    size: int = 64
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    background: str = "white"
+    holdout: float = 0.05
+    on_bad: Literal["error", "skip"] = "error"
+    cache: Literal["memory", "off"] = "memory"
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        check("data.size", self.size, at_least=8)
+        check("data.holdout", self.holdout, at_least=0, below=1)
+        check("data.workers", self.workers, at_least=0)
+        if self.crop == "random" and self.cache == "memory":
+            raise ValueError("data.crop: random crops can't be encoded once; set data.cache=off or data.crop=center")
+
+    def reading(self) -> dict[str, Any]:
+        """The arguments of `read_captioned` besides the source."""
+        names = ("image_column", "caption_columns", "hub_config", "hub_split", "background", "holdout", "on_bad")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class VAETrainingConfig:
+    """How train_vae.py trains the autoencoder.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: pictures per step, over all processes.
+        lr: peak learning rate; it warms up over `warmup` steps and falls to zero along a cosine.
+        l1, mse: weights of the mean absolute and mean squared error of the pixels.
+        gradient: weight of the L1 error of the picture's differences to its right and lower neighbor (edges).
+        kl: weight of KL(posterior || N(0, I)), per pixel value.
+        perceptual: weight of LPIPS; above 0 it needs `pip install lpips` and its VGG weights.
+        adversarial: weight of a PatchGAN's verdict, from step `adversarial_start` on.
+        log_every, checkpoint_every: in steps.
+    """
+
+    steps: int = 20_000
+    batch_size: int = 16
+    lr: float = 1e-3
+    warmup: int = 50
+    l1: float = 1.0
+    mse: float = 1.0
+    gradient: float = 0.5
+    kl: float = 1e-4
+    perceptual: float = 0.0
+    adversarial: float = 0.0
+    adversarial_start: int = 10_000
+    log_every: int = 50
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        check("vae_training.steps", self.steps, at_least=1)
+        check("vae_training.checkpoint_every", self.checkpoint_every, at_least=1)
+        check("vae_training.batch_size", self.batch_size, at_least=1)
+        check("vae_training.lr", self.lr, above=0)
+        check("vae_training.log_every", self.log_every, at_least=1)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The process and the objective; the defaults are the epsilon-loss of DDPM.
+
+    Attributes:
+        schedule: linear (Ho et al. 2020), scaled_linear (Rombach et al. 2022) or cosine (Nichol & Dhariwal 2021).
+        timesteps: T.
+        zero_terminal_snr: rescale the schedule so that its last step holds no signal; not with eps (Lin et al. 2024).
+        prediction: what the U-Net predicts.
+        min_snr_gamma: weight the loss by min-SNR (Hang et al. 2023; 5 is usual), or null for L_simple.
+        caption_dropout: share of captions replaced by "" for classifier-free guidance (Ho & Salimans 2022).
+    """
+
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    timesteps: int = 1000
+    zero_terminal_snr: bool = False
+    prediction: Prediction = "eps"
+    min_snr_gamma: float | None = None
+    caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check("diffusion.timesteps", self.timesteps, at_least=1)
+        check("diffusion.caption_dropout", self.caption_dropout, at_least=0, at_most=1)
+        if self.min_snr_gamma is not None:
+            check("diffusion.min_snr_gamma", self.min_snr_gamma, above=0)
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "diffusion.prediction: eps says nothing about x0 where there is no signal; "
+                "with zero_terminal_snr use v or x0"
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+        lr: peak learning rate.
+        warmup: steps over which it rises from zero.
+        decay: then it stays, or falls to zero along a cosine by the last step.
+        betas, weight_decay: AdamW's.
+        clip: largest global norm of the gradient.
+        ema_decay: of the averaged weights, which are the ones that draw.
+    """
+
+    lr: float = 1e-4
+    warmup: int = 500
+    decay: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        check("optim.lr", self.lr, above=0)
+        check("optim.warmup", self.warmup, at_least=0)
+        check("optim.clip", self.clip, above=0)
+        check("optim.ema_decay", self.ema_decay, at_least=0, below=1)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how large, how precise, and what to show on the way.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: pictures per step, over all processes and accumulated batches.
+        accumulation: batches per process whose gradients are added up before a step.
+        precision: auto means bf16 where the device computes it fast, else fp32.
+        threads: CPU threads per process; 0 shares the cores among the processes of this machine.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, more time.
+        compile: torch.compile the U-Net; pays on a GPU over long runs.
+        log_every, sample_every, evaluate_every, checkpoint_every: in steps; 0 is never (log_every excepted).
+        keep: checkpoints kept.
+        prompts: drawn every `sample_every` steps and at the end.
+        guidance_scale, num_inference_steps: how they are drawn.
+        evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
+    """
+
+    steps: int = 100_000
+    batch_size: int = 64
+    accumulation: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    threads: int = 0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 50
+    sample_every: int = 2000
+    evaluate_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 2
+    prompts: tuple[str, ...] = ("red heart", "pizza", "rocket", "cat face")
+    guidance_scale: float = 3.0
+    num_inference_steps: int = 20
+    evaluation_pictures: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "num_inference_steps"):
+            check(f"loop.{name}", getattr(self, name), at_least=1)
+        for name in ("threads", "sample_every", "evaluate_every", "checkpoint_every", "evaluation_pictures"):
+            check(f"loop.{name}", getattr(self, name), at_least=0)
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"loop.batch_size: {self.batch_size} can't be divided into {self.accumulation} batches (loop.accumulation)"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe.
+
+    Attributes:
+        run: the folder that everything is written to: vae/, checkpoints/, samples/, pipeline/, log.jsonl.
+        seed: of every random number.
+        vae: a pretrained VAE, as a folder or a Hub id; null means the one that train_vae.py leaves in RUN/vae.
+        vae_model: the autoencoder that train_vae.py builds.
+    """
+
+    run: str = "runs/ldm"
+    seed: int = 0
+    vae: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    vae_model: VAEConfig = field(default_factory=VAEConfig)
+    vae_training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+def check(
+    name: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise a ValueError that names the key and what it allows, unless `value` is finite and within the bounds."""
+    bounds = [
+        (at_least, lambda bound: value >= bound, "at least"),
+        (above, lambda bound: value > bound, "above"),
+        (at_most, lambda bound: value <= bound, "at most"),
+        (below, lambda bound: value < bound, "below"),
+    ]
+    set_bounds = [(bound, holds, words) for bound, holds, words in bounds if bound is not None]
+    if not math.isfinite(value) or not all(holds(bound) for bound, holds, _ in set_bounds):
+        allowed = " and ".join(f"{words} {bound:g}" for bound, _, words in set_bounds)
+        raise ValueError(f"{name}: expected a number {allowed}, got {value}")
+
+
+def keys(cls: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the config: run, seed, ..., optim.lr, ..."""
+    hints = get_type_hints(cls)
+    found = []
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        found += keys(kind, f"{prefix}{item.name}.") if dataclasses.is_dataclass(kind) else [prefix + item.name]
+    return found
+
+
+def parse_config(args: Sequence[str] | None = None, description: str | None = None) -> Config:
+    """The command line => a Config; exits with status 2 and one clear line if it is wrong.
+
+    Args:
+        args: words such as ["--config", "configs/demo.yaml", "optim.lr=3e-4"]; sys.argv's by default.
+        description: the program's help text.
+    """
+    from jsonargparse import ArgumentParser, Namespace
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            self.exit(2, f"{self.prog}: error: {nearest_key(str(message))}\n")
+
+    parser = Parser(description=description, default_meta=False)
+    parser.add_argument("--config", action="config", help="a YAML file; words after it override it")
+    parser.add_class_arguments(Config)
+    words = sys.argv[1:] if args is None else list(args)
+    # dotted overrides may leave out the dashes: optim.lr=3e-4
+    words = [f"--{word}" if re.match(r"[a-z_]+(\.[a-z_]+)*=", word) else word for word in words]
+    parsed: Namespace = parser.parse_args(words)
+    try:
+        values = parser.instantiate_classes(parsed)
+        return Config(**{item.name: values[item.name] for item in dataclasses.fields(Config)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def nearest_key(message: str) -> str:
+    """The parser's complaint about an unknown key, with the nearest key that exists."""
+    in_file = re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", message)
+    on_line = re.search(r"unrecognized arguments: -*([\w.]+)", message)
+    top = re.search(r"[Oo]ption '([\w.]+)' is not", message)
+    if in_file:
+        unknown = f"{in_file[1]}.{in_file[2]}"
+    elif on_line:
+        unknown = on_line[1]
+    elif top:
+        unknown = top[1]
+    else:
+        return message
+    known = keys() + [item.name for item in dataclasses.fields(Config)]
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    return f"unknown key {unknown}" + (f"; did you mean {near[0]}?" if near else "; --help lists the keys")
+
+
+def start(main: Callable[[Config], object], description: str | None) -> None:
+    """Parse the command line and run `main`; bad data end the program with their list, not with a traceback."""
+    # their warnings concern their own authors: no torchvision, a BERT where CLIP was expected
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from ldm.data.captioned import BadDataError
+
+    try:
+        main(parse_config(description=description))
+    except BadDataError as error:
+        sys.exit(f"error: {error}")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as plain dicts, lists and numbers, as YAML and JSON hold it."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert isinstance(plain, dict)
+    return plain

@@ -1,0 +1,64 @@
+"""What the device can do, and which precision follows from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from ldm.training.config import LoopConfig
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+def build_accelerator(config: LoopConfig) -> Accelerator:
+    """An Accelerator for the device it finds, with the config's precision and threads resolved for that device."""
+    # told `cpu`, accelerate makes torchrun's processes a gloo group; not told, each would believe it is alone
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    if cpu:
+        # `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, which leaves all cores but one idle
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(config.threads or max(1, usable_cores() // processes))
+    return Accelerator(cpu=cpu, mixed_precision=choose_precision(config.precision, state.device))
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_precision(wanted: str, device: torch.device) -> Precision:
+    """`loop.precision` => accelerate's mixed_precision.
+
+    auto is bf16 where the hardware multiplies it (on a CPU: amx_bf16 or avx512_bf16; without them bf16 is slower
+    than fp32), else fp16 on older GPUs, else fp32.
+
+    Raises:
+        ValueError: if fp16 is asked for on a CPU, which can't train in it.
+    """
+    if wanted == "fp32":
+        return "no"
+    if wanted == "bf16":
+        return "bf16"
+    if wanted == "fp16":
+        if device.type == "cpu":
+            raise ValueError("loop.precision: fp16 can't train on a CPU; use bf16, fp32 or auto")
+        return "fp16"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if device.type == "cpu" and cpu_has_bf16():
+        return "bf16"
+    return "no"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
+    except OSError:  # not Linux
+        return False
+    return bool(flags & {"amx_bf16", "avx512_bf16"})

@@ -1,0 +1,68 @@
+"""Every random number of training, as a function of (seed, n).
+
+n numbers the samples of a run: step s of a run with batches of B is samples s*B ... s*B + B - 1. Nothing
+depends on what was drawn before, by whom or in which process. So a resumed run goes on exactly where it
+stopped, and two processes that share a batch see the very samples that one process would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance decides for one sample.
+
+    Attributes:
+        row: which picture.
+        caption: which of its captions, in [0, 1); None if the caption is dropped.
+        crop: position of a random crop, each in [0, 1).
+        flip: whether to mirror.
+        t: timestep.
+        eps: [C,h,w] the noise of the forward process.
+        posterior_noise: [C,h,w] the noise of the VAE's posterior.
+    """
+
+    row: int
+    caption: float | None
+    crop: tuple[float, float]
+    flip: bool
+    t: int
+    eps: Tensor
+    posterior_noise: Tensor
+
+
+def generator(seed: int, *key: int | str) -> torch.Generator:
+    """A CPU generator that depends on all the bits of (seed, *key)."""
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, rows: int) -> Tensor:
+    """The order of the pictures in one epoch, int64 [rows]."""
+    return torch.randperm(rows, generator=generator(seed, "epoch", epoch))
+
+
+def draw(
+    seed: int, n: int, *, rows: int, timesteps: int, latent_shape: tuple[int, int, int], caption_dropout: float
+) -> Draw:
+    """Everything that chance decides for sample n; each epoch visits every picture once."""
+    epoch, position = divmod(n, rows)
+    rng = generator(seed, "sample", n)
+    dropped, caption, top, left, flip = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
+    return Draw(
+        row=int(epoch_order(seed, epoch, rows)[position]),
+        caption=None if dropped < caption_dropout else caption,
+        crop=(top, left),
+        flip=flip < 0.5,
+        t=int(torch.randint(timesteps, (), generator=rng)),
+        eps=torch.randn(latent_shape, generator=rng),
+        posterior_noise=torch.randn(latent_shape, generator=rng),
+    )

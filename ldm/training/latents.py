@@ -1,0 +1,110 @@
+"""From a VAE to latents that diffusion can learn: measure, normalize, check, and say how good they can get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data.cache import load_pixels
+from ldm.data.captioned import CaptionedPictures
+from ldm.grid import captioned_grid
+from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normalize, psnr, to_pictures
+from ldm.training.config import Config
+
+BATCH = 32
+MEASURED = 4096  # pictures; the mean of a channel is then known to well under a hundredth of its std
+STD_RANGE = (0.9, 1.1)
+
+
+def evenly(pictures: CaptionedPictures, most: int) -> CaptionedPictures:
+    """At most so many of the pictures, spread evenly over all of them."""
+    count = min(most, len(pictures))
+    return pictures.select(i * len(pictures) // count for i in range(count))
+
+
+def pixel_batches(pictures: CaptionedPictures, size: int, device: torch.device, doing: str) -> Iterator[Tensor]:
+    """The pictures, center crops, as pixels [<=32,3,size,size] on the device, with a progress bar."""
+    for start in tqdm(range(0, len(pictures), BATCH), desc=doing, unit="batch", leave=False):
+        rows = [pictures[i] for i in range(start, min(start + BATCH, len(pictures)))]
+        yield torch.stack([load_pixels(row, size) for row in rows]).to(device)
+
+
+def load_normalized(config: Config, pictures: CaptionedPictures, device: torch.device) -> Any:
+    """The config's VAE, speaking latents of unit variance: the one in RUN/vae, or `vae`, measured on these pictures.
+
+    Raises:
+        ValueError: if there is neither, with the two ways out.
+    """
+    trained = Path(config.run) / "vae"
+    if config.vae is None:
+        if not (trained / "config.json").exists():
+            raise ValueError(
+                f"vae: there is none in {trained}; train one with: accelerate launch train/train_vae.py and the same "
+                "words as here, or name a pretrained one with vae=<folder or Hub id>"
+            )
+        return load_vae(trained).to(device)
+    vae = load_vae(config.vae).to(device)
+    normalize_on(vae, pictures, config.data.size)
+    return vae
+
+
+def normalize_on(vae: Any, pictures: CaptionedPictures, size: int) -> None:
+    """Measure the latents of these pictures and fold their mean and std into the VAE, in place."""
+
+    def posteriors() -> Iterator[Posterior]:
+        for pixels in pixel_batches(evenly(pictures, MEASURED), size, vae.device, "measuring latents"):
+            yield encode(vae, pixels)
+
+    mean, std = measure(posteriors())
+    normalize(vae, mean.to(vae.device), std.to(vae.device))
+
+
+def check_latents(mean: Tensor, std: Tensor) -> float:
+    """The overall std of latents with these posteriors [N,...,C,h,w].
+
+    Raises:
+        ValueError: if it is outside 1 +- 0.1, where the noise schedule would not fit the data.
+    """
+    _, channel_std = measure([Posterior(mean.flatten(0, -4), std.flatten(0, -4))])
+    overall = float(channel_std.square().mean().sqrt())
+    if not STD_RANGE[0] <= overall <= STD_RANGE[1]:
+        raise ValueError(
+            f"vae: its latents have a std of {overall:.3f} on these pictures, expected 1 +- 0.1; it was normalized on "
+            "other pictures. Name it as vae=<folder> to have it measured again, or train one with train/train_vae.py"
+        )
+    return overall
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: Any, pictures: CaptionedPictures, size: int, most: int = 512) -> Tensor:
+    """PSNR in dB, float32 [N], of at most so many pictures through the VAE and back: no model can draw better."""
+    return torch.cat(
+        [
+            psnr(decode(vae, encode(vae, pixels).mean), pixels).cpu()
+            for pixels in pixel_batches(evenly(pictures, most), size, vae.device, "reconstructing")
+        ]
+    )
+
+
+def report_reconstruction(vae: Any, pictures: CaptionedPictures, size: int) -> tuple[float, str]:
+    """Mean PSNR in dB on the held-out pictures (without any: on the training pictures), and a sentence about it."""
+    shown, kind = (pictures.heldout, "held-out") if len(pictures.heldout) else (pictures.train, "training")
+    values = reconstruction_psnr(vae, shown, size)
+    mean = float(values.mean())
+    return mean, f"VAE: {mean:.2f} dB PSNR on {len(values)} {kind} pictures, the ceiling of what the model can draw"
+
+
+@torch.no_grad()
+def reconstructions(vae: Any, pictures: CaptionedPictures, size: int, most: int = 8) -> Image.Image:
+    """Pictures over their reconstructions, to look at."""
+    rows = evenly(pictures, most)
+    pixels = torch.stack([load_pixels(row, size) for row in rows]).to(vae.device)
+    drawn = to_pictures(pixels) + to_pictures(decode(vae, encode(vae, pixels).mean))
+    captions = [row.captions[0] for row in rows] + ["reconstructed"] * len(rows)
+    return captioned_grid(drawn, captions, columns=len(rows))

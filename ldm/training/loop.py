@@ -1,0 +1,209 @@
+"""One step, and the loop around it. The mathematics is in ldm.diffusion, chance in draws.py."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.diffusion.objective import diffusion_loss
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.evaluation.heldout import HeldOut, heldout_loss
+from ldm.grid import captioned_grid
+from ldm.models.ema import averaged, build_ema
+from ldm.training.checkpoint import Trainee, averaged_weights, resume, save_checkpoint
+from ldm.training.config import Config, OptimConfig, to_dict
+from ldm.training.samples import Batch, Samples, batches, numbers_of
+from ldm.training.tracking import Tracker
+
+#: U-Net weights on the CPU => the pipeline they make; `None` on ranks that don't draw.
+BuildPipeline = Callable[[dict[str, Tensor]], Any]
+
+DRAWN_AT_ONCE = 16
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of a step: linear warm-up, then constant or a cosine to zero."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.decay == "constant":
+        return config.lr * warm
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@dataclass
+class Training:
+    """Everything that a run trains with. `fit` runs it; `step` is one batch."""
+
+    config: Config
+    accelerator: Accelerator
+    schedule: NoiseSchedule
+    unet: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel
+
+    @classmethod
+    def prepare(cls, config: Config, accelerator: Accelerator, schedule: NoiseSchedule, unet: Any) -> Training:
+        """Hand a fresh U-Net over to accelerate (DDP, FSDP, mixed precision) and make its optimizer and average."""
+        if config.loop.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        if config.loop.compile:
+            unet = torch.compile(unet)
+        optim = config.optim
+        device_type = accelerator.device.type
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            fused=device_type in ("cpu", "cuda"),  # on a CPU the default is a loop over tensors, several times slower
+        )
+        unet, optimizer = accelerator.prepare(unet.train(), optimizer)
+        return cls(config, accelerator, schedule, unet, optimizer, build_ema(unet, optim.ema_decay))
+
+    def predict(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The U-Net's answer; t may lie on the CPU."""
+        with self.accelerator.autocast():
+            output: Tensor = self.unet(x_t, t.to(x_t.device), encoder_hidden_states=context).sample
+        return output
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch, a scalar."""
+        diffusion = self.config.diffusion
+        return diffusion_loss(
+            lambda x_t, t: self.predict(x_t, t, batch.context),
+            self.schedule,
+            batch.x0,
+            batch.t,
+            batch.eps,
+            prediction=diffusion.prediction,
+            min_snr_gamma=diffusion.min_snr_gamma,
+        ).mean()
+
+    def step(self, step: int, parts: list[Batch]) -> Tensor:
+        """One optimizer step on the accumulated parts of this process's share; returns its mean loss, detached."""
+        lr = learning_rate(self.config.optim, step, self.config.loop.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, batch in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet):
+                loss = self.loss(batch) / len(parts)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.optim.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.unet.parameters())
+        return total
+
+    def heldout(self, questions: HeldOut) -> dict[str, float]:
+        """The held-out loss of the averaged weights."""
+        self.unet.eval()
+        with averaged(self.unet, self.ema):
+            losses = heldout_loss(self.predict, self.schedule, self.config.diffusion.prediction, questions)
+        self.unet.train()
+        return losses
+
+
+def fit(
+    training: Training,
+    samples: Samples,
+    questions: HeldOut | None,
+    build_pipeline: BuildPipeline,
+    tracker: Tracker,
+    encoders: tuple[Any, Any] | None = None,
+) -> list[float]:
+    """Train from the newest checkpoint, or from the start, to the last step.
+
+    Args:
+        samples: sample n of the run.
+        questions: held-out pictures, or None if there are none.
+        build_pipeline: makes what is saved in RUN/pipeline and draws the prompts.
+        encoders: (VAE, text encoder), needed if the samples have no cache.
+    Returns:
+        The loss of each step that this call trained, averaged over all processes.
+    """
+    config, accelerator, loop = training.config, training.accelerator, training.config.loop
+    folder = Path(config.run) / "checkpoints"
+    trainees = {"unet": Trainee(training.unet, training.optimizer, training.ema)}
+    first = resume(folder, trainees, accelerator, loop.steps)
+
+    numbers = numbers_of(
+        first, loop.steps, loop.batch_size, loop.accumulation, accelerator.process_index, accelerator.num_processes
+    )
+    stream = batches(samples, numbers, accelerator.device, encoders)
+    losses: list[Tensor] = []
+    history: list[float] = []
+    bar = tqdm(
+        range(first, loop.steps), initial=first, total=loop.steps, unit="step", disable=not accelerator.is_main_process
+    )
+    for step in bar:
+        losses.append(training.step(step, [next(stream) for _ in range(loop.accumulation)]))
+        done = step + 1
+        if done % loop.log_every == 0 or done == loop.steps:
+            # one synchronization per logged line, none per step
+            mean = accelerator.reduce(torch.stack(losses), "mean").tolist()
+            history += mean
+            losses = []
+            rate = bar.format_dict["rate"] or 0.0
+            scalars = {
+                "loss": sum(mean) / len(mean),
+                "lr": learning_rate(config.optim, step, loop.steps),
+                "images_per_second": rate * loop.batch_size,
+            }
+            tracker.scalars(done, scalars)
+            bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.1f} images/s")
+        if questions is not None and due(done, loop.evaluate_every, loop.steps):
+            heldout = training.heldout(questions)
+            tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})
+            told = ", ".join(f"{name} {value:.4f}" for name, value in heldout.items())
+            bar.write(f"step {done}: held-out loss {told}")
+        if due(done, loop.checkpoint_every, loop.steps):
+            save_checkpoint(folder, done, to_dict(config), trainees, accelerator, loop.keep)
+        if due(done, loop.sample_every, loop.steps):
+            export(training, build_pipeline, tracker, done)
+    tracker.close()
+    return history
+
+
+def due(done: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now; 0 is never."""
+    return every > 0 and (done % every == 0 or done == steps)
+
+
+def export(training: Training, build_pipeline: BuildPipeline, tracker: Tracker, step: int) -> None:
+    """Save RUN/pipeline with the averaged weights, and a grid of the prompts that it draws."""
+    weights = averaged_weights(training.unet, training.ema)  # every rank takes part in gathering
+    if training.accelerator.is_main_process:
+        pipeline = build_pipeline(weights)
+        pipeline.save_pretrained(Path(training.config.run) / "pipeline")
+        if training.config.loop.prompts:
+            tracker.picture("samples", step, draw_prompts(pipeline, training.config))
+    training.accelerator.wait_for_everyone()
+
+
+def draw_prompts(pipeline: Any, config: Config) -> Image.Image:
+    """A grid of the config's prompts, always from the same noise."""
+    loop = config.loop
+    pipeline.set_progress_bar_config(desc="drawing", leave=False)
+    pictures: list[Image.Image] = []
+    for start in range(0, len(loop.prompts), DRAWN_AT_ONCE):
+        drawn = pipeline(
+            loop.prompts[start : start + DRAWN_AT_ONCE],
+            num_inference_steps=loop.num_inference_steps,
+            guidance_scale=loop.guidance_scale,
+            seed=config.seed + len(pictures),
+        )
+        pictures += drawn.images
+    return captioned_grid(pictures, loop.prompts)

@@ -1,0 +1,91 @@
+"""The embedded data set: names as Unicode's CLDR gives them, a fixed split, compositions that are really new."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.captioned import read_captioned, split_of
+from ldm.data.openmoji import HOLDOUT, SHOWCASE, build, find_compositions, find_drawings, in_demo, render
+
+
+@pytest.fixture(scope="module")
+def drawings() -> list:  # type: ignore[type-arg]
+    return find_drawings()
+
+
+# Read off the CLDR's English annotations (common/annotations*/en.xml) by hand, not derived by our rules.
+CLDR = {
+    "2764": "red heart",
+    "1F355": "pizza",
+    "1F1EF-1F1F5": "flag: Japan",
+    "1F3F4-E0067-E0062-E0065-E006E-E0067-E007F": "flag: England",
+    "1F469-1F3FF-200D-1F692": "woman firefighter: dark skin tone",
+    "1F468-1F3FB-200D-1F9B0": "man: light skin tone, red hair",
+    "1F468-200D-1F9B0": "man: red hair",
+    "1F9D4-200D-2642": "man: beard",
+    "1F468-200D-1F469-200D-1F466": "family: man, woman, boy",
+    "1F9D1-1F3FB-200D-1F91D-200D-1F9D1-1F3FD": "people holding hands: light skin tone, medium skin tone",
+    "1F44B-1F3FE": "waving hand: medium-dark skin tone",
+    "1F60E": "smiling face with sunglasses",
+    "2614": "umbrella with rain drops",
+}
+
+
+def test_captions_are_cldr_names(drawings: list) -> None:  # type: ignore[type-arg]
+    named = {"-".join(drawing.codes): drawing.caption for drawing in drawings}
+    assert {codes: named[codes] for codes in CLDR} == CLDR
+
+
+def test_every_name_is_used_once(drawings: list) -> None:  # type: ignore[type-arg]
+    captions = [drawing.caption for drawing in drawings]
+    assert 3800 < len(captions) < 4100
+    assert len(set(captions)) == len(captions)
+    assert not [caption for caption in captions if "_" in caption or "  " in caption or caption != caption.strip()]
+
+
+def test_split_keeps_a_twentieth_out(drawings: list) -> None:  # type: ignore[type-arg]
+    heldout = [drawing.caption for drawing in drawings if split_of(drawing.caption, HOLDOUT) == "heldout"]
+    expected, deviation = HOLDOUT * len(drawings), (HOLDOUT * (1 - HOLDOUT) * len(drawings)) ** 0.5
+    assert abs(len(heldout) - expected) < 4 * deviation
+    assert not set(SHOWCASE) & set(heldout)
+    assert set(SHOWCASE) <= {drawing.caption for drawing in drawings if in_demo(drawing)}
+
+
+def test_compositions_are_new_pairs_of_trained_parts(drawings: list) -> None:  # type: ignore[type-arg]
+    """Checked on the captions' words alone, where the code goes by code points."""
+    compositions = find_compositions(drawings)
+    assert len(compositions) > 50
+    trained = {drawing.caption for drawing in drawings if split_of(drawing.caption, HOLDOUT) == "train"}
+    parts = [caption.rsplit(": ", 1) for caption in trained if caption.count("skin tone") == 1]
+    people, tones = {part[0] for part in parts}, {part[-1].split(",")[0] for part in parts}
+    for caption in compositions:
+        assert caption not in trained
+        person, qualities = caption.rsplit(": ", 1)
+        assert person in people
+        assert qualities.split(",")[0] in tones
+
+
+def test_folder_is_an_ordinary_captioned_folder(tmp_path: Path) -> None:
+    count = build(tmp_path, size=32, subset="demo")
+    pictures = read_captioned(tmp_path)
+    assert len(pictures) == count == len(list((tmp_path / "images").glob("*.png")))
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text("utf-8").splitlines()]
+    assert {row["text"] for row in rows if row["split"] == "heldout"} == {row.captions[0] for row in pictures.heldout}
+    assert "CC BY-SA 4.0" in (tmp_path / "ATTRIBUTION.md").read_text("utf-8")
+    assert all(row.image().size == (32, 32) for row in pictures)
+
+
+def test_drawing_is_on_white_and_the_right_color(drawings: list) -> None:  # type: ignore[type-arg]
+    named = {drawing.caption: drawing for drawing in drawings}
+    for caption, channel in {"red circle": 0, "green circle": 1, "blue circle": 2}.items():
+        pixels = np.asarray(Image.open(io.BytesIO(render(named[caption].svg, 64))).convert("RGB"), float)
+        assert pixels[0, 0].tolist() == [255, 255, 255]
+        middle = pixels[28:36, 28:36].mean((0, 1))
+        assert middle.argmax() == channel
+        assert middle[channel] - np.delete(middle, channel).min() > 60

@@ -1,0 +1,225 @@
+"""The road from a captioned folder to a pipeline, through the commands that people type."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import road
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from ldm.data.captioned import read_captioned
+from ldm.models.text import TextEncoder
+from ldm.models.vae import build_vae, decode, encode, load_vae
+from ldm.training.config import Config
+from train.train_ldm import main as train_ldm
+from train.train_vae import main as train_vae
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, a text encoder, and a VAE trained by the real command."""
+    folder = tmp_path_factory.mktemp("road")
+    road.draw_folder(folder / "data")
+    tiny.save_text_encoder(folder / "text", "bert")
+    config = road.save_recipe(road.recipe(folder, loop__log_every=1), folder / "recipe.yaml")
+    said = road.launch("train_vae", config)
+    assert "dB PSNR on" in said and "held-out pictures" in said
+    return folder
+
+
+def config_of(home: Path, run: Path, **words: object) -> Config:
+    return road.recipe(home, run=str(run), vae=str(home / "run" / "vae"), **words)
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> None:
+    """The same global batch: the same pictures, captions, t and noise, whatever process they fall to."""
+    run_of = {processes: tmp_path / str(processes) for processes in (1, 2)}
+    for processes, run in run_of.items():
+        vae = f"vae={home / 'run' / 'vae'}"
+        words = (f"run={run}", vae, "loop.accumulation=2", "loop.steps=4", "loop.sample_every=0")
+        road.launch("train_ldm", home / "recipe.yaml", *words, processes=processes)
+    one, two = (list(road.logged(run, "loss").values()) for run in run_of.values())
+    assert len(one) == 4
+    assert one != two  # summed in another order: if not a digit differed, the second process never ran
+    assert np.allclose(one, two, rtol=2e-5, atol=0)
+    assert max(one) / min(one) > 1.02  # and they are not all the same by triviality
+    weights = [load_file(run / "checkpoints/step_0000004/unet.safetensors") for run in run_of.values()]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-3)  # Adam: one lr step at most
+
+
+def test_bad_data_end_the_command_with_a_list_and_no_traceback(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "data", tmp_path / "data")
+    with (tmp_path / "data/metadata.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"file_name": "images/none.png", "text": "nothing"}) + "\n")
+        file.write(json.dumps({"file_name": "images/red_heart.png", "text": "  "}) + "\n")
+    command = [sys.executable, "train/train_ldm.py", "--config", str(home / "recipe.yaml")]
+    done = subprocess.run(
+        [*command, f"data.source={tmp_path / 'data'}"], cwd=road.ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "row 25" in done.stderr and "row 26" in done.stderr and "images/none.png" in done.stderr
+
+
+# --- the VAE --------------------------------------------------------------------------------------
+
+
+def test_trained_vae_speaks_unit_latents_and_reconstructs(home: Path) -> None:
+    vae = load_vae(home / "run" / "vae")
+    assert vae.config.scaling_factor == 1.0
+    pictures = read_captioned(home / "data", holdout=0.2, progress=False).train
+    pixels = torch.stack([torch.from_numpy(np.array(row.image())).permute(2, 0, 1) / 127.5 - 1 for row in pictures])
+    posterior = encode(vae, pixels)
+    latents = posterior.sample(torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)))
+    spread = 5 / (latents.numel() / latents.shape[1]) ** 0.5  # five standard errors of a mean or std of unit normals
+    assert latents.mean((0, 2, 3)).abs().max() < spread
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < spread
+    error = (decode(vae, posterior.mean) - pixels).square().mean()
+    assert error < 0.5 * pixels.var()  # forty steps reach more than the mean picture
+    loss = list(road.logged(home / "run", "vae/loss").values())
+    assert loss[-1] < 0.7 * loss[0]
+    assert (home / "run/reconstructions/step_0000040.png").exists()
+
+
+def test_adversarial_term_trains_the_judge_from_its_step_on(home: Path, tmp_path: Path) -> None:
+    words = {"vae_training__steps": 4, "vae_training__adversarial": 0.1, "vae_training__adversarial_start": 2}
+    plain = train_vae(road.recipe(home, run=str(tmp_path / "plain"), vae_training__steps=4))
+    judged = train_vae(road.recipe(home, run=str(tmp_path / "judged"), **words))
+    assert judged[:2] == plain[:2]
+    assert judged[2] != plain[2]
+    weights = load_file(tmp_path / "judged/vae_checkpoints/step_0000004/discriminator.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_perceptual_loss_says_what_it_lacks(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match=r"vae_training\.perceptual: .*lpips"):
+        train_vae(road.recipe(home, run=str(tmp_path), vae_training__perceptual=0.5))
+
+
+def test_latents_of_another_scale_are_refused(home: Path, tmp_path: Path) -> None:
+    """A VAE in RUN/vae that was never normalized on these pictures."""
+    torch.manual_seed(0)
+    config = road.recipe(home, run=str(tmp_path))
+    vae = build_vae(config.vae_model)
+    with torch.no_grad():
+        vae.quant_conv.weight *= 5
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"vae: its latents have a std of .* expected 1 \+- 0.1"):
+        train_ldm(config)
+    # named as a pretrained VAE, it is measured and normalized, and the run starts
+    losses = train_ldm(road.recipe(home, run=str(tmp_path / "run"), vae=str(tmp_path / "vae"), loop__steps=1))
+    assert np.isfinite(losses).all()
+    assert load_vae(tmp_path / "run/pipeline/vae").config.scaling_factor == 1.0
+
+
+def test_without_a_vae_the_error_says_how_to_make_one(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train_vae\.py"):
+        train_ldm(road.recipe(home, run=str(tmp_path)))
+
+
+# --- the U-Net ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_every_objective_learns(home: Path, tmp_path: Path, prediction: str) -> None:
+    """Sixty steps on two dozen pictures: the held-out-style loss at fixed (t, eps) must fall well below its start."""
+    words = {
+        "diffusion__prediction": prediction,
+        "loop__steps": 60,
+        "loop__evaluate_every": 15,
+        "loop__sample_every": 0,
+    }
+    train_ldm(config_of(home, tmp_path, diffusion__min_snr_gamma=5.0, optim__ema_decay=0.9, **words))
+    heldout = list(road.logged(tmp_path, "heldout/total").values())
+    assert heldout[-1] < 0.75 * heldout[0]
+    quarters = [road.logged(tmp_path, f"heldout/q{i}")[60] for i in (1, 2, 3, 4)]
+    assert sum(quarters) / 4 == pytest.approx(heldout[-1])
+    assert quarters[0] > quarters[-1]  # little noise is hard to tell from the picture, much noise is easy
+
+
+def test_the_cache_changes_nothing(home: Path, tmp_path: Path) -> None:
+    """Encoded once or encoded at every step: the same draws give the same losses."""
+    cached, fresh = (
+        train_ldm(config_of(home, tmp_path / cache, data__cache=cache, data__flip="true", loop__sample_every=0))
+        for cache in ("memory", "off")
+    )
+    assert np.allclose(cached, fresh, rtol=1e-4)
+    assert len(cached) == 6
+
+
+def test_accumulation_changes_nothing(home: Path, tmp_path: Path) -> None:
+    whole, parts = (
+        train_ldm(config_of(home, tmp_path / str(n), loop__accumulation=n, loop__sample_every=0)) for n in (1, 4)
+    )
+    assert np.allclose(whole, parts, rtol=1e-4)
+
+
+def test_resume_goes_on_exactly(home: Path, tmp_path: Path) -> None:
+    """Six steps, against three, a stop, and three more: equal losses to the last digit, equal weights to the last bit."""
+    straight = train_ldm(config_of(home, tmp_path / "straight"))
+    first = train_ldm(config_of(home, tmp_path / "stopped", loop__steps=3))
+    rest = train_ldm(config_of(home, tmp_path / "stopped"))
+    assert first + rest == straight
+    for name in ("unet", "unet.ema", "unet.optimizer"):
+        files = [tmp_path / run / f"checkpoints/step_0000006/{name}.safetensors" for run in ("straight", "stopped")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    assert [path.name for path in sorted((tmp_path / "straight/checkpoints").iterdir())] == [
+        "step_0000003",
+        "step_0000006",
+    ]
+
+
+def test_exported_pipeline_holds_the_average_and_draws_the_grid(home: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    train_ldm(config_of(home, tmp_path, diffusion__prediction="v", optim__ema_decay=0.5))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    average = load_file(tmp_path / "checkpoints/step_0000006/unet.ema.safetensors")
+    last = load_file(tmp_path / "checkpoints/step_0000006/unet.safetensors")
+    exported = pipeline.unet.state_dict()
+    assert all(torch.equal(exported[name], average[name]) for name in average)
+    assert any(not torch.equal(last[name], average[name]) for name in average)
+    assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.pkl"))
+    assert (tmp_path / "samples/step_0000006.png").exists()
+
+
+def test_long_captions_are_counted_and_told(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(home, tmp_path, loop__steps=1, loop__sample_every=0, text__max_length=3)
+    train_ldm(config)
+    said = capsys.readouterr().out
+    assert "24 are longer than text.max_length=3 and are cut" in said
+    longest = max(TextEncoder.load(config.text).lengths([row.captions[0] for row in read_captioned(home / "data")]))
+    assert longest > 3
+    assert f"set text.max_length={longest}" in said
+
+
+def test_foreign_captions_are_refused(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "data", tmp_path / "data")
+    file = tmp_path / "data/metadata.jsonl"
+    rows = [json.loads(line) | {"text": "красное сердце"} for line in file.read_text("utf-8").splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with pytest.raises(ValueError, match=r"text\.encoder: 100% of the captions' tokens are unknown"):
+        train_ldm(config_of(home, tmp_path / "run", data__source=str(tmp_path / "data")))
+
+
+def test_gradient_checkpointing_changes_memory_not_losses(home: Path, tmp_path: Path) -> None:
+    plain, checkpointed = (
+        train_ldm(config_of(home, tmp_path / f"{on}", loop__gradient_checkpointing=on, loop__sample_every=0))
+        for on in ("false", "true")
+    )
+    assert np.allclose(plain, checkpointed, rtol=1e-5)

@@ -1,0 +1,86 @@
+"""Train a text-to-image model on a folder of captioned pictures.
+
+    accelerate launch train/train_ldm.py --config configs/demo.yaml
+    accelerate launch train/train_ldm.py --config configs/demo.yaml data.source=my_pictures run=runs/mine optim.lr=3e-4
+
+It needs a VAE: train/train_vae.py with the same config makes one, or vae=<folder or Hub id> names one.
+Stopped, it goes on from its newest checkpoint when the same command is given again. RUN/pipeline can be
+loaded at any time, by LDMPipeline and by stock diffusers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from ldm.training.config import Config, start
+
+
+def main(config: Config) -> list[float]:
+    """Train, leaving RUN/pipeline; returns the loss of each step that this call trained."""
+    import torch
+
+    from ldm.data.captioned import read_captioned
+    from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
+    from ldm.models.text import TextEncoder
+    from ldm.models.unet import build_unet, choose_attention
+    from ldm.models.vae import downsampling
+    from ldm.pipeline import LDMPipeline
+    from ldm.training.captions import report_captions
+    from ldm.training.device import build_accelerator
+    from ldm.training.latents import load_normalized, report_reconstruction
+    from ldm.training.loop import Training, fit
+    from ldm.training.samples import build_cache, build_samples, fixed_questions
+    from ldm.training.tracking import Tracker
+
+    accelerator = build_accelerator(config.loop)
+    run, data, diffusion = Path(config.run), config.data, config.diffusion
+    say, device = accelerator.print, accelerator.device
+
+    # captioned folder => pictures and captions, all of them checked
+    pictures = read_captioned(data.source, **data.reading(), progress=accelerator.is_main_process)
+    say(f"{data.source}: {len(pictures.train)} pictures to train on, {len(pictures.heldout)} held out")
+
+    # the frozen encoders: pixels => latents, caption => context
+    vae = load_normalized(config, pictures.train, device)
+    say(report_reconstruction(vae, pictures, data.size)[1])
+    text = TextEncoder.load(config.text)
+    text.model.to(device)
+    say(report_captions(text, pictures))
+
+    # the process, and the denoiser that reverses it
+    schedule = NoiseSchedule.from_name(
+        diffusion.schedule, diffusion.timesteps, zero_terminal_snr=diffusion.zero_terminal_snr
+    )
+    latent_size = data.size // downsampling(vae)
+    latent_shape = (vae.config.latent_channels, latent_size, latent_size)
+    new_unet = partial(build_unet, config.unet, latent_shape=latent_shape, context_dim=text.dim)
+    torch.manual_seed(config.seed)
+    unet = new_unet()
+    say(
+        f"U-Net: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters, latents {list(latent_shape)}, "
+        f"attention by {choose_attention(unet, device)}, {accelerator.mixed_precision} mixed precision on {device.type}"
+    )
+
+    # what it learns from, and what it is asked on the way
+    cache = build_cache(pictures.train, vae, text, data) if data.cache == "memory" else None
+    samples = build_samples(config, pictures.train, latent_shape, cache)
+    questions = fixed_questions(config, pictures.heldout, vae, text)
+
+    def build_pipeline(weights: dict[str, torch.Tensor]) -> LDMPipeline:
+        averaged = new_unet().eval()
+        averaged.load_state_dict(weights)
+        return LDMPipeline.from_components(
+            vae, text, averaged.to(device), scheduler_config(schedule, diffusion.prediction)
+        )
+
+    tracker = Tracker(run, silent=not accelerator.is_main_process)
+    training = Training.prepare(config, accelerator, schedule, unet)
+    losses = fit(training, samples, questions, build_pipeline, tracker, None if cache else (vae, text))
+    say(f'done: {run / "pipeline"} can be loaded; draw with: ldm sample {run / "pipeline"} "a prompt"')
+    accelerator.end_training()
+    return losses
+
+
+if __name__ == "__main__":
+    start(main, __doc__)

@@ -1,0 +1,64 @@
+"""Train an autoencoder on a folder of pictures and leave it, normalized, in RUN/vae.
+
+    accelerate launch train/train_vae.py --config configs/demo.yaml
+    accelerate launch train/train_vae.py --config configs/demo.yaml data.source=my_pictures run=runs/mine
+
+train/train_ldm.py takes the same config and trains on this VAE's latents. Stopped, it goes on from its
+newest checkpoint when the same command is given again. A run that has a finished RUN/vae keeps it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm.training.config import Config, start
+
+
+def main(config: Config) -> list[float]:
+    """Train and save the VAE; returns the loss of each step that this call trained."""
+    import torch
+
+    from ldm.data.captioned import read_captioned
+    from ldm.models.vae import build_vae, downsampling
+    from ldm.training.device import build_accelerator
+    from ldm.training.latents import normalize_on, reconstructions, report_reconstruction
+    from ldm.training.tracking import Tracker
+    from ldm.training.vae_loop import PixelSamples, VAETraining, fit_vae
+
+    accelerator = build_accelerator(config.loop)
+    run, data, steps = Path(config.run), config.data, config.vae_training.steps
+
+    # folder => pictures, all of them checked
+    pictures = read_captioned(data.source, **data.reading(), progress=accelerator.is_main_process)
+    accelerator.print(f"{data.source}: {len(pictures.train)} pictures to train on, {len(pictures.heldout)} held out")
+
+    # the autoencoder
+    torch.manual_seed(config.seed)
+    vae = build_vae(config.vae_model)
+    latent_size = data.size // downsampling(vae)
+    latent_shape = (config.vae_model.latent_channels, latent_size, latent_size)
+    accelerator.print(
+        f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters, latents {list(latent_shape)}, "
+        f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}"
+    )
+
+    tracker = Tracker(run, silent=not accelerator.is_main_process)
+    samples = PixelSamples(pictures.train, data, config.seed, latent_shape)
+    losses = fit_vae(VAETraining.prepare(config, accelerator, vae), samples, tracker)
+
+    if accelerator.is_main_process:
+        vae.eval().requires_grad_(False)
+        normalize_on(vae, pictures.train, data.size)
+        vae.save_pretrained(run / "vae")
+        psnr, sentence = report_reconstruction(vae, pictures, data.size)
+        tracker.scalars(steps, {"vae/psnr": psnr})
+        shown = pictures.heldout if len(pictures.heldout) else pictures.train
+        tracker.picture("reconstructions", steps, reconstructions(vae, shown, data.size))
+        accelerator.print(f"{sentence}; saved in {run / 'vae'}")
+    tracker.close()
+    accelerator.end_training()
+    return losses
+
+
+if __name__ == "__main__":
+    start(main, __doc__)
