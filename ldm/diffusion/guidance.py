@@ -1,0 +1,110 @@
+"""Guidance: two predictions in, one out.
+
+By Bayes the score of a condition is a difference of two scores,
+
+    grad log p(c | x_t) = grad log q(x_t | c) - grad log q(x_t)
+
+and guidance adds more of it than there is (Dhariwal & Nichol 2021; Ho & Salimans 2022):
+
+    guided score = grad log q(x_t) + scale * grad log p(c | x_t) = (1 - scale) * unconditional + scale * conditional
+
+`scale` 0 is the unconditional model, 1 the conditional one, above 1 exaggerates. Whether eps, x0, v or score, a
+prediction is an affine function of the score with coefficients that depend on x_t and t only, and the two
+factors above sum to 1: so `guide` is the same line for all of them.
+
+What it does not do: draw from p(x) p(c | x)**scale. For that, the score at time t would have to be the one of the
+tilted density, diffused; the guided score is the one of the diffused densities, tilted. Noising and tilting don't
+commute, unless the scale is 0 or 1. `docs/theory.md` has the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ldm.diffusion.forward import q_sample
+from ldm.diffusion.schedule import NoiseSchedule
+
+#: (x_t [B, ...], t [B]) => logits [B, classes].
+Classifier = Callable[[Tensor, Tensor], Tensor]
+
+
+def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """negative + scale * (positive - negative), for predictions of one kind at one x_t.
+
+    - Classifier-free guidance (Ho & Salimans 2022): the prediction with the condition, and with the null condition.
+    - Autoguidance (Karras et al. 2024): the prediction of the model, and of a weaker copy, both with the condition.
+    """
+    return negative + scale * (positive - negative)
+
+
+def rescale(guided: Tensor, positive: Tensor, amount: float) -> Tensor:
+    """Give each sample's guided prediction back the standard deviation it had (Lin et al. 2024, eq. 15-16).
+
+    Args:
+        guided, positive: [B, ...] predictions of one kind; the paper recommends v.
+        amount: 0 changes nothing, 1 restores the deviation in full; the paper recommends 0.7.
+    """
+    dims = tuple(range(1, guided.ndim))
+    matched = guided * positive.std(dims, keepdim=True) / guided.std(dims, keepdim=True)  # eq. 15
+    return amount * matched + (1 - amount) * guided  # eq. 16
+
+
+def interval_scale(scale: float, t: int, T: int, interval: tuple[float, float] = (0.0, 1.0)) -> float:
+    """The scale to use at t: `scale` inside the interval of t/T, 1 (the conditional model) outside of it.
+
+    Guidance hurts at the noisiest timesteps and does nothing at the cleanest ones (Kynkäänniemi et al. 2024).
+
+    Args:
+        interval: fractions of the T timesteps, low <= t / T < high.
+    """
+    low, high = interval
+    return scale if low <= t / T < high else 1.0
+
+
+def classifier_guidance(
+    eps: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    sigma: Tensor,
+    log_prob: Callable[[Tensor, Tensor], Tensor],
+    scale: float,
+) -> Tensor:
+    """eps - scale * sigma_t * grad log p(c | x_t), pred_eps steered by a classifier (Dhariwal & Nichol 2021, alg. 2).
+
+    In scores: score + scale * grad log p(c | x_t). An unconditional eps and scale 1 give the conditional model.
+
+    Args:
+        eps, x_t: [B, ...].
+        t: int64 [B].
+        sigma: [B, 1, ..., 1], of `NoiseSchedule.at`.
+        log_prob: (x_t, t) => log p(c | x_t), [B], of a classifier trained on noisy latents; differentiable.
+    Returns:
+        pred_eps, shaped like eps, without a graph.
+    """
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(log_prob(x, t).sum(), x)  # a sample's row depends on that sample only
+    return eps - scale * sigma * gradient
+
+
+def class_log_prob(classifier: Classifier, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The `log_prob` of `classifier_guidance`, for class labels int64 [B]."""
+    return lambda x_t, t: -cross_entropy(classifier(x_t, t), labels, reduction="none")
+
+
+def classifier_loss(
+    classifier: Classifier, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor
+) -> Tensor:
+    """-log p(c | x_t), what the noisy-latent classifier is trained with; its minimizer is the true p(c | x_t).
+
+    Args:
+        x0, t, eps: as in `q_sample`.
+        labels: int64 [B].
+    Returns:
+        nats [B].
+    """
+    return -class_log_prob(classifier, labels)(q_sample(schedule, x0, t, eps), t)

@@ -1,0 +1,84 @@
+"""Every prediction turns into every other, and into the score of the data."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import PREDICTIONS, SCHEDULES, Mixture, line, plane, randn, space
+
+from ldm.diffusion import forward, prediction
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.schedule import NoiseSchedule
+
+
+@given(
+    kind=st.sampled_from(PREDICTIONS),
+    shape=st.lists(st.integers(1, 3), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    t=st.sampled_from([0, 1, 500, 998, 999]),
+    name=st.sampled_from([n for n in SCHEDULES if n != "zero_snr"]),
+)
+def test_a_target_gives_back_the_pair(
+    kind: Prediction, shape: list[int], dtype: torch.dtype, t: int, name: str
+) -> None:
+    schedule = SCHEDULES[name]
+    x0, eps = randn(2, *shape, seed=1).to(dtype), randn(2, *shape, seed=2).to(dtype)
+    steps = torch.full((2,), t)
+    alpha, sigma = schedule.at(steps, x0)
+    x_t = forward.q_sample(schedule, x0, steps, eps)
+    answer = prediction.target(kind, x0, eps, alpha, sigma)
+    # One rounding error of x_t, magnified by what the conversion divides by.
+    slack = 20 * torch.finfo(dtype).eps
+    found = prediction.to_x0(kind, answer, x_t, alpha, sigma)
+    torch.testing.assert_close(found, x0, rtol=0, atol=slack / float(alpha.min()))
+    found = prediction.to_eps(kind, answer, x_t, alpha, sigma)
+    torch.testing.assert_close(found, eps, rtol=0, atol=slack / float(sigma.min()))
+    v = alpha * eps - sigma * x0
+    found = prediction.to_v(kind, answer, x_t, alpha, sigma)
+    torch.testing.assert_close(found, v, rtol=0, atol=slack / float(torch.minimum(alpha, sigma).min()))
+    assert found.dtype == dtype and found.shape == x0.shape
+
+
+def test_v_is_that_of_diffusers() -> None:
+    stock = diffusers.DDPMScheduler()
+    x0, eps, t = randn(3, 4, seed=1), randn(3, 4, seed=2), torch.tensor([0, 400, 999])
+    alpha, sigma = NoiseSchedule.linear().at(t, x0)
+    ours = prediction.v_from(x0, eps, alpha, sigma)
+    torch.testing.assert_close(ours, stock.get_velocity(x0, eps, t), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["x0", "v"])
+def test_nothing_divides_by_zero_where_all_is_noise(kind: Prediction) -> None:
+    schedule = SCHEDULES["zero_snr"]
+    x0, eps, t = randn(2, 3, seed=1), randn(2, 3, seed=2), torch.tensor([999, 999])
+    alpha, sigma = schedule.at(t, x0)
+    answer = prediction.target(kind, x0, eps, alpha, sigma)
+    torch.testing.assert_close(prediction.to_x0(kind, answer, eps, alpha, sigma), x0)
+    torch.testing.assert_close(prediction.to_eps(kind, answer, eps, alpha, sigma), eps)
+    torch.testing.assert_close(prediction.to_v(kind, answer, eps, alpha, sigma), -x0)
+
+
+@pytest.mark.parametrize("data", [line(), plane(), space()], ids=["line", "plane", "space"])
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_the_exact_network_gives_the_posterior_mean_and_the_score(data: Mixture, kind: Prediction) -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    t = torch.tensor([0, 250, 700, 999])
+    x_t = randn(4, data.dim, seed=3)
+    alpha, sigma = schedule.at(t, x_t)
+    denoiser = data.denoiser(schedule, kind)
+    torch.testing.assert_close(denoiser.x0(x_t, t), data.denoise(x_t, alpha, sigma), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(denoiser.score(x_t, t), data.score(x_t, alpha, sigma), rtol=1e-7, atol=1e-9)
+    eps = denoiser.eps(x_t, t)
+    torch.testing.assert_close(prediction.score_from_eps(eps, sigma), data.score(x_t, alpha, sigma))
+    torch.testing.assert_close(prediction.eps_from_score(data.score(x_t, alpha, sigma), sigma), eps)
+    torch.testing.assert_close(denoiser.v(x_t, t), (eps - sigma * x_t) / alpha, rtol=1e-7, atol=1e-9)
+
+
+def test_errors_name_what_came() -> None:
+    one = torch.ones(1)
+    for function in (prediction.to_eps, prediction.to_x0, prediction.to_v, prediction.target):
+        with pytest.raises(ValueError, match="expected eps, x0 or v, got 'noise'"):
+            function("noise", one, one, one, one)  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""What the samplers draw, when the network is exact: diffusers' schedulers as the pipeline uses them, and our own.
+
+Two kinds of proof. The deterministic samplers approximate a map that is known on a line, where quantiles stay, so
+their error is a number without sampling noise, and must fall with the order that the method promises. And all of
+them, for every prediction and schedule, must draw the data, within the sampling error that the test computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from oracles import PREDICTIONS, SCHEDULES, Mixture, assert_drawn_from, generator, line, order_of, plane, space
+from test_forward import noised
+from test_score import QUANTILES, level
+from torch import Tensor
+
+from ldm.diffusion import score
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
+
+diffusers.utils.logging.set_verbosity_error()  # from_config says which arguments a sampler doesn't know
+
+STOCK: dict[str, Any] = {
+    "DDPM": diffusers.DDPMScheduler,
+    "DDIM": diffusers.DDIMScheduler,
+    "DPM-Solver++": diffusers.DPMSolverMultistepScheduler,
+    "UniPC": diffusers.UniPCMultistepScheduler,
+    "Euler": diffusers.EulerDiscreteScheduler,
+    "Heun": diffusers.HeunDiscreteScheduler,
+}
+#: The order that each promises. UniPC of order 2 promises 3 where the corrector has what it needs.
+ORDERS = {"DDIM": 1, "DPM-Solver++": 2, "UniPC": 2, "Euler": 1, "Heun": 2, "ODE": 2}
+SAMPLERS = [*STOCK, "predictor-corrector", "ODE"]
+#: Every pair that is possible: noise prediction can't start from zero SNR.
+PAIRS = [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) != ("zero_snr", "eps")]
+
+
+def build(sampler: str, schedule: NoiseSchedule, prediction: Prediction) -> Any:
+    config = scheduler_config(schedule, prediction)
+    if sampler == "Heun" and schedule.zero_terminal_snr:
+        # It doesn't know how to rescale: give it the betas, with the tiny last SNR that the others put in themselves.
+        bar = torch.cat([schedule.alpha_bar[:-1], torch.tensor([2.0**-24])])
+        config |= {"trained_betas": (1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])).tolist()}
+    return STOCK[sampler].from_config(config)
+
+
+def draw(
+    sampler: str, data: Mixture, schedule: NoiseSchedule, prediction: Prediction, x: Tensor, n: int, stop: int = -1
+) -> Tensor:
+    """x_t at the last timestep [B, d] => clean samples, in n steps; or x_t at the timestep `stop`, one of the n."""
+    denoiser = data.denoiser(schedule, prediction)
+    timesteps = schedule.timesteps(n)
+    if sampler == "predictor-corrector":
+        return score.predictor_corrector(denoiser, x, timesteps, generator(1))
+    if sampler == "ODE" and stop >= 0:
+        return score.probability_flow(denoiser, x, timesteps[: timesteps.index(stop) + 1])[0]
+    if sampler == "ODE":
+        return score.ode_sample(denoiser, x, timesteps)
+    stock, exploding = build(sampler, schedule, prediction), sampler in ("Euler", "Heun")
+    stock.set_timesteps(n)
+    if exploding:
+        x = x * (stock.sigmas[0].double() ** 2 + 1).sqrt()  # x => y = x / alpha, what `init_noise_sigma` is for
+    options = {"generator": generator(1)} if sampler == "DDPM" else {}
+    for t in stock.timesteps:
+        if int(t) <= stop and (sampler != "Heun" or stock.state_in_first_order):
+            break
+        answer = denoiser.network(stock.scale_model_input(x, t), torch.full((len(x),), int(t)))
+        x = stock.step(answer, t, x, return_dict=False, **options)[0]
+    return x * level(schedule, stop)[0] if exploding and stop >= 0 else x
+
+
+@pytest.mark.parametrize("sampler", ORDERS)
+@pytest.mark.parametrize("schedule_name, prediction", PAIRS)
+def test_error_falls_with_the_order_of_the_method(sampler: str, schedule_name: str, prediction: Prediction) -> None:
+    data, schedule = line(), SCHEDULES[schedule_name]
+    top, stop = level(schedule, 999), 399
+    x = data.transport(QUANTILES, (0.0, 1.0), top)
+    middle, clean = data.transport(x, top, level(schedule, stop)), data.transport(x, top)
+    errors, clean_errors = [], []
+    for n in (25, 50, 100):
+        errors.append(float((draw(sampler, data, schedule, prediction, x, n, stop) - middle).abs().max()))
+        clean_errors.append(float((draw(sampler, data, schedule, prediction, x, n) - clean).abs().max()))
+    # Tables of diffusers are float32: below 1e-4 there is no order to see.
+    assert errors[-1] < 1e-4 or order_of(errors) > ORDERS[sampler] - 0.35, errors
+    # The last step of every method, to clean data, is the denoiser's answer: of first order only.
+    assert order_of(clean_errors) > 0.7 and clean_errors[-1] < 0.15, clean_errors
+
+
+@pytest.mark.parametrize("schedule_name", ["linear", "scaled_linear", "variance_exploding"])
+def test_unipc_has_order_three_where_the_schedule_is_smooth(schedule_name: str) -> None:
+    data, schedule = line(), SCHEDULES[schedule_name]
+    x = data.transport(QUANTILES, (0.0, 1.0), level(schedule, 999))
+    middle = data.transport(x, level(schedule, 999), level(schedule, 399))
+    errors = [float((draw("UniPC", data, schedule, "v", x, n, 399) - middle).abs().max()) for n in (25, 50, 100)]
+    assert order_of(errors) > 2.7
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule_name, prediction", PAIRS)
+def test_every_combination_draws_the_data(sampler: str, schedule_name: str, prediction: Prediction) -> None:
+    """Means, covariances and the weights of the components, in the plane."""
+    data, schedule = plane(), SCHEDULES[schedule_name]
+    x = noised(data, *level(schedule, 999)).sample(1500, generator(2))
+    assert_drawn_from(draw(sampler, data, schedule, prediction, x, 100), data, bias=0.04)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_in_64_dimensions(sampler: str) -> None:
+    data, schedule = space(), SCHEDULES["cosine"]
+    x = noised(data, *level(schedule, 999)).sample(500, generator(3))
+    assert_drawn_from(draw(sampler, data, schedule, "v", x, 100), data, bias=0.04)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0"])
+def test_a_wrong_process_is_noticed(prediction: Prediction) -> None:
+    """The check above can fail: here the network's schedule is one, the sampler's another."""
+    data, schedule = plane(), SCHEDULES["linear"]
+    x = noised(data, *level(schedule, 999)).sample(2000, generator(2))
+    stock = build("DDIM", SCHEDULES["scaled_linear"], prediction)
+    stock.set_timesteps(125)
+    for t in stock.timesteps:
+        answer = data.network(schedule, prediction)(x, torch.full((len(x),), int(t)))
+        x = stock.step(answer, t, x, return_dict=False)[0]
+    with pytest.raises(AssertionError, match="standard errors off"):
+        assert_drawn_from(x, data, bias=0.04)
+
+
+def test_quirks_of_diffusers() -> None:
+    """What docs/theory.md warns of. The day this fails, a warning can go."""
+    clean = x = torch.zeros(2, 3, dtype=torch.float64)
+    ddpm = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=False, prediction_type="sample")
+    ddpm.set_timesteps(timesteps=[199])
+    assert float(ddpm.step(clean, 199, x, generator=generator(1)).prev_sample.std()) > 0.1  # noise on the last sample
+    rescaled = NoiseSchedule.linear().rescale_zero_terminal_snr()
+    euler = build("Euler", rescaled, "v")
+    assert euler.alphas_cumprod[-1] > euler.alphas_cumprod[-2]  # signal grows at the very end
+    heun = diffusers.HeunDiscreteScheduler.from_config(scheduler_config(rescaled, "v"))
+    assert float(heun.alphas_cumprod[-1]) > 1e-5  # not rescaled
+    ddim = build("DDIM", SCHEDULES["linear"], "x0")
+    ddim.set_timesteps(30)
+    arrives = ddim.step(clean + 1, ddim.timesteps[1], x + 1, return_dict=False)[0]
+    alpha, sigma = SCHEDULES["linear"].at(ddim.timesteps[1:2], x)
+    noise = (x + 1 - alpha) / sigma
+    alpha, sigma = SCHEDULES["linear"].at(ddim.timesteps[2:3] + 1, x)  # one above the next of its own timesteps
+    torch.testing.assert_close(arrives, alpha + sigma * noise, rtol=0, atol=1e-6)
