@@ -15,7 +15,7 @@ import ldm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that the arguments (sys.argv's by default) name; exits with 1 and one line if it can't be done."""
+    """Run the command that the arguments (by default sys.argv's) name; exits with 1 and one line if it can't."""
     parsed = build_parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -46,7 +46,12 @@ class LDMPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_components(
-        cls, vae: Any, text: TextEncoder, unet: Any, scheduler_config: dict[str, Any], example_prompts: Sequence[str] = ()
+        cls,
+        vae: Any,
+        text: TextEncoder,
+        unet: Any,
+        scheduler_config: dict[str, Any],
+        example_prompts: Sequence[str] = (),
     ) -> LDMPipeline:
         """Put trained parts together; `scheduler_config` comes from `ldm.diffusion.schedule.scheduler_config`."""
         pipeline = cls(
@@ -136,13 +141,17 @@ class LDMPipeline(StableDiffusionPipeline):
             TypeError: for an argument that there is not; stock pipelines ignore a misspelled one.
         """
         if unknown := sorted(kwargs.keys() - STOCK_ARGUMENTS):
-            raise TypeError(f"{unknown[0]}: there is no such argument; expected some of {', '.join(sorted(STOCK_ARGUMENTS))}")
+            raise TypeError(
+                f"{unknown[0]}: there is no such argument; expected some of {', '.join(sorted(STOCK_ARGUMENTS))}"
+            )
         if (embeds := kwargs.get("prompt_embeds")) is None:
             prompt = check_prompts("prompt", prompt, self.tokenizer)
             if negative_prompt is not None:
                 negatives = check_prompts("negative_prompt", negative_prompt, self.tokenizer)
                 if len(negatives) not in (1, len(prompt)):
-                    raise ValueError(f"negative_prompt: expected 1 or {len(prompt)}, one per prompt, got {len(negatives)}")
+                    raise ValueError(
+                        f"negative_prompt: expected 1 or {len(prompt)}, one per prompt, got {len(negatives)}"
+                    )
                 negative_prompt = negatives * len(prompt) if len(negatives) == 1 else negatives
         check_integer("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_PER_PROMPT)

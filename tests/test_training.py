@@ -168,7 +168,7 @@ def test_accumulation_changes_nothing(home: Path, tmp_path: Path) -> None:
 
 
 def test_resume_goes_on_exactly(home: Path, tmp_path: Path) -> None:
-    """Six steps, against three, a stop, and three more: equal losses to the last digit, equal weights to the last bit."""
+    """Six steps, against three, a stop, and three more: losses equal to the last digit, weights to the last bit."""
     straight = train_ldm(config_of(home, tmp_path / "straight"))
     first = train_ldm(config_of(home, tmp_path / "stopped", loop__steps=3))
     rest = train_ldm(config_of(home, tmp_path / "stopped"))

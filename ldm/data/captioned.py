@@ -251,6 +251,6 @@ class _Packed:
 
 def _nearest_folder(path: str) -> str:
     parent, name = os.path.split(os.path.normpath(path))
-    there = [entry for entry in os.listdir(parent or ".")] if os.path.isdir(parent or ".") else []
+    there = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     nearest = difflib.get_close_matches(name, there, n=1)
     return f"; the nearest is {os.path.join(parent, nearest[0])}" if nearest else ""

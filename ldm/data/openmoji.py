@@ -199,7 +199,7 @@ def find_compositions(drawings: list[Drawing]) -> frozenset[str]:
 
 
 def in_demo(drawing: Drawing) -> bool:
-    """Whether the demo has this drawing: the showcase, a firefighter of every tone, and a sixth of the toneless rest."""
+    """Whether the demo has this drawing: the showcase, firefighters of all tones, and a sixth of the toneless rest."""
     if drawing.caption in SHOWCASE or (drawing.tones and drawing.caption.startswith("woman firefighter")):
         return True
     return not drawing.tones and split_of(f"demo {drawing.caption}", 0.16) == "heldout"  # another hash than the split's

@@ -1,4 +1,4 @@
 """How good the model is.
 
-    heldout.py   the loss on held-out pictures at fixed (t, eps), by quarter of t
+heldout.py   the loss on held-out pictures at fixed (t, eps), by quarter of t
 """

@@ -1,7 +1,7 @@
 """The networks: stock diffusers and transformers classes, built from short configs or loaded.
 
-    vae.py    pixels  => latents => pixels
-    text.py   caption => context
-    unet.py   x_t, t, context => prediction
-    ema.py    a slow average of the U-Net's weights
+vae.py    pixels  => latents => pixels
+text.py   caption => context
+unet.py   x_t, t, context => prediction
+ema.py    a slow average of the U-Net's weights
 """

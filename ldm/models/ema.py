@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -22,7 +23,9 @@ def build_ema(unet: nn.Module, decay: float) -> EMAModel:
     """
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(unet.parameters(), decay=decay, foreach=True)
+    # one call for all weights, which torch has for tensors but not for the sharded ones of FSDP
+    foreach = not any(isinstance(weight, DTensor) for weight in unet.parameters())
+    return EMAModel(unet.parameters(), decay=decay, foreach=foreach)
 
 
 @contextmanager

@@ -71,6 +71,7 @@ def optimizer_tensors(trainee: Trainee) -> dict[str, Tensor]:
 def load_optimizer_tensors(trainee: Trainee, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
     optimizer = plain(trainee.optimizer)
+    optimizer.zero_grad()  # torch makes room for the moments by a step without gradients
     state: Any = get_optimizer_state_dict(trainee.module, optimizer, options=EVERYWHERE)
     for name, tensor in tensors.items():
         weight, key = name.rsplit(":", 1)

@@ -213,7 +213,7 @@ class LoopConfig:
             check(f"loop.{name}", getattr(self, name), at_least=0)
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"loop.batch_size: {self.batch_size} can't be divided into {self.accumulation} batches (loop.accumulation)"
+                f"loop.batch_size: {self.batch_size} can't be divided into loop.accumulation={self.accumulation} parts"
             )
 
 

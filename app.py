@@ -1,0 +1,184 @@
+"""A page to draw on: `python app.py [--model FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ldm import LDMPipeline
+
+DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")
+MOST_PICTURES = 9
+MOST_WAITING = 20
+RANDOM_SEEDS = 2**31
+
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "sans-serif"]  # nothing to download
+THEME = gr.themes.Default(
+    primary_hue="teal", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=["ui-monospace", "monospace"]
+).set(body_background_fill="*neutral_50", button_secondary_background_fill="*neutral_200")
+# small pictures are enlarged without blur, and the gallery is as high as they need
+CSS = """
+.gradio-container > .main {max-width: 1080px !important; padding-top: 40px !important}
+#pictures {min-height: 512px}
+#pictures .grid-wrap {max-height: none !important; height: auto !important; overflow: visible}
+#pictures img {image-rendering: pixelated}
+#status progress {display: block; width: 100%; height: 8px; margin-bottom: 6px; accent-color: var(--primary-500)}
+"""
+
+
+class Stopped(Exception):
+    """Raised inside the pipeline when nobody waits for its picture any more."""
+
+
+def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
+    """The page for one pipeline; launch it with THEME and CSS."""
+    one_at_a_time = threading.Lock()  # a pipeline's scheduler holds the state of one drawing
+    height, width = pipeline.edge("height"), pipeline.edge("width")
+    millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
+
+    def draw(
+        text: str, negative: str, steps: int, scale: float, count: int, number: int | None, surprise: bool
+    ) -> Iterator[dict[Any, Any]]:
+        """Step after step, what changed on the page. Closed by Stop, it stops the pipeline within a step."""
+        first = secrets.randbelow(RANDOM_SEEDS) if surprise or number is None else number
+        news: queue.SimpleQueue[int | list[Any] | Exception] = queue.SimpleQueue()
+        stopped = threading.Event()
+
+        def after_step(_: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            if stopped.is_set():
+                raise Stopped
+            news.put(step + 1)
+            return state
+
+        def work() -> None:
+            try:
+                with one_at_a_time:
+                    drawn = pipeline(
+                        text,
+                        num_inference_steps=steps,
+                        guidance_scale=scale,
+                        negative_prompt=negative or None,
+                        num_images_per_prompt=count,
+                        seed=first,
+                        callback_on_step_end=after_step,
+                    )
+                news.put(drawn.images)
+            except Exception as error:  # whatever it is, the page must hear of it
+                news.put(error)
+
+        started = time.monotonic()
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            while isinstance(done := news.get(), int):
+                yield {status: f"<progress value={done} max={steps}></progress>Step {done} of {steps}"}
+            if isinstance(done, Exception):
+                yield {**idle, status: "&nbsp;"}
+                if isinstance(done, ValueError):  # a bad value, which the message names
+                    raise gr.Error(html.escape(str(done)), print_exception=False)
+                raise done
+            seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
+            told = f"Drawn in {time.monotonic() - started:.1f} s from {seeds}."
+            columns = 1 if count == 1 else 2 if count <= 4 else 3
+            yield {**idle, pictures: gr.update(value=done, columns=columns), seed: first, status: told}
+        finally:
+            stopped.set()
+
+    with gr.Blocks(title="Draw with words", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+        gr.Markdown(
+            f"# Draw with words\nA latent-diffusion model of {millions:.0f} million parameters, trained from scratch. "
+            f"Its pictures are {width} × {height} pixels, shown enlarged."
+        )
+        with gr.Row():
+            with gr.Column(scale=5):
+                prompt = gr.Textbox(label="Prompt", placeholder="What shall it draw?", autofocus=True, max_lines=4)
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary", scale=3)
+                    stop = gr.Button("Stop", interactive=False, scale=1)
+                status = gr.HTML("&nbsp;", elem_id="status")
+                if pipeline.example_prompts:
+                    gr.Examples([[text] for text in pipeline.example_prompts], prompt, label="It knows, for example")
+                with gr.Accordion("Advanced settings", open=False):
+                    steps = gr.Slider(1, 100, 20, step=1, label="Steps", info="more are slower and finer")
+                    scale = gr.Slider(
+                        1, 10, 3, step=0.5, label="Guidance scale", info="how strictly to follow the prompt"
+                    )
+                    negative = gr.Textbox(label="Negative prompt", info="what to steer away from")
+                    count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures")
+                    with gr.Row():
+                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="of the first picture")
+                        surprise = gr.Checkbox(True, label="A new seed each time")
+            with gr.Column(scale=6):
+                pictures = gr.Gallery(
+                    show_label=False, format="png", height="auto", object_fit="contain", interactive=False,
+                    elem_id="pictures", buttons=["download", "fullscreen"],
+                )  # fmt: skip
+
+        # updates rather than components, which would appear on the page
+        busy = {go: gr.update(interactive=False), stop: gr.update(interactive=True), status: "Waiting for its turn…"}
+        idle = {go: gr.update(interactive=True), stop: gr.update(interactive=False)}
+        begun = gr.on(
+            [prompt.submit, go.click], lambda: busy, outputs=[go, stop, status], queue=False, show_progress="hidden"
+        )
+        drawing = begun.then(
+            draw,
+            inputs=[prompt, negative, steps, scale, count, seed, surprise],
+            outputs=[pictures, seed, status, go, stop],
+            concurrency_limit=1,
+            api_name="draw",
+            show_progress="hidden",
+        )
+        stop.click(
+            lambda: {**idle, status: "Stopped."}, outputs=[go, stop, status], cancels=drawing, show_progress="hidden"
+        )
+    return demo.queue(max_size=MOST_WAITING)
+
+
+def default_model(folders: Sequence[str] = DEFAULT_MODELS) -> str:
+    """The first of these pipeline folders that exists.
+
+    Raises:
+        FileNotFoundError: if none does, with the command that makes one.
+    """
+    for folder in folders:
+        if (Path(folder) / "model_index.json").exists():
+            return folder
+    raise FileNotFoundError(
+        f"no model in {' or '.join(folders)}; make one with `make demo`, or name yours with --model RUN/pipeline"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Draw with a trained model, in the browser.")
+    parser.add_argument("--model", help=f"pipeline folder or Hub id (default: {', else '.join(DEFAULT_MODELS)})")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="make a public link through gradio.live")
+    arguments = parser.parse_args()
+    try:
+        pipeline = LDMPipeline.from_pretrained(arguments.model or default_model())
+        pipeline.set_progress_bar_config(disable=True)  # the page has its own
+        build_demo(pipeline.to_best_device()).launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            share=arguments.share,
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The command line, as a person meets it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import road
+from PIL import Image
+
+import ldm
+from ldm.cli import main
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, cwd=road.ROOT)
+
+
+def seconds(statement: str) -> float:
+    start = time.perf_counter()
+    assert run("-c", statement).returncode == 0
+    return time.perf_counter() - start
+
+
+def test_importing_ldm_costs_nothing() -> None:
+    """At most 5 % of importing diffusers, both measured in turns in one run; and no torch behind it."""
+    pairs = [(seconds("import ldm"), seconds("import diffusers")) for _ in range(3)]
+    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+    print(f"import ldm takes {ratio:.1%} of import diffusers")
+    assert ratio <= 0.05
+    heavy = "{'torch', 'diffusers', 'transformers', 'numpy', 'accelerate', 'datasets'}"
+    assert run("-c", f"import ldm, sys; assert not {heavy} & set(sys.modules)").returncode == 0
+
+
+def test_ldm_pipeline_is_found_lazily() -> None:
+    from ldm.pipeline import LDMPipeline
+
+    assert ldm.LDMPipeline is LDMPipeline
+    with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
+        ldm.Pipeline  # noqa: B018
+
+
+@pytest.mark.parametrize("words", [["--help"], ["data", "openmoji", "--help"], ["sample", "--help"]])
+def test_help_needs_no_torch_and_has_an_example(words: list[str]) -> None:
+    told = f"import sys; sys.argv = ['ldm', *{words!r}]\nfrom ldm.cli import main\ntry: main()\nfinally: "
+    done = run("-c", told + "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert len(words) == 1 or "example:\n  ldm " in done.stdout
+
+
+def test_sample_draws_a_grid_that_depends_on_the_seed(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    words = ["sample", str(tiny_pipeline_folder), "red heart", "cat", "blue flag", "--steps", "2"]
+    for name, seed in {"a": "3", "again": "3", "other": "4"}.items():
+        main([*words, "--seed", seed, "--out", str(tmp_path / "new" / f"{name}.png")])
+    grids = {name: (tmp_path / "new" / f"{name}.png").read_bytes() for name in ("a", "again", "other")}
+    assert grids["a"] == grids["again"] != grids["other"]
+    assert Image.open(tmp_path / "new/a.png").width > 3 * 128
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sample", "no/such/folder", "red"], "no/such/folder is not a pipeline folder"),
+        (["sample", "{folder}", "red", "--steps", "0"], "num_inference_steps: expected a whole number from 1"),
+        (["data", "check", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_errors_are_one_line(
+    words: list[str], told: str, tiny_pipeline_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([word.format(folder=tiny_pipeline_folder) for word in words])
+    assert told in str(stopped.value)
+    assert str(stopped.value).startswith("error: ")
+
+
+def test_check_reports_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = road.draw_folder(tmp_path / "data")
+    main(["data", "check", str(folder)])
+    assert "is fine: 24 pictures, 24 different captions" in capsys.readouterr().out
+    os.remove(folder / "images/red_heart.png")
+    (folder / "images/blue_cat.png").write_bytes(b"not a picture")
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "check", str(folder)])
+    assert "red_heart.png" in str(stopped.value) and "blue_cat.png" in str(stopped.value)

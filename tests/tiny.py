@@ -1,0 +1,120 @@
+"""Tiny but real: the stock classes at toy size, with random weights from a fixed seed, made offline in a second.
+
+A tiny pipeline draws noise, but it draws it through every line that a large one does.
+"""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
+from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.unet import UNetConfig, build_unet
+from ldm.models.vae import VAEConfig, build_vae, downsampling
+from ldm.pipeline import LDMPipeline
+
+Kind = Literal["bert", "clip", "t5"]
+KINDS: tuple[Kind, ...] = ("bert", "clip", "t5")
+SIZE = 16  # edge of a picture in pixels
+MAX_LENGTH = 12  # tokens, special ones included
+WORDS = ["red", "blue", "green", "heart", "pizza", "rocket", "cat", "face", "house", "with", "garden", "flag", "japan"]
+
+
+def save_text_encoder(folder: Path, kind: Kind, width: int = 32) -> Path:
+    """Save an encoder and its tokenizer in `folder`, as they come from the Hub."""
+    torch.manual_seed(1)
+    tokenizer, model = {"bert": _bert, "clip": _clip, "t5": _t5}[kind](width)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _bert(width: int) -> tuple[Any, Any]:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *WORDS, *string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase), ":"]
+    config = transformers.BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=64,
+    )
+    tokenizer = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+    return tokenizer, transformers.BertModel(config)
+
+
+def _clip(width: int) -> tuple[Any, Any]:
+    # byte pairs without merges: every letter is a token, but a whole word of WORDS is merged from them
+    letters = [*string.ascii_lowercase, ":"]
+    merges, merged = [], []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            if (pair := f"{parts[0]} {parts[1]}") not in merges:
+                merges.append(pair)
+                merged.append(parts[0] + parts[1])
+            parts = [parts[0] + parts[1], *parts[2:]]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    pieces = list(dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *merged, *special]))
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[tuple(pair.split()) for pair in merges]
+    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(pieces),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, transformers.CLIPTextModel(config)
+
+
+def _t5(width: int) -> tuple[Any, Any]:
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces = [*special, *((f"▁{word}", -3.0) for word in WORDS), *((letter, -6.0) for letter in string.ascii_lowercase)]
+    tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+    config = transformers.T5Config(
+        vocab_size=len(pieces), d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2
+    )
+    return tokenizer, transformers.T5EncoderModel(config)
+
+
+def text_encoder(folder: Path, kind: Kind = "bert", max_length: int = MAX_LENGTH) -> TextEncoder:
+    """A tiny encoder, through the files that `TextEncoder.load` reads."""
+    return TextEncoder.load(TextConfig(encoder=str(save_text_encoder(folder, kind)), max_length=max_length))
+
+
+def pipeline(
+    folder: Path,
+    kind: Kind = "bert",
+    schedule: NoiseSchedule | None = None,
+    prediction: Prediction = "eps",
+    vae_config: VAEConfig | None = None,
+) -> LDMPipeline:
+    """A pipeline that draws pictures of SIZE pixels; `folder` is where its text encoder is made."""
+    text = text_encoder(folder, kind)
+    torch.manual_seed(2)
+    vae = build_vae(vae_config or VAEConfig(channels=(16, 32), layers=1)).eval()
+    size = SIZE // downsampling(vae)
+    shape = (vae.config.latent_channels, size, size)
+    unet = build_unet(
+        UNetConfig(channels=(32, 64), attention=(True, True), layers=1, head_channels=16),
+        latent_shape=shape,
+        context_dim=text.dim,
+    )
+    drawing = LDMPipeline.from_components(
+        vae, text, unet.eval(), scheduler_config(schedule or NoiseSchedule.scaled_linear(), prediction)
+    )
+    drawing.set_progress_bar_config(disable=True)
+    return drawing
