@@ -18,6 +18,7 @@ import gradio as gr
 from ldm import LDMPipeline
 
 DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")
+SMALL = 128  # pixels; smaller pictures are enlarged
 MOST_PICTURES = 9
 MOST_WAITING = 20
 RANDOM_SEEDS = 2**31
@@ -26,13 +27,15 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "sans-ser
 THEME = gr.themes.Default(
     primary_hue="teal", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=["ui-monospace", "monospace"]
 ).set(body_background_fill="*neutral_50", button_secondary_background_fill="*neutral_200")
-# small pictures are enlarged without blur, and the gallery is as high as they need
+# the gallery is as high as its pictures; small ones are enlarged without blur
 CSS = """
 .gradio-container > .main {max-width: 1080px !important; padding-top: 40px !important}
-#pictures {min-height: 512px}
 #pictures .grid-wrap {max-height: none !important; height: auto !important; overflow: visible}
-#pictures img {image-rendering: pixelated}
-#status progress {display: block; width: 100%; height: 8px; margin-bottom: 6px; accent-color: var(--primary-500)}
+#pictures.small img {image-rendering: pixelated}
+#status {min-height: 64px}
+#status div.bar {height: 6px; margin: 6px 0; border-radius: 3px; background: var(--border-color-primary)}
+#status div.bar div {height: 100%; border-radius: 3px; background: var(--primary-500); transition: width .2s}
+@media (min-width: 800px) {#pictures {min-height: 512px}}
 """
 
 
@@ -44,6 +47,7 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
     """The page for one pipeline; launch it with THEME and CSS."""
     one_at_a_time = threading.Lock()  # a pipeline's scheduler holds the state of one drawing
     height, width = pipeline.edge("height"), pipeline.edge("width")
+    small = max(height, width) <= SMALL
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
 
     def draw(
@@ -80,7 +84,8 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
         threading.Thread(target=work, daemon=True).start()
         try:
             while isinstance(done := news.get(), int):
-                yield {status: f"<progress value={done} max={steps}></progress>Step {done} of {steps}"}
+                bar = f"<div class=bar><div style='width: {done / steps:.0%}'></div></div>"
+                yield {status: f"Step {done} of {steps}{bar}"}
             if isinstance(done, Exception):
                 yield {**idle, status: "&nbsp;"}
                 if isinstance(done, ValueError):  # a bad value, which the message names
@@ -89,14 +94,19 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
             seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
             told = f"Drawn in {time.monotonic() - started:.1f} s from {seeds}."
             columns = 1 if count == 1 else 2 if count <= 4 else 3
-            yield {**idle, pictures: gr.update(value=done, columns=columns), seed: first, status: told}
+            yield {
+                **idle,
+                pictures: gr.update(value=done, columns=columns, selected_index=None),
+                seed: first,
+                status: told,
+            }
         finally:
             stopped.set()
 
     with gr.Blocks(title="Draw with words", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(
-            f"# Draw with words\nA latent-diffusion model of {millions:.0f} million parameters, trained from scratch. "
-            f"Its pictures are {width} × {height} pixels, shown enlarged."
+            f"# Draw with words\nA latent-diffusion model of {millions:.0f} million parameters. "
+            f"Its pictures are {width} × {height} pixels{', shown enlarged' if small else ''}."
         )
         with gr.Row():
             with gr.Column(scale=5):
@@ -106,7 +116,8 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
                     stop = gr.Button("Stop", interactive=False, scale=1)
                 status = gr.HTML("&nbsp;", elem_id="status")
                 if pipeline.example_prompts:
-                    gr.Examples([[text] for text in pipeline.example_prompts], prompt, label="It knows, for example")
+                    examples = [[text] for text in pipeline.example_prompts]
+                    gr.Examples(examples, prompt, label="It knows, for example", examples_per_page=24)
                 with gr.Accordion("Advanced settings", open=False):
                     steps = gr.Slider(1, 100, 20, step=1, label="Steps", info="more are slower and finer")
                     scale = gr.Slider(
@@ -120,7 +131,7 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
             with gr.Column(scale=6):
                 pictures = gr.Gallery(
                     show_label=False, format="png", height="auto", object_fit="contain", interactive=False,
-                    elem_id="pictures", buttons=["download", "fullscreen"],
+                    elem_id="pictures", elem_classes=["small"] * small, buttons=["download", "fullscreen"],
                 )  # fmt: skip
 
         # updates rather than components, which would appear on the page

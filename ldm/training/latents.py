@@ -19,6 +19,7 @@ from ldm.training.config import Config
 
 BATCH = 32
 MEASURED = 4096  # pictures; the mean of a channel is then known to well under a hundredth of its std
+CHECKED = 512
 STD_RANGE = (0.9, 1.1)
 
 
@@ -39,46 +40,47 @@ def load_normalized(config: Config, pictures: CaptionedPictures, device: torch.d
     """The config's VAE, speaking latents of unit variance: the one in RUN/vae, or `vae`, measured on these pictures.
 
     Raises:
-        ValueError: if there is neither, with the two ways out.
+        ValueError: if there is neither, with the two ways out, or if its latents are not of unit variance here.
     """
     trained = Path(config.run) / "vae"
-    if config.vae is None:
-        if not (trained / "config.json").exists():
-            raise ValueError(
-                f"vae: there is none in {trained}; train one with: accelerate launch train/train_vae.py and the same "
-                "words as here, or name a pretrained one with vae=<folder or Hub id>"
-            )
-        return load_vae(trained).to(device)
-    vae = load_vae(config.vae).to(device)
-    normalize_on(vae, pictures, config.data.size)
+    if config.vae is not None:
+        vae = load_vae(config.vae).to(device)
+        normalize_on(vae, pictures, config.data.size)
+    elif (trained / "config.json").exists():
+        vae = load_vae(trained).to(device)
+    else:
+        raise ValueError(
+            f"vae: there is none in {trained}; train one with: accelerate launch train/train_vae.py and the same "
+            "words as here, or name a pretrained one with vae=<folder or Hub id>"
+        )
+    check_scale(vae, pictures, config.data.size)
     return vae
+
+
+def measure_on(vae: Any, pictures: CaptionedPictures, size: int, most: int) -> tuple[Tensor, Tensor]:
+    """Mean and std of each latent channel [C], over at most so many of these pictures."""
+
+    def posteriors() -> Iterator[Posterior]:
+        for pixels in pixel_batches(evenly(pictures, most), size, vae.device, "measuring latents"):
+            yield encode(vae, pixels)
+
+    return measure(posteriors())
 
 
 def normalize_on(vae: Any, pictures: CaptionedPictures, size: int) -> None:
     """Measure the latents of these pictures and fold their mean and std into the VAE, in place."""
-
-    def posteriors() -> Iterator[Posterior]:
-        for pixels in pixel_batches(evenly(pictures, MEASURED), size, vae.device, "measuring latents"):
-            yield encode(vae, pixels)
-
-    mean, std = measure(posteriors())
-    normalize(vae, mean.to(vae.device), std.to(vae.device))
+    normalize(vae, *measure_on(vae, pictures, size, MEASURED))
 
 
-def check_latents(mean: Tensor, std: Tensor) -> float:
-    """The overall std of latents with these posteriors [N,...,C,h,w].
-
-    Raises:
-        ValueError: if it is outside 1 +- 0.1, where the noise schedule would not fit the data.
-    """
-    _, channel_std = measure([Posterior(mean.flatten(0, -4), std.flatten(0, -4))])
-    overall = float(channel_std.square().mean().sqrt())
+def check_scale(vae: Any, pictures: CaptionedPictures, size: int) -> None:
+    """Refuse a VAE whose latents have a std outside 1 +- 0.1 on these pictures: the noise schedule would not fit them."""
+    _, std = measure_on(vae, pictures, size, CHECKED)
+    overall = float(std.square().mean().sqrt())
     if not STD_RANGE[0] <= overall <= STD_RANGE[1]:
         raise ValueError(
             f"vae: its latents have a std of {overall:.3f} on these pictures, expected 1 +- 0.1; it was normalized on "
             "other pictures. Name it as vae=<folder> to have it measured again, or train one with train/train_vae.py"
         )
-    return overall
 
 
 @torch.no_grad()
