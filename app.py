@@ -9,7 +9,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,68 +41,109 @@ CSS = """
 
 
 class Stopped(Exception):
-    """Raised inside the pipeline when nobody waits for its picture any more."""
+    """Raised inside the pipeline when nobody waits for its pictures any more."""
+
+
+def drawing(
+    pipeline: LDMPipeline, turn: threading.Lock, stopped: threading.Event, **arguments: Any
+) -> Generator[int | list[Any], None, None]:
+    """Draw in a thread of its own: the number of each step when it is done, and at last the pictures.
+
+    Args:
+        turn: whoever holds it draws; a scheduler keeps the state of one drawing.
+        stopped: set it, or close the generator, to stop the pipeline within a step.
+    Raises:
+        Stopped: if it was.
+        Exception: what the pipeline raises.
+    """
+    news: queue.SimpleQueue[int | list[Any] | Exception] = queue.SimpleQueue()
+
+    def after_step(_: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if stopped.is_set():
+            raise Stopped
+        news.put(step + 1)
+        return state
+
+    def work() -> None:
+        try:
+            with turn:
+                if stopped.is_set():
+                    raise Stopped
+                drawn: Any = pipeline(**arguments, callback_on_step_end=after_step)
+            news.put(drawn.images)
+        except Exception as error:  # whatever it is, the one who waits must hear of it
+            news.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while isinstance(latest := news.get(), int):
+            yield latest
+        if isinstance(latest, Exception):
+            raise latest
+        yield latest
+    finally:
+        stopped.set()
 
 
 def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
     """The page for one pipeline; launch it with THEME and CSS."""
-    one_at_a_time = threading.Lock()  # a pipeline's scheduler holds the state of one drawing
+    turn = threading.Lock()
+    stops: dict[str | None, threading.Event] = {}  # session => what stops its drawing
     height, width = pipeline.edge("height"), pipeline.edge("width")
     small = max(height, width) <= SMALL
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
 
+    def begin(request: gr.Request) -> dict[Any, Any]:
+        stops.setdefault(request.session_hash, threading.Event())
+        return {go: gr.update(interactive=False), stop: gr.update(interactive=True), status: "Waiting for its turn…"}
+
+    def halt(request: gr.Request) -> None:
+        # not gradio's `cancels`: what was on its way to the page then still arrives after "Stopped."
+        stops.get(request.session_hash, threading.Event()).set()
+
     def draw(
-        text: str, negative: str, steps: int, scale: float, count: int, number: int | None, surprise: bool
+        text: str,
+        unwanted: str,
+        steps: int,
+        scale: float,
+        count: int,
+        number: int | None,
+        surprise: bool,
+        request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
-        """Step after step, what changed on the page. Closed by Stop, it stops the pipeline within a step."""
+        """Step after step, what changes on the page."""
+        stopped = stops.setdefault(request.session_hash, threading.Event())
         first = secrets.randbelow(RANDOM_SEEDS) if surprise or number is None else number
-        news: queue.SimpleQueue[int | list[Any] | Exception] = queue.SimpleQueue()
-        stopped = threading.Event()
-
-        def after_step(_: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
-            if stopped.is_set():
-                raise Stopped
-            news.put(step + 1)
-            return state
-
-        def work() -> None:
-            try:
-                with one_at_a_time:
-                    drawn = pipeline(
-                        text,
-                        num_inference_steps=steps,
-                        guidance_scale=scale,
-                        negative_prompt=negative or None,
-                        num_images_per_prompt=count,
-                        seed=first,
-                        callback_on_step_end=after_step,
-                    )
-                news.put(drawn.images)
-            except Exception as error:  # whatever it is, the page must hear of it
-                news.put(error)
-
         started = time.monotonic()
-        threading.Thread(target=work, daemon=True).start()
+        arguments = {
+            "prompt": text,
+            "negative_prompt": unwanted or None,
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+            "num_images_per_prompt": count,
+            "seed": first,
+        }
         try:
-            while isinstance(done := news.get(), int):
-                bar = f"<div class=bar><div style='width: {done / steps:.0%}'></div></div>"
-                yield {status: f"Step {done} of {steps}{bar}"}
-            if isinstance(done, Exception):
-                yield {**idle, status: "&nbsp;"}
-                if isinstance(done, ValueError):  # a bad value, which the message names
-                    raise gr.Error(html.escape(str(done)), print_exception=False)
-                raise done
-            seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
-            told = f"Drawn in {time.monotonic() - started:.1f} s from {seeds}."
-            columns = 1 if count == 1 else 2 if count <= 4 else 3
-            yield {
-                **idle,
-                pictures: gr.update(value=done, columns=columns, selected_index=None),
-                seed: first,
-                status: told,
-            }
+            with closing(drawing(pipeline, turn, stopped, **arguments)) as progress:
+                for done in progress:
+                    if isinstance(done, int):
+                        bar = f"<div class=bar><div style='width: {done / steps:.0%}'></div></div>"
+                        yield {status: f"Step {done} of {steps}{bar}"}
+                    else:
+                        seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
+                        told = f"Drawn in {time.monotonic() - started:.1f} s from {seeds}."
+                        columns = 1 if count == 1 else 2 if count <= 4 else 3
+                        shown = gr.update(value=done, columns=columns, selected_index=None)
+                        yield {**idle, pictures: shown, seed: first, status: told}
+        except Stopped:
+            yield {**idle, status: "Stopped."}
+        except Exception as error:
+            yield {**idle, status: "&nbsp;"}
+            if isinstance(error, ValueError):  # a bad value, which the message names
+                raise gr.Error(html.escape(str(error)), print_exception=False) from None
+            raise
         finally:
-            stopped.set()
+            stops.pop(request.session_hash, None)
 
     with gr.Blocks(title="Draw with words", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(
@@ -119,12 +161,12 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
                     examples = [[text] for text in pipeline.example_prompts]
                     gr.Examples(examples, prompt, label="It knows, for example", examples_per_page=24)
                 with gr.Accordion("Advanced settings", open=False):
-                    steps = gr.Slider(1, 100, 20, step=1, label="Steps", info="more are slower and finer")
-                    scale = gr.Slider(
-                        1, 10, 3, step=0.5, label="Guidance scale", info="how strictly to follow the prompt"
-                    )
-                    negative = gr.Textbox(label="Negative prompt", info="what to steer away from")
-                    count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures")
+                    settings = [
+                        gr.Textbox(label="Negative prompt", info="what to steer away from"),
+                        gr.Slider(1, 100, 20, step=1, label="Steps", info="more are slower and finer"),
+                        gr.Slider(1, 10, 3, step=0.5, label="Guidance scale", info="how strictly to follow the prompt"),
+                        gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures"),
+                    ]
                     with gr.Row():
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="of the first picture")
                         surprise = gr.Checkbox(True, label="A new seed each time")
@@ -135,22 +177,17 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
                 )  # fmt: skip
 
         # updates rather than components, which would appear on the page
-        busy = {go: gr.update(interactive=False), stop: gr.update(interactive=True), status: "Waiting for its turn…"}
         idle = {go: gr.update(interactive=True), stop: gr.update(interactive=False)}
-        begun = gr.on(
-            [prompt.submit, go.click], lambda: busy, outputs=[go, stop, status], queue=False, show_progress="hidden"
-        )
-        drawing = begun.then(
+        begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
+        begun.then(
             draw,
-            inputs=[prompt, negative, steps, scale, count, seed, surprise],
+            inputs=[prompt, *settings, seed, surprise],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="draw",
             show_progress="hidden",
         )
-        stop.click(
-            lambda: {**idle, status: "Stopped."}, outputs=[go, stop, status], cancels=drawing, show_progress="hidden"
-        )
+        stop.click(halt, queue=False)
     return demo.queue(max_size=MOST_WAITING)
 
 

@@ -118,14 +118,10 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
-    import torch
-
     from ldm.grid import captioned_grid
     from ldm.pipeline import LDMPipeline
 
-    pipeline = LDMPipeline.from_pretrained(arguments.model)
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
+    pipeline = LDMPipeline.from_pretrained(arguments.model).to_best_device()
     drawn = pipeline(
         arguments.prompts,
         num_inference_steps=arguments.steps,

@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 
 from ldm.models.text import TextEncoder
 
-STOCK_CLASS = "StableDiffusionPipeline"
 STOCK_ARGUMENTS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "kwargs"}
 PROMPTS_FILE = "prompts.txt"  # beside model_index.json; stock diffusers doesn't look at it
 MAX_EDGE = 4096
@@ -102,7 +101,7 @@ class LDMPipeline(StableDiffusionPipeline):
             raise ValueError("safe_serialization: expected True; pickles can run any code")
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         index = Path(save_directory) / "model_index.json"
-        content = {**json.loads(index.read_text("utf-8")), "_class_name": STOCK_CLASS}
+        content = {**json.loads(index.read_text("utf-8")), "_class_name": "StableDiffusionPipeline"}
         index.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         if self.example_prompts:
             (index.parent / PROMPTS_FILE).write_text("\n".join(self.example_prompts) + "\n", "utf-8")
@@ -153,8 +152,9 @@ class LDMPipeline(StableDiffusionPipeline):
                         f"negative_prompt: expected 1 or {len(prompt)}, one per prompt, got {len(negatives)}"
                     )
                 negative_prompt = negatives * len(prompt) if len(negatives) == 1 else negatives
-        check_integer("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps)
-        check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_PER_PROMPT)
+        most = self.scheduler.config.num_train_timesteps
+        check_number("num_inference_steps", num_inference_steps, 1, most, Integral)
+        check_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_PER_PROMPT, Integral)
         check_number("guidance_scale", guidance_scale, 0, 100)
         for name in {"eta", "guidance_rescale"} & kwargs.keys():
             check_number(name, kwargs[name], 0, 1)
@@ -206,14 +206,11 @@ def check_prompts(name: str, prompts: Any, tokenizer: Any) -> list[str]:
     return list(texts)
 
 
-def check_integer(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
-        raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {value!r}")
-
-
-def check_number(name: str, value: Any, least: float, most: float) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name}: expected a number from {least} to {most}, got {value!r}")
+def check_number(name: str, value: Any, least: float, most: float, kind: Any = Real) -> None:
+    """Raise a ValueError unless `value` is a number, or an Integral one, of the range; NaN is of none."""
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
+        what = "a whole number" if kind is Integral else "a number"
+        raise ValueError(f"{name}: expected {what} from {least} to {most}, got {value!r}")
 
 
 def one_generator_each(generator: Any, seed: Any, pictures: int) -> list[torch.Generator] | None:
@@ -223,7 +220,7 @@ def one_generator_each(generator: Any, seed: Any, pictures: int) -> list[torch.G
             raise ValueError("seed: give a seed or a generator, not both")
         seeds = seed if isinstance(seed, Sequence) else [seed]
         for value in seeds:
-            check_integer("seed", value, 0, 2**63 - 1)
+            check_number("seed", value, 0, 2**63 - 1, Integral)
         if seeds is not seed:
             seeds = [int(seed) + i for i in range(pictures)]
         if len(seeds) != pictures:

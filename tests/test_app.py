@@ -104,6 +104,7 @@ def page(browser_page: Page, address: str) -> Page:
     browser_page.goto(address)
     expect(browser_page.get_by_label("Negative prompt")).not_to_be_visible()
     browser_page.get_by_text("Advanced settings").click()
+    browser_page.wait_for_load_state("networkidle")  # inputs that are still being set up forget what is typed
     return browser_page
 
 
@@ -228,7 +229,12 @@ Draw = Callable[..., Iterator[dict[Any, Any]]]
 def drawing(pipe: LDMPipeline) -> Draw:
     """The generator that the page runs, with its inputs by position."""
     functions = [one.fn for one in app.build_demo(pipe).fns.values() if one.api_name == "draw"]
-    return lambda prompt="cat", steps=3, seed=1, count=1: functions[0](prompt, "", steps, 3.0, count, seed, False)
+
+    def draw(prompt: str = "cat", steps: int = 3, seed: int = 1, count: int = 1) -> Iterator[dict[Any, Any]]:
+        request = gr.Request(session_hash=f"visitor {seed}")
+        return functions[0](prompt, "", steps, 3.0, count, seed, False, request)
+
+    return draw
 
 
 def last_pictures(generator: Iterator[dict[Any, Any]]) -> list[Any]:

@@ -36,9 +36,9 @@ def test_command(words: list[str]) -> None:
         assert (road.ROOT / words[2]).exists()
         parse_config([str(road.ROOT / word) if word.startswith("configs/") else word for word in words[3:]])
     elif words[:2] == ["python", "app.py"]:
-        help_text = subprocess.run([sys.executable, *words[1:2], "--help"], cwd=road.ROOT, capture_output=True, text=True)
-        assert help_text.returncode == 0
-        assert words[2] in help_text.stdout
+        helped = subprocess.run([sys.executable, "app.py", "--help"], cwd=road.ROOT, capture_output=True, text=True)
+        assert helped.returncode == 0
+        assert words[2] in helped.stdout
     else:
         assert words[:3] == ["pip", "install", "-e"]
         extras = re.findall(r"\[(.*)\]", words[3])[0].split(",")

@@ -70,9 +70,8 @@ def main(config: Config) -> list[float]:
     def build_pipeline(weights: dict[str, torch.Tensor]) -> LDMPipeline:
         averaged = new_unet().eval()
         averaged.load_state_dict(weights)
-        return LDMPipeline.from_components(
-            vae, text, averaged.to(device), scheduler_config(schedule, diffusion.prediction)
-        )
+        how_to_draw = scheduler_config(schedule, diffusion.prediction)
+        return LDMPipeline.from_components(vae, text, averaged.to(device), how_to_draw, config.loop.prompts)
 
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     training = Training.prepare(config, accelerator, schedule, unet)

@@ -73,7 +73,11 @@ def normalize_on(vae: Any, pictures: CaptionedPictures, size: int) -> None:
 
 
 def check_scale(vae: Any, pictures: CaptionedPictures, size: int) -> None:
-    """Refuse a VAE whose latents have a std outside 1 +- 0.1 on these pictures: the noise schedule would not fit them."""
+    """Refuse a VAE whose latents have a std outside 1 +- 0.1 on these pictures: the noise schedule would not fit.
+
+    Raises:
+        ValueError: with the std that was found and what to do.
+    """
     _, std = measure_on(vae, pictures, size, CHECKED)
     overall = float(std.square().mean().sqrt())
     if not STD_RANGE[0] <= overall <= STD_RANGE[1]:
