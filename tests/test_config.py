@@ -84,6 +84,7 @@ def test_unknown_keys_in_a_file_name_the_nearest_key(
         ("optim.lr=-1", "optim.lr"),
         ("optim.lr=nan", "optim.lr"),
         ("optim.ema_decay=1", "optim.ema_decay"),
+        ("data.size=12", "data.size"),
         ("data.crop=left", "data.crop"),
         ("data.crop=random", "data.cache=off"),
         ("data.holdout=1", "data.holdout"),

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import road
 from PIL import Image
 
-import road
 from ldm.cli import build_parser
 from ldm.training.config import parse_config
 

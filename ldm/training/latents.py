@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import tqdm  # silent on all ranks but the first
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures

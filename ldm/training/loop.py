@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import tqdm
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule
@@ -145,9 +145,7 @@ def fit(
     stream = batches(samples, numbers, accelerator.device, encoders)
     losses: list[Tensor] = []
     history: list[float] = []
-    bar = tqdm(
-        range(first, loop.steps), initial=first, total=loop.steps, unit="step", disable=not accelerator.is_main_process
-    )
+    bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, unit="step", desc="U-Net")
     for step in bar:
         losses.append(training.step(step, [next(stream) for _ in range(loop.accumulation)]))
         done = step + 1
@@ -167,8 +165,9 @@ def fit(
         if questions is not None and due(done, loop.evaluate_every, loop.steps):
             heldout = training.heldout(questions)
             tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})
-            told = ", ".join(f"{name} {value:.4f}" for name, value in heldout.items())
-            bar.write(f"step {done}: held-out loss {told}")
+            if accelerator.is_main_process:
+                told = ", ".join(f"{name} {value:.4f}" for name, value in heldout.items())
+                bar.write(f"step {done}: held-out loss {told}")
         if due(done, loop.checkpoint_every, loop.steps):
             save_checkpoint(folder, done, to_dict(config), trainees, accelerator, loop.keep)
         if due(done, loop.sample_every, loop.steps):

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -82,7 +83,8 @@ def build_cache(pictures: CaptionedPictures, vae: Any, text: TextEncoder, data: 
         posterior = encode(vae, pixels.to(vae.device))
         return posterior.mean, posterior.std
 
-    return LatentCache.build(pictures, encode_pixels, text.encode, size=data.size, flip=data.flip)
+    progress = PartialState().is_main_process
+    return LatentCache.build(pictures, encode_pixels, text.encode, size=data.size, flip=data.flip, progress=progress)
 
 
 def build_samples(

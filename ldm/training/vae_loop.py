@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
@@ -165,7 +165,6 @@ def fit_vae(training: VAETraining, samples: PixelSamples, tracker: Tracker) -> l
         total=recipe.steps,
         unit="step",
         desc="VAE",
-        disable=not accelerator.is_main_process,
     )
     for step, batch in bar:
         losses.append(
