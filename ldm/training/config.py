@@ -63,7 +63,7 @@ class DataConfig:
         check("data.size", self.size, at_least=8)
         if self.size % 8:
             raise ValueError(
-                f"data.size: expected a multiple of 8, which is what stock pipelines draw, got {self.size}"
+                f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}"
             )
         check("data.holdout", self.holdout, at_least=0, below=1)
         check("data.workers", self.workers, at_least=0)
