@@ -62,9 +62,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check("data.size", self.size, at_least=8)
         if self.size % 8:
-            raise ValueError(
-                f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}"
-            )
+            raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}")
         check("data.holdout", self.holdout, at_least=0, below=1)
         check("data.workers", self.workers, at_least=0)
         if self.crop == "random" and self.cache == "memory":
