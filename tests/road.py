@@ -14,7 +14,8 @@ import tiny
 import yaml
 from PIL import Image, ImageDraw
 
-from ldm.training.config import Config, parse_config, to_dict
+from ldm.training.command_line import parse_config
+from ldm.training.config import Config, to_dict
 
 ROOT = Path(__file__).parent.parent
 COLORS = {"red": "#d22", "green": "#2a2", "blue": "#24d", "yellow": "#dd2"}

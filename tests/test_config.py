@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.training.config import Config, keys, parse_config, to_dict
+from ldm.training.command_line import keys, parse_config
+from ldm.training.config import Config, to_dict
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -13,7 +13,7 @@ import road
 from PIL import Image
 
 from ldm.cli import build_parser
-from ldm.training.config import parse_config
+from ldm.training.command_line import parse_config
 
 README = (road.ROOT / "README.md").read_text("utf-8")
 COMMANDS = [

@@ -198,13 +198,25 @@ def test_exported_pipeline_holds_the_average_and_draws_the_grid(home: Path, tmp_
 
 
 def test_long_captions_are_counted_and_told(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = config_of(home, tmp_path, loop__steps=1, loop__sample_every=0, text__max_length=3)
+    config = config_of(home, tmp_path, loop__steps=1, loop__sample_every=0, text__max_length=3, loop__prompts=["cat"])
     train_ldm(config)
     said = capsys.readouterr().out
     assert "24 are longer than text.max_length=3 and are cut" in said
     longest = max(TextEncoder.load(config.text).lengths([row.captions[0] for row in read_captioned(home / "data")]))
     assert longest > 3
     assert f"set text.max_length={longest}" in said
+
+
+def test_prompts_too_long_to_draw_are_refused_before_training(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"loop\.prompts: expected at most 12 tokens"):
+        train_ldm(config_of(home, tmp_path, loop__prompts=["red " * 30]))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_without_grids_still_leaves_a_pipeline(home: Path, tmp_path: Path) -> None:
+    train_ldm(config_of(home, tmp_path, loop__steps=2, loop__sample_every=0, loop__checkpoint_every=0))
+    assert (tmp_path / "pipeline/model_index.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["pipeline", "tensorboard"]
 
 
 def test_foreign_captions_are_refused(home: Path, tmp_path: Path) -> None:

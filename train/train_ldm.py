@@ -13,7 +13,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ldm.training.config import Config, start
+from ldm.training.command_line import start
+from ldm.training.config import Config
 
 
 def main(config: Config) -> list[float]:
@@ -25,7 +26,7 @@ def main(config: Config) -> list[float]:
     from ldm.models.text import TextEncoder
     from ldm.models.unet import build_unet, choose_attention
     from ldm.models.vae import downsampling
-    from ldm.pipeline import LDMPipeline
+    from ldm.pipeline import LDMPipeline, check_prompts
     from ldm.training.captions import report_captions
     from ldm.training.device import build_accelerator
     from ldm.training.latents import load_normalized, report_reconstruction
@@ -47,6 +48,7 @@ def main(config: Config) -> list[float]:
     text = TextEncoder.load(config.text)
     text.model.to(device)
     say(report_captions(text, pictures))
+    check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not after the first hours
 
     # the process, and the denoiser that reverses it
     schedule = NoiseSchedule.from_name(

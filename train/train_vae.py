@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.training.config import Config, start
+from ldm.training.command_line import start
+from ldm.training.config import Config
 
 
 def main(config: Config) -> list[float]:

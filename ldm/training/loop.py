@@ -21,12 +21,19 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.heldout import HeldOut, heldout_loss
 from ldm.grid import captioned_grid
 from ldm.models.ema import averaged, build_ema
-from ldm.training.checkpoint import Trainee, averaged_weights, resume, save_checkpoint
+from ldm.training.checkpoint import (
+    Trainee,
+    averaged_weights,
+    put_in_place,
+    resume,
+    save_checkpoint,
+    temporary_beside,
+)
 from ldm.training.config import Config, OptimConfig, to_dict
 from ldm.training.samples import Batch, Samples, batches, numbers_of
 from ldm.training.tracking import Tracker
 
-#: U-Net weights on the CPU => the pipeline they make; `None` on ranks that don't draw.
+#: U-Net weights on the CPU => the pipeline they make.
 BuildPipeline = Callable[[dict[str, Tensor]], Any]
 
 DRAWN_AT_ONCE = 16
@@ -149,31 +156,44 @@ def fit(
     for step in bar:
         losses.append(training.step(step, [next(stream) for _ in range(loop.accumulation)]))
         done = step + 1
-        if done % loop.log_every == 0 or done == loop.steps:
-            # one synchronization per logged line, none per step
-            mean = accelerator.reduce(torch.stack(losses), "mean").tolist()
-            history += mean
+        if due(done, loop.log_every, loop.steps):
+            history += log_losses(training, losses, done, bar, tracker)
             losses = []
-            rate = bar.format_dict["rate"] or 0.0
-            scalars = {
-                "loss": sum(mean) / len(mean),
-                "lr": learning_rate(config.optim, step, loop.steps),
-                "images_per_second": rate * loop.batch_size,
-            }
-            tracker.scalars(done, scalars)
-            bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.1f} images/s")
         if questions is not None and due(done, loop.evaluate_every, loop.steps):
-            heldout = training.heldout(questions)
-            tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})
-            if accelerator.is_main_process:
-                told = ", ".join(f"{name} {value:.4f}" for name, value in heldout.items())
-                bar.write(f"step {done}: held-out loss {told}")
-        if due(done, loop.checkpoint_every, loop.steps):
+            log_heldout(training, questions, done, bar, tracker)
+        saving, drawing = due(done, loop.checkpoint_every, loop.steps), due(done, loop.sample_every, loop.steps)
+        if saving:
             save_checkpoint(folder, done, to_dict(config), trainees, accelerator, loop.keep)
-        if due(done, loop.sample_every, loop.steps):
-            export(training, build_pipeline, tracker, done)
+        if saving or drawing or done == loop.steps:
+            pipeline = export(training, build_pipeline)
+            if pipeline is not None and drawing and loop.prompts:
+                tracker.picture("samples", done, draw_prompts(pipeline, config))
+            accelerator.wait_for_everyone()
     tracker.close()
     return history
+
+
+def log_losses(training: Training, losses: list[Tensor], done: int, bar: Any, tracker: Tracker) -> list[float]:
+    """Average the last steps' losses over all processes and tell them: one synchronization a line, none a step."""
+    loop = training.config.loop
+    mean: list[float] = training.accelerator.reduce(torch.stack(losses), "mean").tolist()
+    scalars = {
+        "loss": sum(mean) / len(mean),
+        "lr": learning_rate(training.config.optim, done - 1, loop.steps),
+        "images_per_second": (bar.format_dict["rate"] or 0.0) * loop.batch_size,
+    }
+    tracker.scalars(done, scalars)
+    bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.1f} images/s")
+    return mean
+
+
+def log_heldout(training: Training, questions: HeldOut, done: int, bar: Any, tracker: Tracker) -> None:
+    """Tell the loss on the held-out pictures, in total and by quarter of t."""
+    heldout = training.heldout(questions)
+    tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})
+    if training.accelerator.is_main_process:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in heldout.items())
+        bar.write(f"step {done}: held-out loss {told}")
 
 
 def due(done: int, every: int, steps: int) -> bool:
@@ -181,15 +201,17 @@ def due(done: int, every: int, steps: int) -> bool:
     return every > 0 and (done % every == 0 or done == steps)
 
 
-def export(training: Training, build_pipeline: BuildPipeline, tracker: Tracker, step: int) -> None:
-    """Save RUN/pipeline with the averaged weights, and a grid of the prompts that it draws."""
-    weights = averaged_weights(training.unet, training.ema)  # every rank takes part in gathering
-    if training.accelerator.is_main_process:
-        pipeline = build_pipeline(weights)
-        pipeline.save_pretrained(Path(training.config.run) / "pipeline")
-        if training.config.loop.prompts:
-            tracker.picture("samples", step, draw_prompts(pipeline, training.config))
-    training.accelerator.wait_for_everyone()
+def export(training: Training, build_pipeline: BuildPipeline) -> Any:
+    """Save RUN/pipeline with the averaged weights; returns it on rank 0, None elsewhere. Every rank must call it."""
+    weights = averaged_weights(training.unet, training.ema)
+    if not training.accelerator.is_main_process:
+        return None
+    pipeline = build_pipeline(weights)
+    final = Path(training.config.run) / "pipeline"
+    temporary = temporary_beside(final)
+    pipeline.save_pretrained(temporary)
+    put_in_place(temporary, final)
+    return pipeline
 
 
 def draw_prompts(pipeline: Any, config: Config) -> Image.Image:

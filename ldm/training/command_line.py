@@ -1,0 +1,87 @@
+"""What people type => a Config.
+
+    accelerate launch train/train_ldm.py --config configs/demo.yaml optim.lr=3e-4 loop.steps=2000
+
+A later word overrides an earlier one; `--print_config` shows what it all comes to. A key that doesn't
+exist is an error that names the nearest one that does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, get_type_hints
+
+from ldm.training.config import Config
+
+
+def keys(cls: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the config: run, seed, ..., optim.lr, ..."""
+    hints = get_type_hints(cls)
+    found = []
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        found += keys(kind, f"{prefix}{item.name}.") if dataclasses.is_dataclass(kind) else [prefix + item.name]
+    return found
+
+
+def parse_config(args: Sequence[str] | None = None, description: str | None = None) -> Config:
+    """The command line => a Config; exits with status 2 and one clear line if it is wrong.
+
+    Args:
+        args: words such as ["--config", "configs/demo.yaml", "optim.lr=3e-4"]; sys.argv's by default.
+        description: the program's help text.
+    """
+    from jsonargparse import ArgumentParser, Namespace
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            self.exit(2, f"{self.prog}: error: {nearest_key(str(message))}\n")
+
+    parser = Parser(description=description, default_meta=False)
+    parser.add_argument("--config", action="config", help="a YAML file; words after it override it")
+    parser.add_class_arguments(Config)
+    words = sys.argv[1:] if args is None else list(args)
+    # dotted overrides may leave out the dashes: optim.lr=3e-4
+    words = [f"--{word}" if re.match(r"[a-z_]+(\.[a-z_]+)*=", word) else word for word in words]
+    parsed: Namespace = parser.parse_args(words)
+    try:
+        values = parser.instantiate_classes(parsed)
+        return Config(**{item.name: values[item.name] for item in dataclasses.fields(Config)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def nearest_key(message: str) -> str:
+    """The parser's complaint about an unknown key, with the nearest key that exists."""
+    in_file = re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", message)
+    on_line = re.search(r"unrecognized arguments: -*([\w.]+)", message)
+    top = re.search(r"[Oo]ption '([\w.]+)' is not", message)
+    if in_file:
+        unknown = f"{in_file[1]}.{in_file[2]}"
+    elif on_line:
+        unknown = on_line[1]
+    elif top:
+        unknown = top[1]
+    else:
+        return message
+    known = keys() + [item.name for item in dataclasses.fields(Config)]
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    return f"unknown key {unknown}" + (f"; did you mean {near[0]}?" if near else "; --help lists the keys")
+
+
+def start(main: Callable[[Config], object], description: str | None) -> None:
+    """Parse the command line and run `main`; bad data end the program with their list, not with a traceback."""
+    # their warnings concern their own authors: no torchvision, a BERT where CLIP was expected
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from ldm.data.captioned import BadDataError
+
+    try:
+        main(parse_config(description=description))
+    except BadDataError as error:
+        sys.exit(f"error: {error}")
