@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ from ldm.training.checkpoint import (
     save_checkpoint,
     temporary_beside,
 )
-from ldm.training.config import Config, OptimConfig, to_dict
+from ldm.training.config import Config, to_dict
+from ldm.training.learning_rate import learning_rate
 from ldm.training.samples import Batch, Samples, batches, numbers_of
 from ldm.training.tracking import Tracker
 
@@ -37,14 +37,6 @@ from ldm.training.tracking import Tracker
 BuildPipeline = Callable[[dict[str, Tensor]], Any]
 
 DRAWN_AT_ONCE = 16
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of a step: linear warm-up, then constant or a cosine to zero."""
-    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    if config.decay == "constant":
-        return config.lr * warm
-    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @dataclass
@@ -77,6 +69,11 @@ class Training:
         unet, optimizer = accelerator.prepare(unet.train(), optimizer)
         return cls(config, accelerator, schedule, unet, optimizer, build_ema(unet, optim.ema_decay))
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        optim = self.config.optim
+        return learning_rate(optim.lr, step, self.config.loop.steps, optim.warmup, optim.decay)
+
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The U-Net's answer; t may lie on the CPU."""
         with self.accelerator.autocast():
@@ -98,9 +95,8 @@ class Training:
 
     def step(self, step: int, parts: list[Batch]) -> Tensor:
         """One optimizer step on the accumulated parts of this process's share; returns its mean loss, detached."""
-        lr = learning_rate(self.config.optim, step, self.config.loop.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(parts):
             last = i == len(parts) - 1
@@ -179,7 +175,7 @@ def log_losses(training: Training, losses: list[Tensor], done: int, bar: Any, tr
     mean: list[float] = training.accelerator.reduce(torch.stack(losses), "mean").tolist()
     scalars = {
         "loss": sum(mean) / len(mean),
-        "lr": learning_rate(training.config.optim, done - 1, loop.steps),
+        "lr": training.learning_rate(done - 1),
         "images_per_second": (bar.format_dict["rate"] or 0.0) * loop.batch_size,
     }
     tracker.scalars(done, scalars)

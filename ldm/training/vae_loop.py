@@ -9,7 +9,6 @@ set afterwards (models/vae.py).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ldm.models.discriminator import PatchDiscriminator, fooling_loss, judge_los
 from ldm.training.checkpoint import Trainee, resume, save_checkpoint
 from ldm.training.config import Config, DataConfig, VAETrainingConfig, to_dict
 from ldm.training.draws import epoch_order, generator
+from ldm.training.learning_rate import learning_rate
 from ldm.training.samples import numbers_of
 from ldm.training.tracking import Tracker
 
@@ -133,20 +133,19 @@ class VAETraining:
             self.update(judge, verdict, step)
         return loss.detach()
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        recipe = self.config.vae_training
+        return learning_rate(recipe.lr, step, recipe.steps, recipe.warmup, "cosine")
+
     def update(self, trainee: Trainee, loss: Tensor, step: int) -> None:
         """Back-propagate and step at this step's learning rate."""
         for group in trainee.optimizer.param_groups:
-            group["lr"] = vae_learning_rate(self.config.vae_training, step)
+            group["lr"] = self.learning_rate(step)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(trainee.module.parameters(), 1.0)
         trainee.optimizer.step()
         trainee.optimizer.zero_grad()
-
-
-def vae_learning_rate(recipe: VAETrainingConfig, step: int) -> float:
-    """Linear warm-up and a cosine to zero."""
-    warm = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
-    return recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
 def fit_vae(training: VAETraining, samples: PixelSamples, tracker: Tracker) -> list[float]:
@@ -175,7 +174,7 @@ def fit_vae(training: VAETraining, samples: PixelSamples, tracker: Tracker) -> l
             mean = accelerator.reduce(torch.stack(losses), "mean").tolist()
             history, losses = history + mean, []
             rate = (bar.format_dict["rate"] or 0.0) * recipe.batch_size
-            values = {"loss": sum(mean) / len(mean), "lr": vae_learning_rate(recipe, step), "images_per_second": rate}
+            values = {"loss": sum(mean) / len(mean), "lr": training.learning_rate(step), "images_per_second": rate}
             tracker.scalars(done, {f"vae/{name}": value for name, value in values.items()})
             bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:

@@ -1,0 +1,29 @@
+"""The learning rate against its definition at the points that matter, and torch's own schedules in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.training.learning_rate import learning_rate
+
+
+def test_warm_up_is_linear_and_then_stays() -> None:
+    rates = [learning_rate(0.5, step, 100, 4, "constant") for step in range(100)]
+    assert rates[:5] == [0.125, 0.25, 0.375, 0.5, 0.5]
+    assert set(rates[4:]) == {0.5}
+
+
+def test_cosine_is_torchs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+    for step in range(50):
+        assert learning_rate(0.3, step, 50, 0, "cosine") == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_both_are_multiplied() -> None:
+    for step in range(10):
+        whole = learning_rate(1.0, step, 10, 5, "cosine")
+        assert whole == pytest.approx(min(1, (step + 1) / 5) * learning_rate(1.0, step, 10, 0, "cosine"))
