@@ -12,7 +12,6 @@ tensors with one process, DDP and FSDP. Safetensors and JSON only: a checkpoint 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,7 +108,7 @@ def save_checkpoint(
 
 def temporary_beside(final: Path) -> Path:
     """An empty folder to fill before it takes the name of `final`; a killed process leaves it, and nothing reads it."""
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    temporary = final.with_name(f".{final.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary

@@ -75,7 +75,7 @@ def nearest_key(message: str) -> str:
 
 
 def start(main: Callable[[Config], object], description: str | None) -> None:
-    """Parse the command line and run `main`; bad data end the program with their list, not with a traceback."""
+    """Parse the command line and run `main`; bad data and Ctrl-C end the program with words, not with a traceback."""
     # their warnings concern their own authors: no torchvision, a BERT where CLIP was expected
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -85,3 +85,6 @@ def start(main: Callable[[Config], object], description: str | None) -> None:
         main(parse_config(description=description))
     except BadDataError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)  # what shells give a program that Ctrl-C ended
