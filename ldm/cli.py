@@ -106,14 +106,15 @@ def run_openmoji(arguments: argparse.Namespace) -> None:
 
 def run_check(arguments: argparse.Namespace) -> None:
     from ldm.data.captioned import read_captioned
+    from ldm.data.rows import count
 
     pictures = read_captioned(
         arguments.source, image_column=arguments.image_column, caption_columns=arguments.caption_columns
     )
     captions = {caption for row in pictures for caption in row.captions}
     print(
-        f"{arguments.source} is fine: {len(pictures)} pictures, {len(captions)} different captions, "
-        f"{len(pictures.heldout)} pictures held out"
+        f"{arguments.source} is fine: {count(len(pictures), 'picture')}, {count(len(captions), 'different caption')}, "
+        f"{count(len(pictures.heldout), 'picture')} held out"
     )
 
 

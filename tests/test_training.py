@@ -59,6 +59,17 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-3)  # Adam: one lr step at most
 
 
+def test_the_vae_and_its_judge_agree_in_one_process_and_two(home: Path, tmp_path: Path) -> None:
+    words = [f"vae_training.{word}" for word in ("steps=5", "log_every=1", "adversarial=0.1", "adversarial_start=2")]
+    for processes in (1, 2):
+        run = f"run={tmp_path / str(processes)}"
+        road.launch("train_vae", home / "recipe.yaml", *words, run, processes=processes)
+    one, two = (list(road.logged(tmp_path / run, "vae/loss").values()) for run in "12")
+    assert len(one) == 5
+    assert one != two
+    assert np.allclose(one, two, rtol=1e-5, atol=0)
+
+
 def test_bad_data_end_the_command_with_a_list_and_no_traceback(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "data", tmp_path / "data")
     with (tmp_path / "data/metadata.jsonl").open("a", encoding="utf-8") as file:

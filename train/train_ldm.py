@@ -22,6 +22,7 @@ def main(config: Config) -> list[float]:
     import torch
 
     from ldm.data.captioned import read_captioned
+    from ldm.data.rows import count
     from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
     from ldm.models.text import TextEncoder
     from ldm.models.unet import build_unet, choose_attention
@@ -40,7 +41,7 @@ def main(config: Config) -> list[float]:
 
     # captioned folder => pictures and captions, all of them checked
     pictures = read_captioned(data.source, **data.reading(), progress=accelerator.is_main_process)
-    say(f"{data.source}: {len(pictures.train)} pictures to train on, {len(pictures.heldout)} held out")
+    say(f"{data.source}: {count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out")
 
     # the frozen encoders: pixels => latents, caption => context
     vae = load_normalized(config, pictures.train, device)

@@ -20,6 +20,7 @@ def main(config: Config) -> list[float]:
     import torch
 
     from ldm.data.captioned import read_captioned
+    from ldm.data.rows import count
     from ldm.models.vae import build_vae, downsampling
     from ldm.training.device import build_accelerator
     from ldm.training.latents import normalize_on, reconstructions, report_reconstruction
@@ -31,7 +32,9 @@ def main(config: Config) -> list[float]:
 
     # folder => pictures, all of them checked
     pictures = read_captioned(data.source, **data.reading(), progress=accelerator.is_main_process)
-    accelerator.print(f"{data.source}: {len(pictures.train)} pictures to train on, {len(pictures.heldout)} held out")
+    accelerator.print(
+        f"{data.source}: {count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
+    )
 
     # the autoencoder
     torch.manual_seed(config.seed)

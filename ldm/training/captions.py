@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ldm.data.captioned import CaptionedPictures
+from ldm.data.rows import count
 from ldm.models.text import TextEncoder
 
 UNKNOWN_MOST = 0.2  # a share of unknown tokens above this means a broken vocabulary or a foreign language
@@ -23,7 +24,7 @@ def report_captions(text: TextEncoder, pictures: CaptionedPictures) -> str:
             f"text.encoder: {unknown:.0%} of the captions' tokens are unknown to its tokenizer; "
             "choose an encoder that was trained on the captions' language"
         )
-    told = f"captions: {len(captions)} different ones, the longest of {max(lengths)} tokens"
+    told = f"captions: {count(len(captions), 'different one')}, the longest of {max(lengths)} tokens"
     cut = [caption for caption, length in zip(captions, lengths, strict=True) if length > most]
     if cut:
         told += (

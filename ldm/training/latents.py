@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
+from ldm.data.rows import count
 from ldm.grid import captioned_grid
 from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normalize, psnr, to_pictures
 from ldm.training.config import Config
@@ -25,8 +26,8 @@ STD_RANGE = (0.9, 1.1)
 
 def evenly(pictures: CaptionedPictures, most: int) -> CaptionedPictures:
     """At most so many of the pictures, spread evenly over all of them."""
-    count = min(most, len(pictures))
-    return pictures.select(i * len(pictures) // count for i in range(count))
+    chosen = min(most, len(pictures))
+    return pictures.select(i * len(pictures) // chosen for i in range(chosen))
 
 
 def pixel_batches(pictures: CaptionedPictures, size: int, device: torch.device, doing: str) -> Iterator[Tensor]:
@@ -103,7 +104,10 @@ def report_reconstruction(vae: Any, pictures: CaptionedPictures, size: int) -> t
     shown, kind = (pictures.heldout, "held-out") if len(pictures.heldout) else (pictures.train, "training")
     values = reconstruction_psnr(vae, shown, size)
     mean = float(values.mean())
-    return mean, f"VAE: {mean:.2f} dB PSNR on {len(values)} {kind} pictures, the ceiling of what the model can draw"
+    return (
+        mean,
+        f"VAE: {mean:.2f} dB PSNR on {count(len(values), f'{kind} picture')}, the ceiling of what the model can draw",
+    )
 
 
 @torch.no_grad()
