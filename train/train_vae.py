@@ -4,7 +4,7 @@
     accelerate launch train/train_vae.py --config configs/demo.yaml data.source=my_pictures run=runs/mine
 
 train/train_ldm.py takes the same config and trains on this VAE's latents. Stopped, it goes on from its
-newest checkpoint when the same command is given again. A run that has a finished RUN/vae keeps it.
+newest checkpoint when the same command is given again; a finished run trains no further.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def build_unet(config: UNetConfig, *, latent_shape: tuple[int, int, int], contex
 def choose_attention(unet: UNet2DConditionModel, device: torch.device) -> str:
     """Set the attention kernel for a device, in place, and return its name.
 
-    CUDA: xformers if it is installed, else PyTorch's SDPA. CPU: plain bmm + softmax, whose backward in
-    bf16 is far faster than SDPA's (the whole training step ran 1.5 times as fast; docs/experiments.md).
+    CUDA: xformers if it is installed, else PyTorch's SDPA. CPU: plain bmm + softmax, with which a training step in
+    bf16 takes less time than with SDPA (docs/experiments.md, 8).
     """
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 

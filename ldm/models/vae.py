@@ -60,8 +60,8 @@ class Posterior:
 def build_vae(config: VAEConfig) -> AutoencoderKL:
     """A stock AutoencoderKL with random weights, whose posterior starts narrow.
 
-    Stock initialization has log variances near 0, noise of std 1 on means of std 0.1: for hundreds of steps the
-    encoder learns little but to shout over it.
+    Stock initialization has log variances near 0, noise of std 1 on means of std 0.1, and a short run learns little
+    but to shout over it (docs/experiments.md, 4).
     """
     from diffusers import AutoencoderKL
 
@@ -125,13 +125,13 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
-    """Mean and std of each latent channel, float64 [C], of latents drawn from these posteriors.
+    """Mean and std of each latent channel, float64 [C] on the CPU, of latents drawn from these posteriors.
 
     The variance of a draw is the variance of the means plus the mean of the variances.
     """
     count, total, square = 0, torch.zeros(()), torch.zeros(())
     for posterior in posteriors:
-        mean, std = posterior.mean.double(), posterior.std.double()
+        mean, std = posterior.mean.cpu().double(), posterior.std.cpu().double()  # Apple's GPU has no float64
         count += mean.numel() // mean.shape[1]
         total = total + mean.sum((0, 2, 3))
         square = square + (mean**2 + std**2).sum((0, 2, 3))
@@ -154,17 +154,20 @@ def normalize(vae: Any, mean: Tensor, std: Tensor) -> None:
         vae.register_to_config(scaling_factor=float(vae.config.scaling_factor / std.square().mean().sqrt()))
         return
     old = vae.config.scaling_factor
-    mean, std = mean / old, std / old  # of the raw latents
+    mean, std = mean.cpu() / old, std.cpu() / old  # of the raw latents
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
     # encoder: (mean_raw, log variance_raw) => ((mean_raw - m) / s, log variance_raw - 2 log s)
-    quant.weight[:channels] = (quant.weight[:channels].double() / std.reshape(-1, 1, 1, 1)).to(quant.weight)
-    quant.bias[:channels] = ((quant.bias[:channels].double() - mean) / std).to(quant.bias)
-    quant.bias[channels:] = (quant.bias[channels:].double() - 2 * std.log()).to(quant.bias)
+    weight, bias = quant.weight.cpu().double(), quant.bias.cpu().double()
+    weight[:channels] /= std.reshape(-1, 1, 1, 1)
+    bias[:channels] = (bias[:channels] - mean) / std
+    bias[channels:] -= 2 * std.log()
+    quant.weight.copy_(weight)
+    quant.bias.copy_(bias)
     # decoder: z => W (z s + m) + b
-    weight = post.weight.double()
-    post.bias.add_((weight[:, :, 0, 0] @ mean).to(post.bias))
-    post.weight.copy_((weight * std.reshape(1, -1, 1, 1)).to(post.weight))
+    weight, bias = post.weight.cpu().double(), post.bias.cpu().double()
+    post.bias.copy_(bias + weight[:, :, 0, 0] @ mean)
+    post.weight.copy_(weight * std.reshape(1, -1, 1, 1))
     vae.register_to_config(scaling_factor=1.0)
 
 

@@ -22,7 +22,7 @@ class Draw:
     Attributes:
         row: which picture.
         caption: which of its captions, in [0, 1); None if the caption is dropped.
-        crop: position of a random crop, each in [0, 1).
+        crop: position (x, y) of a random crop, each in [0, 1).
         flip: whether to mirror.
         t: timestep.
         eps: [C,h,w] the noise of the forward process.
@@ -56,11 +56,11 @@ def draw(
     """Everything that chance decides for sample n; each epoch visits every picture once."""
     epoch, position = divmod(n, rows)
     rng = generator(seed, "sample", n)
-    dropped, caption, top, left, flip = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
+    dropped, caption, x, y, flip = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
     return Draw(
         row=int(epoch_order(seed, epoch, rows)[position]),
         caption=None if dropped < caption_dropout else caption,
-        crop=(top, left),
+        crop=(x, y),
         flip=flip < 0.5,
         t=int(torch.randint(timesteps, (), generator=rng)),
         eps=torch.randn(latent_shape, generator=rng),

@@ -64,7 +64,7 @@ class Training:
             lr=optim.lr,
             betas=optim.betas,
             weight_decay=optim.weight_decay,
-            fused=device_type in ("cpu", "cuda"),  # on a CPU the default is a loop over tensors, several times slower
+            fused=device_type in ("cpu", "cuda"),  # on a CPU the default is a loop over tensors
         )
         unet, optimizer = accelerator.prepare(unet.train(), optimizer)
         return cls(config, accelerator, schedule, unet, optimizer, build_ema(unet, optim.ema_decay))

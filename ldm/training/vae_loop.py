@@ -56,8 +56,8 @@ class PixelSamples(Dataset[dict[str, Tensor]]):
         epoch, position = divmod(n, len(self.pictures))
         row = self.pictures[int(epoch_order(self.seed, epoch, len(self.pictures))[position])]
         rng = generator(self.seed, "vae sample", n)
-        left, top, flip = torch.rand(3, generator=rng, dtype=torch.float64).tolist()
-        pixels = load_pixels(row, self.data.size, self.data.crop, (left, top), self.data.flip and flip < 0.5)
+        x, y, flip = torch.rand(3, generator=rng, dtype=torch.float64).tolist()
+        pixels = load_pixels(row, self.data.size, self.data.crop, (x, y), self.data.flip and flip < 0.5)
         return {"pixels": pixels, "noise": torch.randn(self.latent_shape, generator=rng)}
 
 
