@@ -37,7 +37,7 @@ def test_words_override_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
 def test_printed_config_is_the_whole_config_and_can_be_read_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["diffusion.min_snr_gamma=5", "vae=some/vae", "data.flip=true"]
+    words = ["diffusion.weighting=p2", "vae=some/vae", "data.flip=true"]
     with pytest.raises(SystemExit):
         parse_config([*words, "--print_config"])
     printed = capsys.readouterr().out
@@ -92,6 +92,7 @@ def test_unknown_keys_in_a_file_name_the_nearest_key(
         ("diffusion.caption_dropout=1.5", "diffusion.caption_dropout"),
         ("diffusion.zero_terminal_snr=true", "diffusion.prediction"),
         ("diffusion.schedule=quadratic", "diffusion.schedule"),
+        ("diffusion.min_snr_gamma=0", "diffusion.min_snr_gamma"),
         ("unet.channels=[32,64]", "unet.attention"),
         ("unet.channels=[32,64,65]", "unet.channels"),
         ("loop.accumulation=3", "loop.accumulation"),

@@ -15,7 +15,7 @@ from ldm.training.draws import draw, generator
 from ldm.training.samples import numbers_of
 
 SHAPE = (2, 4, 4)
-sample = partial(draw, rows=10, timesteps=1000, latent_shape=SHAPE, caption_dropout=0.25)
+sample = partial(draw, rows=10, latent_shape=SHAPE, caption_dropout=0.25)
 
 
 def test_a_sample_is_the_same_whenever_it_is_drawn() -> None:
@@ -26,8 +26,8 @@ def test_a_sample_is_the_same_whenever_it_is_drawn() -> None:
     again = sample(3, 17)
     assert torch.equal(first.eps, again.eps)
     assert torch.equal(first.posterior_noise, again.posterior_noise)
-    assert (first.row, first.caption, first.crop, first.flip, first.t) == (
-        again.row, again.caption, again.crop, again.flip, again.t,
+    assert (first.row, first.caption, first.crop, first.flip, first.u) == (
+        again.row, again.caption, again.crop, again.flip, again.u,
     )  # fmt: skip
 
 
@@ -45,11 +45,12 @@ def test_every_epoch_visits_every_picture_once_in_another_order() -> None:
 
 
 def test_distributions() -> None:
-    """t and u uniform, noise standard normal, captions dropped at their rate, within five standard errors."""
+    """u uniform, noise standard normal, captions dropped at their rate, within five standard errors."""
     draws = [sample(1, n) for n in range(4000)]
-    t = torch.tensor([float(d.t) for d in draws])
-    assert t.min() >= 0 and t.max() <= 999
-    assert abs(t.mean() - 499.5) < 5 * 1000 / 12**0.5 / 4000**0.5
+    u = torch.tensor([d.u for d in draws])
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 5 / 12**0.5 / 4000**0.5
+    assert abs(u.var() - 1 / 12) < 5 / 180**0.5 / 4000**0.5
     dropped = sum(d.caption is None for d in draws) / 4000
     assert abs(dropped - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
     flips = sum(d.flip for d in draws) / 4000

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import pytest
 import test_forward
 import test_guidance
-import test_importance
 import test_likelihood
 import test_objective
 import test_prediction
 import test_reverse
 import test_schedule
 import test_score
+import test_timesteps
 from oracles import plane
 
 from ldm.diffusion.schedule import NoiseSchedule
@@ -110,11 +110,11 @@ FAULTS = [
           test_objective.test_vlb_loss_averages_to_the_bound),
     Fault("score matched to noise over variance", "objective.score_matching_loss", "/ sigma**2", "/ sigma",
           test_objective.test_score_matching_is_the_noise_loss),
-    Fault("importance without its weight", "importance.LossSecondMoment.sample", "1 / (len(p) * p[t])", "0 * p[t] + 1",
-          test_importance.test_the_weighted_mean_is_the_uniform_mean),
-    Fault("first moment for second", "importance.LossSecondMoment.probabilities",
+    Fault("importance without its weight", "timesteps.LossSecondMoment.forward", "1 / (len(p) * p[t])", "0 * p[t] + 1",
+          test_timesteps.test_the_weighted_mean_is_the_uniform_mean),
+    Fault("first moment for second", "timesteps.LossSecondMoment.probabilities",
           ".square().mean(1).sqrt()", ".mean(1)",
-          test_importance.test_probabilities_follow_the_second_moment),
+          test_timesteps.test_probabilities_follow_the_second_moment),
     # likelihood
     Fault("a KL that isn't zero at zero", "likelihood.normal_kl",
           "other_log_var - log_var - 1", "other_log_var - log_var",

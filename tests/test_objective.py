@@ -44,7 +44,7 @@ def score_matching(f: Network, kind: Prediction, x0: Tensor, t: Tensor, eps: Ten
 
 LEAST_SQUARES: dict[str, Objective] = {
     "simple": weighted(),
-    "min_snr": weighted(min_snr_gamma=5.0),
+    "min_snr": weighted(weighting=objective.min_snr()),
     "truncated_snr": weighted(weighting=objective.truncated_snr()),
     "p2": weighted(weighting=objective.p2()),
     "vlb": vlb,
@@ -240,14 +240,12 @@ def test_weights_are_those_of_the_papers() -> None:
     for kind in PREDICTIONS:
         assert weights(kind) == [1, 1, 1]
     # Hang et al. 2023, section 3.4: min(snr, 5) on x0, / snr on eps, / (snr + 1) on v.
-    assert weights("x0", min_snr_gamma=5.0) == pytest.approx([5, 1, 0.25])
-    assert weights("eps", min_snr_gamma=5.0) == pytest.approx([0.2, 1, 1])
-    assert weights("v", min_snr_gamma=5.0) == pytest.approx([5 / 26, 0.5, 0.2])
+    assert weights("x0", weighting=objective.min_snr()) == pytest.approx([5, 1, 0.25])
+    assert weights("eps", weighting=objective.min_snr()) == pytest.approx([0.2, 1, 1])
+    assert weights("v", weighting=objective.min_snr()) == pytest.approx([5 / 26, 0.5, 0.2])
     # Salimans & Ho 2022: max(snr, 1) on x0. Choi et al. 2022: 1 / (k + snr)**gamma on eps.
     assert weights("x0", weighting=objective.truncated_snr()) == pytest.approx([25, 1, 1])
     assert weights("eps", weighting=objective.p2(0.5, 1.0)) == pytest.approx([26**-0.5, 2**-0.5, 1.25**-0.5])
-    with pytest.raises(ValueError, match="not both"):
-        weights("eps", min_snr_gamma=5.0, weighting=objective.p2())
 
 
 def test_weights_take_their_limit_where_nothing_is_left_of_x0() -> None:

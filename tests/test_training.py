@@ -152,7 +152,7 @@ def test_every_objective_learns(home: Path, tmp_path: Path, prediction: str) -> 
         "loop__evaluate_every": 15,
         "loop__sample_every": 0,
     }
-    train_ldm(config_of(home, tmp_path, diffusion__min_snr_gamma=5.0, optim__ema_decay=0.9, **words))
+    train_ldm(config_of(home, tmp_path, diffusion__weighting="min_snr", optim__ema_decay=0.9, **words))
     heldout = list(road.logged(tmp_path, "heldout/total").values())
     assert heldout[-1] < 0.75 * heldout[0]
     quarters = [road.logged(tmp_path, f"heldout/q{i}")[60] for i in (1, 2, 3, 4)]

@@ -15,7 +15,7 @@ Read it in this order, beside docs/theory.md:
     reverse      Denoiser; q(x_s | x_t, x0), p(x_s | x_t) and its variance; ancestral sampling
     likelihood   the bound on -log p(x0), term by term
     objective    what to minimize, with which weights
-    importance   which t to minimize it at
+    timesteps    which t to minimize it at
     guidance     two predictions in, one out
     score        Langevin dynamics, the probability-flow ODE, its likelihood
 """

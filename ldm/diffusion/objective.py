@@ -63,24 +63,16 @@ def loss_weight(
     schedule: NoiseSchedule,
     t: Tensor,
     prediction: Prediction,
-    min_snr_gamma: float | None = None,
     weighting: Weighting | None = None,
 ) -> Tensor:
     """w_t, the weight of the squared error of this kind of prediction.
 
     Args:
         t: int64 [B] in [0, T).
-        min_snr_gamma: short for `weighting=min_snr(gamma)`.
         weighting: None is weight 1 on the prediction's own error.
     Returns:
         float64 [B], on the CPU.
-    Raises:
-        ValueError: for a weighting in both forms.
     """
-    if min_snr_gamma is not None:
-        if weighting is not None:
-            raise ValueError("weighting: give min_snr_gamma or a weighting, not both")
-        weighting = min_snr(min_snr_gamma)
     snr = gather(schedule.snr, t, torch.empty(0, dtype=torch.float64))  # (B,)
     if weighting is None:
         return torch.ones_like(snr)
@@ -97,7 +89,6 @@ def diffusion_loss(
     eps: Tensor,
     *,
     prediction: Prediction = "eps",
-    min_snr_gamma: float | None = None,
     weighting: Weighting | None = None,
     norm: Literal["l2", "l1"] = "l2",
 ) -> Tensor:
@@ -106,14 +97,14 @@ def diffusion_loss(
     Args:
         network: (x_t [B, ...], t [B]) => prediction, shaped like x_t.
         x0, t, eps: as in `q_sample`.
-        min_snr_gamma, weighting: as in `loss_weight`.
+        weighting: as in `loss_weight`.
         norm: squared error, or absolute error.
     Returns:
         [B], float32 or the wider dtype of x0.
     """
     x_t = q_sample(schedule, x0, t, eps)  # (B, ...)
     answer = target(prediction, x0, eps, *schedule.at(t, x0))
-    weight = loss_weight(schedule, t, prediction, min_snr_gamma, weighting)  # (B,)
+    weight = loss_weight(schedule, t, prediction, weighting)  # (B,)
     output = network(x_t, t)
     if output.shape != x0.shape:
         raise ValueError(f"network: expected the shape of x0, {list(x0.shape)}, got {list(output.shape)}")
@@ -158,7 +149,6 @@ def hybrid_loss(
     eps: Tensor,
     *,
     vlb_weight: float = 1e-3,
-    min_snr_gamma: float | None = None,
     weighting: Weighting | None = None,
     decoder: Decoder = "latents",
 ) -> Tensor:
@@ -179,7 +169,7 @@ def hybrid_loss(
     detached = torch.cat([prediction.detach(), fraction], dim=1)
     simple = diffusion_loss(
         lambda *_: prediction, denoiser.schedule, x0, t, eps,
-        prediction=denoiser.prediction, min_snr_gamma=min_snr_gamma, weighting=weighting,
+        prediction=denoiser.prediction, weighting=weighting,
     )  # fmt: skip
     vlb = vlb_loss(replace(denoiser, network=lambda *_: detached), x0, t, eps, decoder=decoder)
     return simple + vlb_weight * vlb  # eq. 16

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -22,6 +23,10 @@ class UNetConfig:
         layers: residual blocks per level.
         head_channels: channels of one attention head; a level has channels // head_channels heads.
         transformer_layers: transformer blocks behind each residual block of an attending level.
+        scale_shift: let the time embedding scale and shift what group norm leaves ("adaptive group norm"), instead of
+            being added (Dhariwal & Nichol 2021, section 3.1).
+        residual_resampling: halve and double the resolution in residual blocks of their own, as BigGAN does (the
+            same section), instead of a strided convolution and nearest-neighbor upsampling.
     """
 
     channels: tuple[int, ...] = (128, 192, 256)
@@ -29,6 +34,8 @@ class UNetConfig:
     layers: int = 2
     head_channels: int = 64
     transformer_layers: int = 1
+    scale_shift: bool = False
+    residual_resampling: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "head_channels", "transformer_layers"):
@@ -43,16 +50,51 @@ class UNetConfig:
             )
         if any(width < 32 or width % 32 for width in self.channels):
             raise ValueError(f"unet.channels: every width must be a positive multiple of 32, got {list(self.channels)}")
+        if self.residual_resampling and self.transformer_layers > 1:
+            raise ValueError(
+                "unet.transformer_layers: the attention between residual up and down blocks is a single layer; set it "
+                "to 1 or unet.residual_resampling=false"
+            )
 
 
-def build_unet(config: UNetConfig, *, latent_shape: tuple[int, int, int], context_dim: int) -> UNet2DConditionModel:
+@dataclass(frozen=True)
+class Blocks:
+    """What diffusers calls the blocks of a level, down and up, with and without attention, and the block between."""
+
+    down: str
+    up: str
+    attending_down: str
+    attending_up: str
+    mid: str
+
+
+STOCK = Blocks("DownBlock2D", "UpBlock2D", "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn")
+RESIDUAL = Blocks(
+    "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D",
+    "UNetMidBlock2DSimpleCrossAttn",
+)  # fmt: skip
+WITHOUT_CONTEXT = Blocks("DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "UNetMidBlock2D")
+
+
+def build_unet(
+    config: UNetConfig,
+    *,
+    latent_shape: tuple[int, int, int],
+    context_dim: int | None,
+    classes: int = 0,
+    condition_channels: int = 0,
+    learned_variance: bool = False,
+) -> UNet2DConditionModel:
     """A stock UNet2DConditionModel with random weights.
 
     Args:
         latent_shape: (C, h, w) with h = w, which is stored in the config: pipelines find their default size there.
-        context_dim: width of the text encoder's output.
+        context_dim: width of the text encoder's output; None for a network that knows no text.
+        classes: class embeddings to add to the time embedding, the null class among them; 0 for none.
+        condition_channels: channels that follow those of x_t in the input.
+        learned_variance: answer 2C channels, the second half for the variance (Nichol & Dhariwal 2021, section 3.1).
     Raises:
-        ValueError: if the latents can't be halved once per level.
+        ValueError: if the latents can't be halved once per level, or there are no stock blocks for the combination.
     """
     from diffusers import UNet2DConditionModel
 
@@ -63,19 +105,36 @@ def build_unet(config: UNetConfig, *, latent_shape: tuple[int, int, int], contex
             f"unet.channels: {len(config.channels)} levels need latents divisible by {halvings}, "
             f"but they are {latent_size} x {latent_size}; change data.size or the number of levels"
         )
+    if context_dim is None and config.residual_resampling:
+        raise ValueError(
+            "unet.residual_resampling: there are no such stock blocks for a model without text; set it to false"
+        )
+    blocks = WITHOUT_CONTEXT if context_dim is None else RESIDUAL if config.residual_resampling else STOCK
+    heads = tuple(max(1, width // config.head_channels) for width in config.channels)
     return UNet2DConditionModel(
         sample_size=latent_size,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in config.attention[::-1]),
+        in_channels=latent_channels + condition_channels,
+        out_channels=latent_channels * (2 if learned_variance else 1),
+        down_block_types=tuple(blocks.attending_down if attends else blocks.down for attends in config.attention),
+        mid_block_type=blocks.mid,
+        up_block_types=tuple(blocks.attending_up if attends else blocks.up for attends in config.attention[::-1]),
         block_out_channels=config.channels,
         layers_per_block=config.layers,
         transformer_layers_per_block=config.transformer_layers,
-        cross_attention_dim=context_dim,
-        # diffusers' name misleads: this is the number of heads, per level
-        attention_head_dim=tuple(max(1, width // config.head_channels) for width in config.channels),
+        cross_attention_dim=context_dim or 1,  # no block without context looks at it
+        # the name misleads: stock text-to-image blocks take it for the number of heads, the others for their width
+        attention_head_dim=heads
+        if blocks is STOCK
+        else tuple(width // number for width, number in zip(config.channels, heads, strict=True)),
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
+        num_class_embeds=classes or None,
     )
+
+
+def without_variance(weights: dict[str, Tensor], latent_channels: int) -> dict[str, Tensor]:
+    """The weights of a network of learned variance, cut to its prediction, which is all that stock pipelines know."""
+    last = {name: weights[name][:latent_channels] for name in ("conv_out.weight", "conv_out.bias")}
+    return {**weights, **last}
 
 
 def choose_attention(unet: UNet2DConditionModel, device: torch.device) -> str:
@@ -84,13 +143,16 @@ def choose_attention(unet: UNet2DConditionModel, device: torch.device) -> str:
     CUDA: xformers if it is installed, else PyTorch's SDPA. CPU: plain bmm + softmax, with which a training step in
     bf16 takes less time than with SDPA (docs/experiments.md, 8).
     """
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+    from diffusers.models import attention_processor
 
     if device.type == "cuda" and importlib.util.find_spec("xformers"):
         unet.enable_xformers_memory_efficient_attention()
         return "xformers"
-    if device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())
-        return "bmm + softmax"
-    unet.set_attn_processor(AttnProcessor2_0())
-    return "SDPA"
+    suffix, name = ("", "bmm + softmax") if device.type == "cpu" else ("2_0", "SDPA")
+    unet.set_attn_processor(
+        {
+            where: getattr(attention_processor, type(kernel).__name__.removesuffix("2_0") + suffix)()
+            for where, kernel in unet.attn_processors.items()
+        }
+    )
+    return name

@@ -2,6 +2,8 @@
 
 config.py         one frozen dataclass = one YAML file
 command_line.py   what people type => the config
+bounds.py         what a number of the config may be
+objective.py      its diffusion section => process, timesteps, loss
 device.py         what the device can do
 latents.py        a VAE whose latents have unit variance, checked
 captions.py       captions the text encoder can't take whole

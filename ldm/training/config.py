@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ldm.diffusion.prediction import Prediction
 from ldm.models.text import TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
+from ldm.training.bounds import check
+from ldm.training.objective import DiffusionConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,11 @@ class DataConfig:
         source: a folder with metadata.csv, .jsonl or .parquet; a folder with a .txt beside each picture;
             WebDataset shards ("shards/{000..007}.tar"); or a Hub data set's name.
         image_column, hub_config, hub_split: where the pictures are, in a Hub data set.
-        caption_columns: where the captions are; a picture may have several, and each epoch draws one.
+        caption_columns: where the captions are; a picture may have several, and each epoch draws one. Without any,
+            for a model that knows no text, pictures need no captions.
+        label_column: the column of a class that the model learns to draw, beside captions or instead of them.
+        condition_column: the column that names a second picture, of the same folder, which the model sees while it
+            draws: its latents are concatenated to x_t.
         size: edge in pixels that the model learns and draws.
         crop: which square is taken of a picture that isn't one.
         flip: mirror half of the pictures. Not for letters, flags or anything that has a left and a right.
@@ -42,6 +46,8 @@ class DataConfig:
     hub_config: str | None = None
     hub_split: str = "train"
     caption_columns: tuple[str, ...] = ("text",)
+    label_column: str | None = None
+    condition_column: str | None = None
     size: int = 64
     crop: Literal["center", "random"] = "center"
     flip: bool = False
@@ -102,38 +108,6 @@ class VAETrainingConfig:
         check("vae_training.batch_size", self.batch_size, at_least=1)
         check("vae_training.lr", self.lr, above=0)
         check("vae_training.log_every", self.log_every, at_least=1)
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """The process and the objective; the defaults are the epsilon-loss of DDPM.
-
-    Attributes:
-        schedule: linear (Ho et al. 2020), scaled_linear (Rombach et al. 2022) or cosine (Nichol & Dhariwal 2021).
-        timesteps: T.
-        zero_terminal_snr: rescale the schedule so that its last step holds no signal; not with eps (Lin et al. 2024).
-        prediction: what the U-Net predicts.
-        min_snr_gamma: weight the loss by min-SNR (Hang et al. 2023; 5 is usual), or null for L_simple.
-        caption_dropout: share of captions replaced by "" for classifier-free guidance (Ho & Salimans 2022).
-    """
-
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
-    timesteps: int = 1000
-    zero_terminal_snr: bool = False
-    prediction: Prediction = "eps"
-    min_snr_gamma: float | None = None
-    caption_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        check("diffusion.timesteps", self.timesteps, at_least=1)
-        check("diffusion.caption_dropout", self.caption_dropout, at_least=0, at_most=1)
-        if self.min_snr_gamma is not None:
-            check("diffusion.min_snr_gamma", self.min_snr_gamma, above=0)
-        if self.zero_terminal_snr and self.prediction == "eps":
-            raise ValueError(
-                "diffusion.prediction: eps says nothing about x0 where there is no signal; "
-                "with zero_terminal_snr use v or x0"
-            )
 
 
 @dataclass(frozen=True)
@@ -233,28 +207,6 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-
-
-def check(
-    name: str,
-    value: float,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Raise a ValueError that names the key and what it allows, unless `value` is finite and within the bounds."""
-    bounds = [
-        (at_least, lambda bound: value >= bound, "at least"),
-        (above, lambda bound: value > bound, "above"),
-        (at_most, lambda bound: value <= bound, "at most"),
-        (below, lambda bound: value < bound, "below"),
-    ]
-    set_bounds = [(bound, holds, words) for bound, holds, words in bounds if bound is not None]
-    if not math.isfinite(value) or not all(holds(bound) for bound, holds, _ in set_bounds):
-        allowed = " and ".join(f"{words} {bound:g}" for bound, _, words in set_bounds)
-        raise ValueError(f"{name}: expected a number {allowed}, got {value}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Draw:
         caption: which of its captions, in [0, 1); None if the caption is dropped.
         crop: position (x, y) of a random crop, each in [0, 1).
         flip: whether to mirror.
-        t: timestep.
+        u: in [0, 1), which the timestep follows from (ldm.diffusion.timesteps).
         eps: [C,h,w] the noise of the forward process.
         posterior_noise: [C,h,w] the noise of the VAE's posterior.
     """
@@ -33,7 +33,7 @@ class Draw:
     caption: float | None
     crop: tuple[float, float]
     flip: bool
-    t: int
+    u: float
     eps: Tensor
     posterior_noise: Tensor
 
@@ -50,19 +50,17 @@ def epoch_order(seed: int, epoch: int, rows: int) -> Tensor:
     return torch.randperm(rows, generator=generator(seed, "epoch", epoch))
 
 
-def draw(
-    seed: int, n: int, *, rows: int, timesteps: int, latent_shape: tuple[int, int, int], caption_dropout: float
-) -> Draw:
+def draw(seed: int, n: int, *, rows: int, latent_shape: tuple[int, int, int], caption_dropout: float) -> Draw:
     """Everything that chance decides for sample n; each epoch visits every picture once."""
     epoch, position = divmod(n, rows)
     rng = generator(seed, "sample", n)
-    dropped, caption, x, y, flip = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
+    dropped, caption, x, y, flip, u = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
     return Draw(
         row=int(epoch_order(seed, epoch, rows)[position]),
         caption=None if dropped < caption_dropout else caption,
         crop=(x, y),
         flip=flip < 0.5,
-        t=int(torch.randint(timesteps, (), generator=rng)),
+        u=u,
         eps=torch.randn(latent_shape, generator=rng),
         posterior_noise=torch.randn(latent_shape, generator=rng),
     )

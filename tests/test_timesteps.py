@@ -1,4 +1,4 @@
-"""Importance sampling changes the draw of t, not the mean; and does what it is for."""
+"""Every draw of t has the distribution it says; importance sampling changes the draw, not the mean."""
 
 from __future__ import annotations
 
@@ -9,21 +9,48 @@ from hypothesis import strategies as st
 from oracles import generator
 from torch import Tensor
 
-from ldm.diffusion import importance
+from ldm.diffusion import timesteps
 
 
-def trained(losses: Tensor, history: int = 4) -> importance.LossSecondMoment:
-    sampler = importance.LossSecondMoment(len(losses), history=history)
+def trained(losses: Tensor, history: int = 4) -> timesteps.LossSecondMoment:
+    sampler = timesteps.LossSecondMoment(len(losses), history=history)
     for _ in range(history):
         sampler.update(torch.arange(len(losses)), losses)
     return sampler
 
 
+def uniform(n: int, seed: int) -> Tensor:
+    return torch.rand(n, generator=generator(seed), dtype=torch.float64)
+
+
 LOSSES = torch.tensor([8.0, 0.5, 0.1, 0.1, 0.02], dtype=torch.float64)
 
 
+@pytest.mark.parametrize("T", [1, 7, 1000])
+def test_uniform_t_is_uniform(T: int) -> None:
+    """Each t owns the T-th part of [0, 1), its ends included."""
+    u = torch.arange(4 * T, dtype=torch.float64) / (4 * T)
+    t, weight = timesteps.uniform(T)(u)
+    assert torch.bincount(t, minlength=T).tolist() == [4] * T
+    assert bool((weight == 1).all())
+    assert int(timesteps.uniform(T)(torch.tensor([1 - 1e-16], dtype=torch.float64))[0]) == T - 1
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.7)])
+def test_logit_normal_t_has_the_published_density(mean: float, std: float) -> None:
+    """The share of draws in each tenth of the chain is the normal distribution function of the logit's edges."""
+    t, weight = timesteps.logit_normal(1000, mean, std)(uniform(50_000, 5))
+    edges = torch.arange(1, 10) / 10
+    normal = torch.distributions.Normal(mean, std).cdf(edges.logit())
+    expected = torch.diff(torch.cat([torch.zeros(1), normal, torch.ones(1)]))
+    found = torch.bincount(t // 100, minlength=10) / 50_000
+    assert bool(((found - expected).abs() < 4.5 * (expected / 50_000).sqrt() + 1e-3).all())
+    assert bool((weight == 1).all())
+    assert timesteps.logit_normal(1000)(torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64))[0].tolist() == [0, 999]
+
+
 def test_uniform_until_every_t_has_its_history() -> None:
-    sampler = importance.LossSecondMoment(3, history=2)
+    sampler = timesteps.LossSecondMoment(3, history=2)
     for t in ([0, 1, 2], [0, 1], [0, 0, 0]):
         sampler.update(torch.tensor(t), torch.ones(len(t)))
         torch.testing.assert_close(sampler.probabilities(), torch.full((3,), 1 / 3, dtype=torch.float64))
@@ -33,7 +60,7 @@ def test_uniform_until_every_t_has_its_history() -> None:
 
 def test_probabilities_follow_the_second_moment() -> None:
     """Eq. 18 of the paper: the root of the mean square, not the mean."""
-    sampler = importance.LossSecondMoment(2, history=2, uniform=0.0)
+    sampler = timesteps.LossSecondMoment(2, history=2, uniform=0.0)
     sampler.update(torch.tensor([0, 0, 1, 1]), torch.tensor([3.0, 3.0, 0.0, 4.0]))
     root = torch.tensor([3.0, 8**0.5], dtype=torch.float64)
     torch.testing.assert_close(sampler.probabilities(), root / root.sum())
@@ -50,7 +77,7 @@ def test_the_weighted_mean_is_the_uniform_mean() -> None:
     """Exactly, as a sum over t of p_t times the weighted loss; and over draws, within their sampling error."""
     sampler = trained(LOSSES)
     p = sampler.probabilities()
-    t, weight = sampler.sample(20_000, generator(1))
+    t, weight = sampler(uniform(20_000, 1))
     torch.testing.assert_close(weight, 1 / (5 * p[t]))
     assert float((p * (1 / (5 * p)) * LOSSES).sum()) == pytest.approx(float(LOSSES.mean()))
     drawn = weight * LOSSES[t]
@@ -61,9 +88,9 @@ def test_the_weighted_mean_is_the_uniform_mean() -> None:
 
 def test_the_estimate_varies_less() -> None:
     sampler = trained(LOSSES)
-    t, weight = sampler.sample(5_000, generator(2))
-    uniform = LOSSES[torch.randint(5, (5_000,), generator=generator(3))]
-    assert float((weight * LOSSES[t]).var()) < 0.05 * float(uniform.var())
+    t, weight = sampler(uniform(5_000, 2))
+    evenly = LOSSES[torch.randint(5, (5_000,), generator=generator(3))]
+    assert float((weight * LOSSES[t]).var()) < 0.05 * float(evenly.var())
 
 
 @given(losses=st.lists(st.floats(0, 1e6), min_size=1, max_size=8))
@@ -74,8 +101,8 @@ def test_no_t_is_ever_forgotten(losses: list[float]) -> None:
 
 
 def test_the_history_is_saved_with_the_model() -> None:
-    sampler, other = trained(LOSSES), importance.LossSecondMoment(5, history=4)
+    sampler, other = trained(LOSSES), timesteps.LossSecondMoment(5, history=4)
     other.load_state_dict(sampler.state_dict())
     torch.testing.assert_close(other.probabilities(), sampler.probabilities())
-    first, again = sampler.sample(9, generator(4))[0], other.sample(9, generator(4))[0]
-    assert first.tolist() == again.tolist()
+    u = uniform(9, 4)
+    assert sampler(u)[0].tolist() == other(u)[0].tolist()
