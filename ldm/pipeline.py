@@ -23,7 +23,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from transformers import PreTrainedModel
 
+from ldm.models.classifier import NoisyClassifier
 from ldm.models.text import TextEncoder
+from ldm.steering import ClassifierSteering, steered
 
 STOCK_ARGUMENTS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "kwargs"}
 PROMPTS_FILE = "prompts.txt"  # beside model_index.json; stock diffusers doesn't look at it
@@ -118,6 +120,9 @@ class LDMPipeline(StableDiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
+        classifier: NoisyClassifier | None = None,
+        class_label: str | Sequence[str] | None = None,
+        classifier_scale: float = 1.0,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
         """Draw pictures.
@@ -132,6 +137,10 @@ class LDMPipeline(StableDiffusionPipeline):
             generator: one per picture, or a single one: it draws the first picture, and picture i starts from
                 its seed + i.
             seed: instead of a generator: one per picture, or one for all (picture i starts from seed + i).
+            classifier: of noisy latents, trained with the model's config (train/train_classifier.py); it steers every
+                step towards `class_label` (Dhariwal & Nichol 2021), beside classifier-free guidance or without it.
+            class_label: the name of a class; one for all prompts, or one each.
+            classifier_scale: how strongly; 0 is off.
             **kwargs: everything else that StableDiffusionPipeline takes.
         Returns:
             `.images`, a list of PIL pictures (or an array with output_type="np").
@@ -159,17 +168,29 @@ class LDMPipeline(StableDiffusionPipeline):
         for name in {"eta", "guidance_rescale"} & kwargs.keys():
             check_number(name, kwargs[name], 0, 1)
         prompts = len(embeds) if embeds is not None else len(prompt or ())
-        return super().__call__(
-            prompt=prompt,
-            height=self.edge("height", height),
-            width=self.edge("width", width),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=one_generator_each(generator, seed, prompts * num_images_per_prompt),
-            **kwargs,
-        )
+        check_number("classifier_scale", classifier_scale, 0, 100)
+        if (classifier is None) != (class_label is None):
+            raise ValueError("class_label: give a classifier and a class_label, or neither")
+        after = []
+        if classifier is not None and class_label is not None and classifier_scale:
+            after = [
+                ClassifierSteering.of(
+                    classifier.to(self.device), class_label, classifier_scale, self.scheduler,
+                    prompts=prompts, per_prompt=num_images_per_prompt,
+                )
+            ]  # fmt: skip
+        with steered(self.unet, after=after):
+            return super().__call__(
+                prompt=prompt,
+                height=self.edge("height", height),
+                width=self.edge("width", width),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=one_generator_each(generator, seed, prompts * num_images_per_prompt),
+                **kwargs,
+            )
 
     def to_best_device(self) -> LDMPipeline:
         """The same pipeline on CUDA or Apple's GPU, where there is one."""
