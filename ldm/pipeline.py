@@ -2,8 +2,9 @@
 
 It *is* diffusers' StableDiffusionPipeline, from which it inherits the sampling, `push_to_hub`, devices and
 dtypes. It adds what a person needs who isn't reading the source: arguments are checked before any network
-runs, and a picture depends on its own seed, not on the batch it is drawn in. What it saves says
-`StableDiffusionPipeline` in model_index.json, so it opens without this package.
+runs, and a picture depends on its own seed, not on the batch it is drawn in. And it draws what stock pipelines
+have no arguments for: a class, or a picture made of another one. What it saves names a stock pipeline in
+model_index.json, so it opens without this package.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from dataclasses import replace
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,23 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ldm.arguments import check_known, check_number, check_prompts, one_each, one_generator_each
+from ldm.data.labels import Labels
+from ldm.data.pictures import to_pixels, to_square
 from ldm.models.classifier import NoisyClassifier
+from ldm.models.conditioning import Conditioning, tell
 from ldm.models.text import TextEncoder
+from ldm.models.vae import encode
 from ldm.steering import ClassifierSteering, steered
 
 STOCK_ARGUMENTS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "kwargs"}
-PROMPTS_FILE = "prompts.txt"  # beside model_index.json; stock diffusers doesn't look at it
+# beside model_index.json; stock diffusers doesn't look at them
+PROMPTS_FILE, LABELS_FILE = "prompts.txt", "labels.json"
 MAX_EDGE = 4096
 MAX_PER_PROMPT = 1024
 
@@ -41,24 +52,25 @@ class LDMPipeline(StableDiffusionPipeline):
 
     Attributes:
         example_prompts: what the model is known to draw, for those who don't know what to ask; may be empty.
+        labels: the classes it can be asked for, None if it knows none.
     """
 
     example_prompts: tuple[str, ...] = ()
+    labels: Labels | None = None
 
     @classmethod
     def from_components(
         cls,
         vae: Any,
-        text: TextEncoder,
+        text: TextEncoder | None,
         unet: Any,
         scheduler_config: dict[str, Any],
-        example_prompts: Sequence[str] = (),
     ) -> LDMPipeline:
         """Put trained parts together; `scheduler_config` comes from `ldm.diffusion.schedule.scheduler_config`."""
-        pipeline = cls(
+        return cls(
             vae=vae,
-            text_encoder=text.model,
-            tokenizer=text.tokenizer,
+            text_encoder=text.model if text else None,
+            tokenizer=text.tokenizer if text else None,
             unet=unet,
             # stock pipelines insist on an offset of 1, which "trailing" timesteps don't use
             scheduler=DPMSolverMultistepScheduler.from_config({**scheduler_config, "steps_offset": 1}),
@@ -66,8 +78,6 @@ class LDMPipeline(StableDiffusionPipeline):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.example_prompts = tuple(example_prompts)
-        return pipeline
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> LDMPipeline:
@@ -85,9 +95,16 @@ class LDMPipeline(StableDiffusionPipeline):
         if not is_hub_id and not (folder / "model_index.json").exists():
             hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline/model_index.json").exists() else ""
             raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
+        if (folder / "model_index.json").exists():
+            index = json.loads((folder / "model_index.json").read_text("utf-8"))
+            for part in ("text_encoder", "tokenizer"):
+                if index.get(part) == [None, None]:
+                    kwargs.setdefault(part, None)  # diffusers wants to be told that a model knows no text
         pipeline: LDMPipeline = super().from_pretrained(str(folder), **kwargs)
         if (folder / PROMPTS_FILE).exists():
             pipeline.example_prompts = tuple((folder / PROMPTS_FILE).read_text("utf-8").splitlines())
+        if (folder / LABELS_FILE).exists():
+            pipeline.labels = Labels.load(folder / LABELS_FILE)
         return pipeline
 
     @classmethod
@@ -103,10 +120,18 @@ class LDMPipeline(StableDiffusionPipeline):
             raise ValueError("safe_serialization: expected True; pickles can run any code")
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         index = Path(save_directory) / "model_index.json"
-        content = {**json.loads(index.read_text("utf-8")), "_class_name": "StableDiffusionPipeline"}
+        stock = "StableDiffusionInstructPix2PixPipeline" if self.condition_channels else "StableDiffusionPipeline"
+        content = {**json.loads(index.read_text("utf-8")), "_class_name": stock}
         index.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         if self.example_prompts:
             (index.parent / PROMPTS_FILE).write_text("\n".join(self.example_prompts) + "\n", "utf-8")
+        if self.labels:
+            self.labels.save(index.parent / LABELS_FILE)
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the latents of a second picture, which follow those of x_t; 0 if the model takes none."""
+        return int(self.unet.config.in_channels - self.unet.config.out_channels)
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -120,15 +145,16 @@ class LDMPipeline(StableDiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
+        class_label: str | Sequence[str | None] | None = None,
+        condition: Image.Image | Sequence[Image.Image] | None = None,
         classifier: NoisyClassifier | None = None,
-        class_label: str | Sequence[str] | None = None,
         classifier_scale: float = 1.0,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
         """Draw pictures.
 
         Args:
-            prompt: one prompt, or a list.
+            prompt: one prompt, or a list; for a model that knows text.
             height, width: in pixels; by default the size the model was trained at.
             num_inference_steps: evaluations of the U-Net, from 1 to the number of timesteps it was trained on.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022); up to 1 is off.
@@ -137,10 +163,12 @@ class LDMPipeline(StableDiffusionPipeline):
             generator: one per picture, or a single one: it draws the first picture, and picture i starts from
                 its seed + i.
             seed: instead of a generator: one per picture, or one for all (picture i starts from seed + i).
-            classifier: of noisy latents, trained with the model's config (train/train_classifier.py); it steers every
-                step towards `class_label` (Dhariwal & Nichol 2021), beside classifier-free guidance or without it.
-            class_label: the name of a class; one for all prompts, or one each.
-            classifier_scale: how strongly; 0 is off.
+            class_label: one of `labels.names` for all, or one each; None is no class in particular. With a classifier,
+                the class that it steers towards, whether the model itself knows classes or not.
+            condition: the picture to make a picture of, for all or one each, for a model that takes one.
+            classifier: of noisy latents, trained with the model's config by train/train_classifier.py; steers every
+                step (Dhariwal & Nichol 2021), beside classifier-free guidance or without it.
+            classifier_scale: how strongly it does; 0 is off.
             **kwargs: everything else that StableDiffusionPipeline takes.
         Returns:
             `.images`, a list of PIL pictures (or an array with output_type="np").
@@ -148,49 +176,89 @@ class LDMPipeline(StableDiffusionPipeline):
             ValueError: names the argument and what it allows.
             TypeError: for an argument that there is not; stock pipelines ignore a misspelled one.
         """
-        if unknown := sorted(kwargs.keys() - STOCK_ARGUMENTS):
-            raise TypeError(
-                f"{unknown[0]}: there is no such argument; expected some of {', '.join(sorted(STOCK_ARGUMENTS))}"
-            )
-        if (embeds := kwargs.get("prompt_embeds")) is None:
-            prompt = check_prompts("prompt", prompt, self.tokenizer)
-            if negative_prompt is not None:
-                negatives = check_prompts("negative_prompt", negative_prompt, self.tokenizer)
-                if len(negatives) not in (1, len(prompt)):
-                    raise ValueError(
-                        f"negative_prompt: expected 1 or {len(prompt)}, one per prompt, got {len(negatives)}"
-                    )
-                negative_prompt = negatives * len(prompt) if len(negatives) == 1 else negatives
+        check_known(kwargs, STOCK_ARGUMENTS)
         most = self.scheduler.config.num_train_timesteps
         check_number("num_inference_steps", num_inference_steps, 1, most, Integral)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_PER_PROMPT, Integral)
         check_number("guidance_scale", guidance_scale, 0, 100)
+        check_number("classifier_scale", classifier_scale, 0, 100)
         for name in {"eta", "guidance_rescale"} & kwargs.keys():
             check_number(name, kwargs[name], 0, 1)
-        prompts = len(embeds) if embeds is not None else len(prompt or ())
-        check_number("classifier_scale", classifier_scale, 0, 100)
-        if (classifier is None) != (class_label is None):
-            raise ValueError("class_label: give a classifier and a class_label, or neither")
+        height, width = self.edge("height", height), self.edge("width", width)
+
+        embeds = kwargs.get("prompt_embeds")
+        prompts = self.check_texts("prompt", prompt) if embeds is None else []
+        negatives = self.check_texts("negative_prompt", negative_prompt) if negative_prompt is not None else []
+        names: list[Any] = list(class_label) if isinstance(class_label, list | tuple) else [class_label]
+        goals = [classifier.class_id(name) for name in names] if classifier is not None else []
+        ids = self.class_ids(names if self.labels is not None or not goals else [None])
+        pixels = self.condition_pixels(condition, height, width)
+        asked = max(1 if embeds is None else len(embeds), len(prompts), len(ids), len(goals), len(pixels))
+        if prompts:
+            kwargs["prompt"] = one_each("prompt", prompts, asked)
+        elif embeds is None:  # stock pipelines want a context even where nobody looks at it
+            kwargs |= {"prompt_embeds": torch.zeros(asked, 1, 1), "negative_prompt_embeds": torch.zeros(asked, 1, 1)}
+        if negatives:
+            kwargs["negative_prompt"] = one_each("negative_prompt", negatives, asked)
+        generators = one_generator_each(generator, seed, asked * num_images_per_prompt)
+
+        conditioning = Conditioning()
+        if ids:
+            each = torch.tensor(one_each("class_label", ids, asked), device=self.device)
+            conditioning = replace(conditioning, class_labels=each.repeat_interleave(num_images_per_prompt))
+        if pixels:
+            each = torch.stack(one_each("condition", pixels, asked))
+            channels = encode(self.vae, each.to(self.device)).mean.repeat_interleave(num_images_per_prompt, 0)
+            conditioning = replace(conditioning, channels=channels)
+            # as many channels as the answer has, which isn't what stock pipelines count
+            kwargs.setdefault("latents", randn_tensor(channels.shape, generators, self.device, self.unet.dtype))
+        knows_conditions = self.tokenizer is not None or self.labels is not None
         after = []
-        if classifier is not None and class_label is not None and classifier_scale:
-            after = [
-                ClassifierSteering.of(
-                    classifier.to(self.device), class_label, classifier_scale, self.scheduler,
-                    prompts=prompts, per_prompt=num_images_per_prompt,
-                )
-            ]  # fmt: skip
-        with steered(self.unet, after=after):
+        if classifier is not None:
+            each = torch.tensor(one_each("class_label", goals, asked)).repeat_interleave(num_images_per_prompt)
+            steering = ClassifierSteering.of(classifier.to(self.device), each, classifier_scale, self.scheduler)
+            after = [steering] if classifier_scale else []
+        with steered(self.unet, before=[tell(self.unet, conditioning)], after=after):
             return super().__call__(
-                prompt=prompt,
-                height=self.edge("height", height),
-                width=self.edge("width", width),
+                height=height,
+                width=width,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
+                guidance_scale=guidance_scale if knows_conditions else 1.0,  # else there is nothing to steer towards
                 num_images_per_prompt=num_images_per_prompt,
-                generator=one_generator_each(generator, seed, prompts * num_images_per_prompt),
+                generator=generators,
                 **kwargs,
             )
+
+    def check_texts(self, name: str, texts: Any) -> list[str]:
+        """The texts, checked; none for a model that knows no text."""
+        if self.tokenizer is not None:
+            return check_prompts(name, texts, self.tokenizer)
+        if texts is not None:
+            raise ValueError(f"{name}: this model knows no text")
+        return []
+
+    def class_ids(self, names: list[Any]) -> list[int]:
+        """The numbers of these classes, that of the null class for None; none for a model that knows no classes."""
+        if self.labels is None:
+            if names != [None]:
+                raise ValueError("class_label: this model knows no classes; give it a classifier that does")
+            return []
+        null_class = len(self.labels.names)
+        return [null_class if name is None else self.labels.id(name) for name in names]
+
+    def condition_pixels(self, pictures: Any, height: int, width: int) -> list[Tensor]:
+        """The pictures to make pictures of, as pixels [3,height,width]; none for a model that takes none."""
+        if not self.condition_channels:
+            if pictures is not None:
+                raise ValueError("condition: this model makes no pictures of pictures")
+            return []
+        listed = pictures if isinstance(pictures, list | tuple) else [pictures]
+        if not listed or not all(isinstance(picture, Image.Image) for picture in listed):
+            kind = type(listed[0]).__name__ if listed else "an empty list"
+            raise ValueError(f"condition: this model makes pictures of pictures; expected a PIL picture, got {kind}")
+        if height != width:
+            raise ValueError(f"width: pictures are made of square ones; expected {height}, got {width}")
+        return [torch.from_numpy(to_pixels(to_square(picture.convert("RGB"), width))) for picture in listed]
 
     def to_best_device(self) -> LDMPipeline:
         """The same pipeline on CUDA or Apple's GPU, where there is one."""
@@ -208,64 +276,3 @@ class LDMPipeline(StableDiffusionPipeline):
         if not isinstance(pixels, Integral) or pixels % step or not smallest <= pixels <= MAX_EDGE:
             raise ValueError(f"{name}: expected a multiple of {step} from {smallest} to {MAX_EDGE}, got {pixels!r}")
         return int(pixels)
-
-
-def check_prompts(name: str, prompts: Any, tokenizer: Any) -> list[str]:
-    """A text or a list of texts, none of which the tokenizer has to cut => a list of them."""
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(texts, (list, tuple)):
-        raise ValueError(f"{name}: expected a text or a list of texts, got {type(prompts).__name__}")
-    if not texts:
-        raise ValueError(f"{name}: expected at least one text, got an empty list")
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{name}: expected texts, got {type(text).__name__} {text!r}")
-        length, most = len(tokenizer(text, verbose=False).input_ids), tokenizer.model_max_length
-        if length > most:
-            shown = text if len(text) <= 40 else text[:40] + "…"
-            raise ValueError(f"{name}: expected at most {most} tokens, got {length} in {shown!r}; use fewer words")
-    return list(texts)
-
-
-def check_number(name: str, value: Any, least: float, most: float, kind: Any = Real) -> None:
-    """Raise a ValueError unless `value` is a number, or an Integral one, of the range; NaN is of none."""
-    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
-        what = "a whole number" if kind is Integral else "a number"
-        raise ValueError(f"{name}: expected {what} from {least} to {most}, got {value!r}")
-
-
-def one_generator_each(generator: Any, seed: Any, pictures: int) -> list[torch.Generator] | None:
-    """A generator of its own for each picture, so that none depends on what is drawn beside it; None for no seed."""
-    if seed is not None:
-        if generator is not None:
-            raise ValueError("seed: give a seed or a generator, not both")
-        seeds = seed if isinstance(seed, Sequence) else [seed]
-        for value in seeds:
-            check_number("seed", value, 0, 2**63 - 1, Integral)
-        if seeds is not seed:
-            seeds = [int(seed) + i for i in range(pictures)]
-        if len(seeds) != pictures:
-            raise ValueError(f"seed: expected one for all or one per picture ({pictures}), got {len(seeds)}")
-        return [torch.Generator().manual_seed(int(value)) for value in seeds]
-    if generator is None:
-        return None
-    if isinstance(generator, torch.Generator):
-        return [generator, *followers(generator, pictures - 1)]
-    if not isinstance(generator, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in generator):
-        raise ValueError(f"generator: expected a torch.Generator or a list of them, got {type(generator).__name__}")
-    if len(generator) != pictures:
-        raise ValueError(f"generator: expected one for all or one per picture ({pictures}), got {len(generator)}")
-    return list(generator)
-
-
-def followers(first: torch.Generator, count: int) -> list[torch.Generator]:
-    """Generators for the pictures after the first: its seed + 1, + 2, …
-
-    One that has been drawn from already counts from a number drawn from it: the next batch is another one.
-    """
-    seed, device, state = first.initial_seed(), first.device, first.get_state()
-    if not torch.equal(state, torch.Generator(device).manual_seed(seed).get_state()):
-        copy = torch.Generator(device)
-        copy.set_state(state)
-        seed = int(torch.randint(2**62, (), generator=copy, device=device))
-    return [torch.Generator(device).manual_seed((seed + i) % 2**64) for i in range(1, count + 1)]

@@ -3,10 +3,11 @@
     with steered(pipeline.unet, after=[ClassifierSteering(classifier, ids, 2.0, "v")]):
         pipeline(...)
 
-Stock pipelines have no place for a classifier's gradient, and this is it: hooks on the U-Net, which see every call and
-are gone afterwards, whatever happened. The U-Net sees the x_t = alpha_t x0 + sigma_t eps of training with every
-scheduler that has `alphas_cumprod`; those that keep x_t in other units (Euler, Heun, LMS) convert it before the call.
-Schedulers without it (flow matching, EDM) walk another process, which neither U-Net nor classifier was trained on.
+Stock pipelines have no place for classes, for a second picture's latents or for a classifier's gradient, and this is
+it: hooks on the U-Net, which see every call and are gone afterwards, whatever happened. The U-Net sees the
+x_t = alpha_t x0 + sigma_t eps of training with every scheduler that has `alphas_cumprod`; those that keep x_t in other
+units (Euler, Heun, LMS) convert it before the call. Schedulers without it (flow matching, EDM) walk another process,
+which neither U-Net nor classifier was trained on.
 """
 
 from __future__ import annotations
@@ -84,31 +85,9 @@ class ClassifierSteering:
     prediction: Prediction
 
     @classmethod
-    def of(
-        cls,
-        classifier: NoisyClassifier,
-        class_label: str | Sequence[str],
-        scale: float,
-        scheduler: Any,
-        *,
-        prompts: int,
-        per_prompt: int,
-    ) -> ClassifierSteering:
-        """Steering for a pipeline's call.
-
-        Args:
-            class_label: one class for all prompts, or one each.
-            scheduler: the pipeline's.
-            prompts, per_prompt: how many, and how many pictures of each.
-        Raises:
-            ValueError: if there is no such class, or the classifier was trained on another process.
-        """
+    def of(cls, classifier: NoisyClassifier, ids: Tensor, scale: float, scheduler: Any) -> ClassifierSteering:
+        """Steering for a pipeline with this scheduler; raises as `check_same_process`."""
         check_same_process(scheduler, classifier.schedule)
-        names = [class_label] if isinstance(class_label, str) else list(class_label)
-        if len(names) not in (1, prompts):
-            raise ValueError(f"class_label: expected 1 or {prompts}, one per prompt, got {len(names)}")
-        ids = torch.tensor([classifier.class_id(name) for name in names])
-        ids = (ids.expand(prompts) if len(names) == 1 else ids).repeat_interleave(per_prompt)
         return cls(classifier, ids, scale, prediction_from_config(scheduler.config))
 
     def __call__(self, sample: Tensor, timestep: Tensor, output: Tensor) -> Tensor:

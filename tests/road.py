@@ -23,15 +23,20 @@ SHAPES = ("heart", "house", "face", "flag", "garden", "cat")
 
 
 def draw_folder(folder: Path, size: int = tiny.SIZE) -> Path:
-    """24 pictures of colored shapes with captions."""
+    """24 pictures of colored shapes with captions, their color as a class, and an outline to make each of."""
     (folder / "images").mkdir(parents=True)
+    (folder / "outlines").mkdir()
     rows = []
     for i, shape in enumerate(SHAPES):
         for color, code in COLORS.items():
             picture = Image.new("RGB", (size, size), "white")
             ImageDraw.Draw(picture).regular_polygon((size / 2, size / 2, size * 0.4), i + 3, fill=code)
             picture.save(folder / "images" / f"{color}_{shape}.png")
-            rows.append({"file_name": f"images/{color}_{shape}.png", "text": f"{color} {shape}"})
+            outline = Image.new("RGB", (size, size), "white")
+            ImageDraw.Draw(outline).regular_polygon((size / 2, size / 2, size * 0.4), i + 3, outline="black")
+            outline.save(folder / "outlines" / f"{shape}.png")
+            row = {"file_name": f"images/{color}_{shape}.png", "text": f"{color} {shape}"}
+            rows.append({**row, "color": color, "outline": f"outlines/{shape}.png"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return folder
 

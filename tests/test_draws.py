@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
@@ -11,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.data.cache import choose_caption
-from ldm.training.draws import draw, generator
+from ldm.training.draws import Draw, draw, generator
 from ldm.training.samples import numbers_of
 
 SHAPE = (2, 4, 4)
-sample = partial(draw, rows=10, latent_shape=SHAPE, caption_dropout=0.25)
+
+
+def sample(seed: int, n: int) -> Draw:
+    return draw(seed, n, rows=10, latent_shape=SHAPE, caption_dropout=0.25)
 
 
 def test_a_sample_is_the_same_whenever_it_is_drawn() -> None:

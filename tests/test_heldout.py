@@ -6,13 +6,16 @@ import torch
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.heldout import HeldOut, heldout_loss
+from ldm.models.conditioning import Conditioning
 
 T = 1000
 
 
 def questions(pictures: int = 6) -> HeldOut:
     rng = torch.Generator().manual_seed(0)
-    return HeldOut.fixed(torch.randn(pictures, 2, 4, 4, generator=rng), torch.randn(pictures, 3, 5), T, rng)
+    return HeldOut.fixed(
+        torch.randn(pictures, 2, 4, 4, generator=rng), Conditioning(torch.randn(pictures, 3, 5)), T, rng
+    )
 
 
 def test_questions_cover_every_quarter_and_stay_the_same() -> None:
@@ -30,7 +33,7 @@ def test_an_oracle_that_knows_the_noise_has_no_loss_and_a_silent_network_has_the
     assert len(noise_of) == asked.t.numel()  # no t twice, or the lookup below would lie
 
     def answer(kind: str, x0: bool, eps: bool) -> object:
-        def network(x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        def network(x_t: torch.Tensor, t: torch.Tensor, told: Conditioning) -> torch.Tensor:
             clean = torch.stack([x0_of[int(i)] for i in t]) * x0
             noise = torch.stack([noise_of[int(i)] for i in t]) * eps
             alpha = (1 - schedule.betas).cumprod(0)[t].sqrt().reshape(-1, 1, 1, 1).float()

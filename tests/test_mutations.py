@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import pytest
+import test_draws
 import test_forward
 import test_guidance
 import test_likelihood
@@ -33,7 +34,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 
 class Fault(NamedTuple):
     story: str
-    where: str  # module of ldm.diffusion, and function
+    where: str  # module of ldm.diffusion, or room/module of ldm, and function
     old: str
     new: str
     check: Callable[..., None]
@@ -115,6 +116,10 @@ FAULTS = [
     Fault("first moment for second", "timesteps.LossSecondMoment.probabilities",
           ".square().mean(1).sqrt()", ".mean(1)",
           test_timesteps.test_probabilities_follow_the_second_moment),
+    Fault("dropout never resampled", "training/draws.draw",
+          "dropped < caption_dropout",
+          "torch.rand((), generator=generator(seed, int(epoch_order(seed, epoch, rows)[position]))) < caption_dropout",
+          test_draws.test_captions_are_dropped_anew_each_epoch),
     # likelihood
     Fault("a KL that isn't zero at zero", "likelihood.normal_kl",
           "other_log_var - log_var - 1", "other_log_var - log_var",
@@ -143,7 +148,7 @@ FAULTS = [
     Fault("a score's change without sigma", "prediction.add_to_score", "- sigma * change", "- change",
           test_guidance.test_an_exact_classifier_guides_like_the_pair, ("eps", 1.0)),
     Fault("v moved like eps", "prediction.add_to_score", "- sigma * per_alpha * change", "- sigma * change",
-          test_prediction.test_adding_to_the_score_is_the_same_for_every_prediction),
+          test_prediction.test_adding_to_the_score_is_the_same_for_every_prediction, ("linear",)),
     # the score view
     Fault("Langevin's sqrt(2) missing", "score.langevin_step", "(2 * step).sqrt()", "step.sqrt()",
           test_score.test_langevin_converges_to_the_marginal_with_order_one, (400,)),
@@ -179,7 +184,8 @@ def forget_tables() -> None:
 def plant(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the function, wherever it was imported, by itself with `old` changed to `new`."""
     module_name, *path = fault.where.split(".")
-    owner: Any = importlib.import_module(f"ldm.diffusion.{module_name}")
+    room, _, module_name = module_name.rpartition("/")
+    owner: Any = importlib.import_module(f"ldm.{room or 'diffusion'}.{module_name}")
     code_globals = vars(owner)
     for name in path[:-1]:
         owner = getattr(owner, name)
@@ -194,7 +200,7 @@ def plant(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, path[-1], property(mutant.func) if isinstance(mutant, cached_property) else mutant)
         return
     for name, module in list(sys.modules.items()):  # wherever it was imported by name
-        if name.startswith(("ldm.diffusion", "test_", "oracles")):
+        if name.startswith(("ldm.", "test_", "oracles")):
             for attribute, value in list(vars(module).items()):
                 if value is original:
                     monkeypatch.setattr(module, attribute, mutant)

@@ -327,7 +327,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"negative_prompt": "cat " * 300}, r"negative_prompt: expected at most 12 tokens, got 302"),
     ({"negative_prompt": 5}, r"negative_prompt: expected a text or a list of texts, got int"),
     ({"negative_prompt": []}, r"negative_prompt: expected at least one text"),
-    ({"negative_prompt": ["red", "blue"]}, r"negative_prompt: expected 1 or 1, one per prompt, got 2"),
+    ({"negative_prompt": ["red", "blue"]}, r"negative_prompt: expected 1 or 1, one for each picture asked for, got 2"),
     ({"prompt": ["a", "b", "c"], "negative_prompt": ["red", "blue"]}, r"negative_prompt: expected 1 or 3, .* got 2"),
     ({"num_images_per_prompt": 0}, r"num_images_per_prompt: expected a whole number from 1 to 1024, got 0"),
     ({"num_images_per_prompt": None}, r"num_images_per_prompt: .* got None"),

@@ -253,9 +253,10 @@ def test_labels_go_to_the_pictures_of_their_prompt(pipe: LDMPipeline, classifier
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ({"class_label": None}, "give a classifier and a class_label, or neither"),
+        ({"class_label": None}, "class_label: the classifier needs one of cat, dog, fig"),
+        ({"class_label": "dog", "classifier": None}, "this model knows no classes"),
         ({"class_label": "dag"}, "knows no 'dag'; did you mean 'dog'"),
-        ({"class_label": ["dog"] * 3}, "expected 1 or 2, one per prompt, got 3"),
+        ({"class_label": ["dog"] * 3}, "expected 1 or 3, one for each picture asked for, got 2"),
         ({"class_label": "dog", "classifier_scale": float("nan")}, "classifier_scale: expected a number from 0"),
     ],
 )
@@ -263,7 +264,7 @@ def test_bad_words_are_refused(
     words: dict[str, Any], told: str, pipe: LDMPipeline, classifier: NoisyClassifier
 ) -> None:
     with pytest.raises(ValueError, match=told):
-        draw(pipe, ["red", "cat"], classifier=classifier, **words)
+        draw(pipe, ["red", "cat"], **{"classifier": classifier, **words})
 
 
 def test_another_process_is_refused(pipe: LDMPipeline, classifier: NoisyClassifier) -> None:

@@ -21,64 +21,80 @@ def main(config: Config) -> list[float]:
     """Train, leaving RUN/pipeline; returns the loss of each step that this call trained."""
     import torch
 
+    from ldm.arguments import check_prompts
     from ldm.data.captioned import read_captioned
+    from ldm.data.conditioned import ConditionedPictures
     from ldm.data.rows import count
-    from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
-    from ldm.models.text import TextEncoder
-    from ldm.models.unet import build_unet, choose_attention
+    from ldm.diffusion.schedule import scheduler_config
+    from ldm.models.text import load_text
+    from ldm.models.unet import build_unet, choose_attention, without_variance
     from ldm.models.vae import downsampling
-    from ldm.pipeline import LDMPipeline, check_prompts
+    from ldm.pipeline import LDMPipeline
     from ldm.training.captions import report_captions
     from ldm.training.device import build_accelerator
+    from ldm.training.drawing import build_wishes
     from ldm.training.latents import load_normalized, report_reconstruction
     from ldm.training.loop import Training, fit
-    from ldm.training.samples import build_cache, build_samples, fixed_questions
+    from ldm.training.objective import build_schedule
+    from ldm.training.samples import Cache, Encoders, build_samples, fixed_questions
     from ldm.training.tracking import Tracker
 
     accelerator = build_accelerator(config.loop)
     run, data, diffusion = Path(config.run), config.data, config.diffusion
     say, device = accelerator.print, accelerator.device
 
-    # captioned folder => pictures and captions, all of them checked
+    # captioned folder => pictures, captions, classes, all of them checked
     pictures = read_captioned(data.source, **data.reading(), progress=accelerator.is_main_process)
     say(f"{data.source}: {count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out")
+    source = ConditionedPictures.read(
+        pictures, data.label_column, data.condition_column, progress=accelerator.is_main_process
+    )
 
     # the frozen encoders: pixels => latents, caption => context
-    vae = load_normalized(config, pictures.train, device)
+    encoders = Encoders(load_normalized(config, pictures.train, device), load_text(config.text, device))
+    vae, text = encoders.vae, encoders.text
     say(report_reconstruction(vae, pictures, data.size)[1])
-    text = TextEncoder.load(config.text)
-    text.model.to(device)
-    say(report_captions(text, pictures))
-    check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not after the first hours
+    if text:
+        say(report_captions(text, pictures))
+        check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not after the first hours
 
     # the process, and the denoiser that reverses it
-    schedule = NoiseSchedule.from_name(
-        diffusion.schedule, diffusion.timesteps, zero_terminal_snr=diffusion.zero_terminal_snr
-    )
+    schedule = build_schedule(diffusion)
     latent_size = data.size // downsampling(vae)
     latent_shape = (vae.config.latent_channels, latent_size, latent_size)
-    new_unet = partial(build_unet, config.unet, latent_shape=latent_shape, context_dim=text.dim)
+    new_unet = partial(
+        build_unet,
+        config.unet,
+        latent_shape=latent_shape,
+        context_dim=text.dim if text else None,
+        classes=len(source.labels.names) + 1 if source.labels else 0,
+        condition_channels=latent_shape[0] if source.condition_column else 0,
+    )
     torch.manual_seed(config.seed)
-    unet = new_unet()
+    unet = new_unet(learned_variance=diffusion.variance == "learned")
     say(
         f"U-Net: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters, latents {list(latent_shape)}, "
         f"attention by {choose_attention(unet, device)}, {accelerator.mixed_precision} mixed precision on {device.type}"
     )
 
-    # what it learns from, and what it is asked on the way
-    cache = build_cache(pictures.train, vae, text, data) if data.cache == "memory" else None
-    samples = build_samples(config, pictures.train, latent_shape, cache)
-    questions = fixed_questions(config, pictures.heldout, vae, text)
+    # what it learns from, what it is asked on the way, and what it draws
+    cache = Cache.build(source.train, encoders, data) if data.cache == "memory" else None
+    samples = build_samples(config, source.train, latent_shape, cache)
+    questions = fixed_questions(config, source.heldout, encoders)
+    wishes = build_wishes(config, source)
 
     def build_pipeline(weights: dict[str, torch.Tensor]) -> LDMPipeline:
         averaged = new_unet().eval()
-        averaged.load_state_dict(weights)
+        averaged.load_state_dict(without_variance(weights, latent_shape[0]))
         how_to_draw = scheduler_config(schedule, diffusion.prediction)
-        return LDMPipeline.from_components(vae, text, averaged.to(device), how_to_draw, config.loop.prompts)
+        pipeline = LDMPipeline.from_components(vae, text, averaged.to(device), how_to_draw)
+        pipeline.example_prompts = config.loop.prompts if text else ()
+        pipeline.labels = source.labels
+        return pipeline
 
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     training = Training.prepare(config, accelerator, schedule, unet)
-    losses = fit(training, samples, questions, build_pipeline, tracker, None if cache else (vae, text))
+    losses = fit(training, samples, questions, wishes, build_pipeline, tracker, None if cache else encoders)
     say(f'done: {run / "pipeline"} can be loaded; draw with: ldm sample {run / "pipeline"} "a prompt"')
     accelerator.end_training()
     return losses

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.captioned import CaptionedPictures, Row
+from ldm.data.captioned import Row
 from ldm.data.pictures import Crop, to_pixels, to_square
 
 #: pixels [B,3,H,W] => mean and std of the posterior, each [B,C,h,w].
@@ -37,7 +37,7 @@ def choose_caption(captions: Sequence[str], u: float | None) -> str:
 
 
 def encode_pictures(
-    pictures: CaptionedPictures,
+    pictures: Sequence[Row],
     encode_pixels: EncodePixels,
     *,
     size: int,
@@ -64,21 +64,21 @@ class LatentCache:
 
     Attributes:
         mean, std: [N,F,C,h,w]; F is 2 if there are mirrored pictures, else 1.
-        context: [M,L,D], one for each different caption.
+        context: [M,L,D], one for each different caption; None for a model that knows no text.
         numbers: caption => its row in `context`.
     """
 
     mean: Tensor
     std: Tensor
-    context: Tensor
+    context: Tensor | None
     numbers: dict[str, int]
 
     @classmethod
     def build(
         cls,
-        pictures: CaptionedPictures,
+        pictures: Sequence[Row],
         encode_pixels: EncodePixels,
-        encode_captions: EncodeCaptions,
+        encode_captions: EncodeCaptions | None,
         *,
         size: int,
         flip: bool,
@@ -89,6 +89,8 @@ class LatentCache:
         mean, std = encode_pictures(
             pictures, encode_pixels, size=size, flip=flip, batch_size=batch_size, progress=progress
         )
+        if encode_captions is None:
+            return cls(mean, std, None, {})
         captions = ["", *sorted({caption for row in pictures for caption in row.captions})]
         contexts = [
             encode_captions(captions[start : start + batch_size]).cpu()

@@ -40,7 +40,7 @@ class Row:
     """One picture and what is said of it.
 
     Attributes:
-        captions: one or more; draw one each epoch.
+        captions: one or more, of which each epoch draws one; none where they were not asked for.
         where: file and row, for reports.
         split: "train" or "heldout".
         extra: the plain values of the row's other columns.
@@ -145,6 +145,7 @@ def read_captioned(
             nothing else; a data set on the Hugging Face Hub (`owner/name`) or a folder saved by `datasets`.
         image_column: the picture column of a Hub data set.
         caption_columns: columns (keys of the .json, in shards) that hold captions, each a text or a list of texts.
+            With none of them, pictures are read without captions, and need none.
         on_bad: "error" raises on rows that cannot be used, "skip" leaves them out and lists them on stderr.
         holdout: share of the captions to keep out of training, in [0, 1), where no column `split` says which.
         hub_config, hub_split: which part of a Hub data set.
@@ -161,7 +162,7 @@ def read_captioned(
         raise ValueError(f"on_bad is {on_bad!r}; expected 'error' or 'skip'")
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout is {holdout}; expected a share in [0, 1)")
-    if isinstance(caption_columns, str) or not caption_columns:
+    if isinstance(caption_columns, str):
         raise ValueError(f"caption_columns is {caption_columns!r}; expected a list of column names")
     try:
         ImageColor.getrgb(background)
@@ -170,7 +171,7 @@ def read_captioned(
     shown = os.fspath(source)
     store, findings = _open(source, image_column, caption_columns, hub_config, hub_split, progress)
     problems: list[Problem] = []
-    rows = gather(findings, problems)
+    rows = gather(findings, problems, bool(caption_columns))
     if check:
         rows = without_broken(rows, store, background, progress, problems)
     if problems and on_bad == "error":
@@ -200,7 +201,8 @@ def _open(
             if listing.metadata:
                 return store, folders.metadata_rows(listing, store, caption_columns)
             if listing.pictures or listing.texts:
-                return store, folders.text_rows(listing, store)
+                rows = folders.text_rows if caption_columns else folders.bare_rows
+                return store, rows(listing, store)
             if listing.shards:
                 paths = [listing.shown(name) for name in listing.shards]
                 return shards.ShardStore(paths), shards.shard_rows(paths, caption_columns, progress)
@@ -235,7 +237,7 @@ class _Packed:
 
     @classmethod
     def of(cls, rows: Drafts, holdout: float) -> _Packed:
-        splits = [row.split(holdout) for row in rows.values()]
+        splits = [row.split(holdout, locator) for locator, row in rows.items()]
         lines = [
             json.dumps([row.captions, row.where, split, row.extra, locator]).encode()
             for (locator, row), split in zip(rows.items(), splits, strict=True)

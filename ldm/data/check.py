@@ -23,23 +23,28 @@ class Draft:
     named: Split | None  # the split, where a column says it
     extra: dict[str, Any]
 
-    def split(self, holdout: float) -> Split:
-        """The split a column names, or that of the first caption."""
-        return self.named or split_of(self.captions[0], holdout)
+    def split(self, holdout: float, locator: Any) -> Split:
+        """The split a column names, or that of the first caption; of a picture without captions, that of its place."""
+        return self.named or split_of(self.captions[0] if self.captions else str(locator), holdout)
 
 
 Drafts: TypeAlias = dict[Any, Draft]  # by locator
 
 
-def gather(findings: Iterable[Finding], problems: list[Problem]) -> Drafts:
-    """Check the captions, and bring the rows of each picture together. What is wrong is added to `problems`."""
+def gather(findings: Iterable[Finding], problems: list[Problem], captioned: bool) -> Drafts:
+    """Check the captions, and bring the rows of each picture together. What is wrong is added to `problems`.
+
+    Args:
+        captioned: whether every row has captions, or none has.
+    """
     rows: Drafts = {}
     for found in findings:
         if isinstance(found, Problem):
             problems.append(found)
             continue
         try:
-            captions, named = captions_of(found.captions), named_split(found.split)
+            captions = captions_of(found.captions) if captioned else ()
+            named = named_split(found.split)
             row = rows.setdefault(found.locator, Draft(found.where, captions, named, found.extra))
             if named and row.named and named != row.named:
                 raise BadCaptionError(f"split is {named!r}, but {row.named!r} in {row.where}")

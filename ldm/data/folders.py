@@ -130,6 +130,7 @@ def metadata_rows(listing: Listing, store: FolderStore, caption_columns: Sequenc
             files = " and ".join(name for name in listing.metadata if os.path.dirname(name) == folder)
             raise BadDataError(f"several metadata files in one folder: {listing.root} has {files}; keep one of them")
     claimed: set[str] = set()
+    pictures = set(listing.pictures)
     for name in listing.metadata:
         columns: set[str] = set()
         rows = problems = 0
@@ -140,6 +141,10 @@ def metadata_rows(listing: Listing, store: FolderStore, caption_columns: Sequenc
             problems += isinstance(row, BadRow)
             if claims:
                 claimed.add(claims)
+            if isinstance(row, dict):  # a picture that another column names has a purpose, too
+                claimed |= {
+                    os.path.normpath(cell) for cell in row.values() if isinstance(cell, str) and cell
+                } & pictures
             yield finding
         if not rows:
             raise BadDataError(f"metadata has no rows: {listing.shown(name)}; expected one a picture")
@@ -172,6 +177,16 @@ def text_rows(listing: Listing, store: FolderStore) -> Iterator[Finding]:
     for stem, text in texts.items():
         if stem not in stems:
             yield Problem("caption has no picture beside it", listing.shown(text))
+    yield from _strays(listing, store)
+
+
+def bare_rows(listing: Listing, store: FolderStore) -> Iterator[Finding]:
+    """A row for each picture, whatever else lies there."""
+    for picture in listing.pictures:
+        try:
+            yield Found(listing.shown(picture), store.locate(picture), ())
+        except BadPictureError as error:
+            yield Problem(str(error), listing.shown(picture))
     yield from _strays(listing, store)
 
 

@@ -111,12 +111,12 @@ class _Sample:
         if isinstance(row, BadRow):
             return Problem(f"caption's .json: {row.what}", where)
         cells: list[object] = [row[name] for name in caption_columns if name in row]
-        if not cells and ".txt" in self.texts:
+        if caption_columns and not cells and ".txt" in self.texts:
             lines = caption_lines(self.texts[".txt"], where)
             if isinstance(lines, Problem):
                 return lines
             cells = list(lines)
-        if not cells:
+        if caption_columns and not cells:
             columns = ", ".join(caption_columns)
             has = f"; its .json has {', '.join(row) or 'no keys'}, expected {columns}" if ".json" in self.texts else ""
             return Problem(f"picture has no caption of the same key{has}", where)

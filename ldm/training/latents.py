@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import tqdm  # silent on all ranks but the first
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
+from ldm.data.conditioned import ConditionedPictures
 from ldm.data.rows import count
 from ldm.grid import captioned_grid
 from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normalize, psnr, to_pictures
 from ldm.training.config import Config
+
+Pictures = TypeVar("Pictures", CaptionedPictures, ConditionedPictures)
 
 BATCH = 32
 MEASURED = 4096  # pictures; the mean of a channel is then known to well under a hundredth of its std
@@ -24,7 +27,7 @@ CHECKED = 512
 STD_RANGE = (0.9, 1.1)
 
 
-def evenly(pictures: CaptionedPictures, most: int) -> CaptionedPictures:
+def evenly(pictures: Pictures, most: int) -> Pictures:
     """At most so many of the pictures, spread evenly over all of them."""
     chosen = min(most, len(pictures))
     return pictures.select(i * len(pictures) // chosen for i in range(chosen))
@@ -116,5 +119,5 @@ def reconstructions(vae: Any, pictures: CaptionedPictures, size: int, most: int 
     rows = evenly(pictures, most)
     pixels = torch.stack([load_pixels(row, size) for row in rows]).to(vae.device)
     drawn = to_pictures(pixels) + to_pictures(decode(vae, encode(vae, pixels).mean))
-    captions = [row.captions[0] for row in rows] + ["reconstructed"] * len(rows)
+    captions = [row.captions[0] if row.captions else "" for row in rows] + ["reconstructed"] * len(rows)
     return captioned_grid(drawn, captions, columns=len(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor, nn
 
-from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler
 from ldm.evaluation.heldout import HeldOut, heldout_loss
-from ldm.grid import captioned_grid
+from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged, build_ema
 from ldm.training.checkpoint import (
     Trainee,
@@ -29,14 +28,14 @@ from ldm.training.checkpoint import (
     temporary_beside,
 )
 from ldm.training.config import Config, to_dict
+from ldm.training.drawing import Wish, draw_wishes
 from ldm.training.learning_rate import learning_rate
-from ldm.training.samples import Batch, Samples, batches, numbers_of
+from ldm.training.objective import Objective, build_objective, build_timesteps
+from ldm.training.samples import Batch, Encoders, Samples, batches, numbers_of
 from ldm.training.tracking import Tracker
 
 #: U-Net weights on the CPU => the pipeline they make.
 BuildPipeline = Callable[[dict[str, Tensor]], Any]
-
-DRAWN_AT_ONCE = 16
 
 
 @dataclass
@@ -49,6 +48,8 @@ class Training:
     unet: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMAModel
+    timesteps: TimestepSampler
+    objective: Objective
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator, schedule: NoiseSchedule, unet: Any) -> Training:
@@ -67,54 +68,74 @@ class Training:
             fused=device_type in ("cpu", "cuda"),  # on a CPU the default is a loop over tensors
         )
         unet, optimizer = accelerator.prepare(unet.train(), optimizer)
-        return cls(config, accelerator, schedule, unet, optimizer, build_ema(unet, optim.ema_decay))
+        return cls(
+            config,
+            accelerator,
+            schedule,
+            unet,
+            optimizer,
+            ema=build_ema(unet, optim.ema_decay),
+            timesteps=build_timesteps(config.diffusion),
+            objective=build_objective(config.diffusion, schedule),
+        )
+
+    @property
+    def trainees(self) -> dict[str, Trainee]:
+        """What a checkpoint holds."""
+        found = {"unet": Trainee(self.unet, self.optimizer, self.ema)}
+        if isinstance(self.timesteps, LossSecondMoment):
+            found["timesteps"] = Trainee(self.timesteps)
+        return found
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
         optim = self.config.optim
         return learning_rate(optim.lr, step, self.config.loop.steps, optim.warmup, optim.decay)
 
-    def predict(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The U-Net's answer; t may lie on the CPU."""
+    def answer(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """All that the U-Net says, [B,C,h,w] or, with learned variance, [B,2C,h,w]; t may lie on the CPU."""
         with self.accelerator.autocast():
-            output: Tensor = self.unet(x_t, t.to(x_t.device), encoder_hidden_states=context).sample
-        return output
+            return denoise(self.unet, x_t, t, conditioning)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch, a scalar."""
-        diffusion = self.config.diffusion
-        return diffusion_loss(
-            lambda x_t, t: self.predict(x_t, t, batch.context),
-            self.schedule,
-            batch.x0,
-            batch.t,
-            batch.eps,
-            prediction=diffusion.prediction,
-            min_snr_gamma=diffusion.min_snr_gamma,
-        ).mean()
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """t of each sample, its loss there, and the weight that corrects for the choice of t; each [B]."""
+        t, weight = self.timesteps(batch.u)
+        losses = self.objective(lambda x_t, t: self.answer(x_t, t, batch.conditioning), batch.x0, t, batch.eps)
+        return t, losses, weight.to(losses)
 
     def step(self, step: int, parts: list[Batch]) -> Tensor:
         """One optimizer step on the accumulated parts of this process's share; returns its mean loss, detached."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=self.accelerator.device)
+        seen = []
         for i, batch in enumerate(parts):
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet):
-                loss = self.loss(batch) / len(parts)
+                t, losses, weight = self.losses(batch)
+                loss = (weight * losses).mean() / len(parts)
                 self.accelerator.backward(loss)
             total += loss.detach()
+            seen.append((t.to(losses.device), losses.detach()))
         self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.unet.parameters())
+        if isinstance(self.timesteps, LossSecondMoment):
+            everyone = self.accelerator.gather(tuple(map(torch.cat, zip(*seen, strict=True))))
+            self.timesteps.update(*(tensor.cpu() for tensor in everyone))
         return total
 
     def heldout(self, questions: HeldOut) -> dict[str, float]:
         """The held-out loss of the averaged weights."""
         self.unet.eval()
         with averaged(self.unet, self.ema):
-            losses = heldout_loss(self.predict, self.schedule, self.config.diffusion.prediction, questions)
+            losses = heldout_loss(
+                lambda x_t, *told: self.answer(x_t, *told)[:, : x_t.shape[1]],  # without the variance, if it is learned
+                self.schedule,
+                self.config.diffusion.prediction,
+                questions,
+            )
         self.unet.train()
         return losses
 
@@ -123,24 +144,25 @@ def fit(
     training: Training,
     samples: Samples,
     questions: HeldOut | None,
+    wishes: Sequence[Wish],
     build_pipeline: BuildPipeline,
     tracker: Tracker,
-    encoders: tuple[Any, Any] | None = None,
+    encoders: Encoders | None = None,
 ) -> list[float]:
     """Train from the newest checkpoint, or from the start, to the last step.
 
     Args:
         samples: sample n of the run.
         questions: held-out pictures, or None if there are none.
-        build_pipeline: makes what is saved in RUN/pipeline and draws the prompts.
-        encoders: (VAE, text encoder), needed if the samples have no cache.
+        wishes: what to draw on the way.
+        build_pipeline: makes what is saved in RUN/pipeline and draws.
+        encoders: needed if the samples have no cache.
     Returns:
         The loss of each step that this call trained, averaged over all processes.
     """
     config, accelerator, loop = training.config, training.accelerator, training.config.loop
     folder = Path(config.run) / "checkpoints"
-    trainees = {"unet": Trainee(training.unet, training.optimizer, training.ema)}
-    first = resume(folder, trainees, accelerator, loop.steps)
+    first = resume(folder, training.trainees, accelerator, loop.steps)
 
     numbers = numbers_of(
         first, loop.steps, loop.batch_size, loop.accumulation, accelerator.process_index, accelerator.num_processes
@@ -159,11 +181,11 @@ def fit(
             log_heldout(training, questions, done, bar, tracker)
         saving, drawing = due(done, loop.checkpoint_every, loop.steps), due(done, loop.sample_every, loop.steps)
         if saving:
-            save_checkpoint(folder, done, to_dict(config), trainees, accelerator, loop.keep)
+            save_checkpoint(folder, done, to_dict(config), training.trainees, accelerator, loop.keep)
         if saving or drawing or done == loop.steps:
             pipeline = export(training, build_pipeline)
-            if pipeline is not None and drawing and loop.prompts:
-                tracker.picture("samples", done, draw_prompts(pipeline, config))
+            if pipeline is not None and drawing and wishes:
+                tracker.picture("samples", done, draw_wishes(pipeline, wishes, config))
             accelerator.wait_for_everyone()
     tracker.close()
     return history
@@ -208,19 +230,3 @@ def export(training: Training, build_pipeline: BuildPipeline) -> Any:
     pipeline.save_pretrained(temporary)
     put_in_place(temporary, final)
     return pipeline
-
-
-def draw_prompts(pipeline: Any, config: Config) -> Image.Image:
-    """A grid of the config's prompts, always from the same noise."""
-    loop = config.loop
-    pipeline.set_progress_bar_config(desc="drawing", leave=False)
-    pictures: list[Image.Image] = []
-    for start in range(0, len(loop.prompts), DRAWN_AT_ONCE):
-        drawn = pipeline(
-            loop.prompts[start : start + DRAWN_AT_ONCE],
-            num_inference_steps=loop.num_inference_steps,
-            guidance_scale=loop.guidance_scale,
-            seed=config.seed + len(pictures),
-        )
-        pictures += drawn.images
-    return captioned_grid(pictures, loop.prompts)

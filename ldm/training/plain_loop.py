@@ -76,12 +76,14 @@ class PlainTraining(ABC):
 
     def update(self, trainee: Trainee, loss: Tensor, step: int) -> None:
         """Back-propagate and step at this step's learning rate."""
-        for group in trainee.optimizer.param_groups:
+        optimizer = trainee.optimizer
+        assert optimizer is not None
+        for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(trainee.module.parameters(), 1.0)
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def fit_plain(

@@ -1,0 +1,111 @@
+"""Pictures with everything that a model may be told of them: captions, a class, a second picture.
+
+pictures = ConditionedPictures.read(read_captioned("pictures"), label_column="kind", condition_column="sketch")
+pictures.train.class_ids                     # int64, one a row
+pictures.train.condition(0).image()          # the picture that row 0 names in its column `sketch`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm.data.captioned import CaptionedPictures, Row
+from ldm.data.check import Draft, without_broken
+from ldm.data.folders import FolderStore
+from ldm.data.labels import Labels
+from ldm.data.pictures import BadPictureError
+from ldm.data.rows import BadDataError, Problem, require_columns
+
+
+@dataclass(frozen=True)
+class ConditionedPictures:
+    """Captioned pictures whose classes and second pictures have been checked. `train`, `heldout`, `select` are views.
+
+    Attributes:
+        pictures: the rows.
+        labels: the classes, where rows have one.
+        condition_column: which of a row's values names its second picture, relative to the data's folder.
+    """
+
+    pictures: CaptionedPictures
+    labels: Labels | None = None
+    condition_column: str | None = None
+
+    @classmethod
+    def read(
+        cls,
+        pictures: CaptionedPictures,
+        label_column: str | None = None,
+        condition_column: str | None = None,
+        *,
+        progress: bool = True,
+    ) -> ConditionedPictures:
+        """Check the columns of all rows, training and held-out.
+
+        Raises:
+            BadDataError: listing the rows without a class or without a second picture that can be read.
+        """
+        labels = Labels.read(pictures, label_column) if label_column else None
+        read = cls(pictures, labels, condition_column)
+        if condition_column:
+            read._check_conditions(condition_column, progress)
+        return read
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def train(self) -> ConditionedPictures:
+        """The rows to train on."""
+        return replace(self, pictures=self.pictures.train)
+
+    @property
+    def heldout(self) -> ConditionedPictures:
+        """The rows that are kept out of training."""
+        return replace(self, pictures=self.pictures.heldout)
+
+    def select(self, indices: Iterable[int]) -> ConditionedPictures:
+        """The rows at these places, in this order."""
+        return replace(self, pictures=self.pictures.select(indices))
+
+    @property
+    def null_class(self) -> int:
+        """The class of a picture whose class was dropped: the one after the last."""
+        assert self.labels is not None
+        return len(self.labels.names)
+
+    @cached_property
+    def class_ids(self) -> npt.NDArray[np.int64]:
+        """The class of each row, int64 [N]; for rows that have one."""
+        assert self.labels is not None
+        return self.labels.ids(self.pictures)
+
+    def condition(self, number: int) -> Row:
+        """A row that reads the second picture of row `number`. Raises BadPictureError if there is none."""
+        assert self.condition_column is not None
+        row = self.pictures[number]
+        if not isinstance(row.store, FolderStore):
+            raise BadDataError(
+                f"{self.condition_column} names pictures; they can be read from folders only: {row.where}"
+            )
+        return replace(row, locator=row.store.locate(row.extra.get(self.condition_column)))
+
+    def _check_conditions(self, column: str, progress: bool) -> None:
+        columns = {name for row in self.pictures for name in row.extra}
+        require_columns([column], columns, self.pictures.source, "set data.condition_column")
+        problems: list[Problem] = []
+        named: dict[object, Draft] = {}
+        for number, row in enumerate(self.pictures):
+            try:
+                named[self.condition(number).locator] = Draft(row.where, (), None, {})
+            except BadPictureError as error:
+                problems.append(Problem(f"{column}: {error}", row.where))
+        row = self.pictures[0]
+        without_broken(named, row.store, row.background, progress, problems)
+        if problems:
+            raise BadDataError.listing(problems, self.pictures.source, "Correct them, or leave these rows out.")

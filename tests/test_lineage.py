@@ -1,0 +1,324 @@
+"""The options that the models of this family had, each by config alone, trained for a few steps and drawn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import road
+import tiny
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm import LDMPipeline
+from ldm.data.captioned import BadDataError, read_captioned
+from ldm.data.conditioned import ConditionedPictures
+from ldm.training.config import Config
+from train.train_ldm import main as train_ldm
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, a text encoder, and a VAE of random weights (normalized as soon as it is used)."""
+    folder = tmp_path_factory.mktemp("lineage")
+    road.draw_folder(folder / "data")
+    tiny.save_text_encoder(folder / "text", "bert")
+    tiny.pipeline(folder / "pipeline").vae.save_pretrained(folder / "vae")
+    return folder
+
+
+def config_of(home: Path, run: Path, **words: Any) -> Config:
+    return road.recipe(home, **{"run": str(run), "vae": str(home / "vae"), "loop__steps": 4, **words})
+
+
+def unet_of(run: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(run / "pipeline" / "unet")
+
+
+def moved(run: Path) -> dict[str, bool]:
+    """Which weights differ between the first checkpoint and the last."""
+    first, last = (load_file(path / "unet.safetensors") for path in sorted((run / "checkpoints").glob("step_*")))
+    return {name: not torch.equal(first[name], last[name]) for name in first}
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# --- the U-Net's options ---------------------------------------------------------------------------
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "attention everywhere": {"unet__attention": [True, True]},
+    "attention nowhere but in the middle": {"unet__attention": [False, False]},
+    "scale-shift": {"unet__scale_shift": "true"},
+    "residual resampling": {"unet__residual_resampling": "true"},
+    "both, as in ADM": {"unet__scale_shift": "true", "unet__residual_resampling": "true"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_trains_all_of_its_weights_and_draws(home: Path, tmp_path: Path, name: str) -> None:
+    losses = train_ldm(config_of(home, tmp_path, loop__steps=6, **OPTIONS[name]))
+    assert np.isfinite(losses).all()
+    assert all(moved(tmp_path).values())
+    config = unet_of(tmp_path).config
+    assert config.resnet_time_scale_shift == ("scale_shift" if "scale" in name or "both" in name else "default")
+    residual = "residual" in name or "both" in name
+    assert ("ResnetDownsampleBlock2D" in config.down_block_types) == residual
+    stock = quiet(StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None))
+    ours = quiet(LDMPipeline.from_pretrained(tmp_path / "pipeline"))
+    drawn = [
+        pipe("red heart", num_inference_steps=2, height=tiny.SIZE, width=tiny.SIZE, guidance_scale=2.0,
+             generator=torch.Generator().manual_seed(3), output_type="np").images
+        for pipe in (stock, ours)
+    ]  # fmt: skip
+    assert np.array_equal(*drawn)
+
+
+def test_options_that_stock_blocks_lack_are_refused(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unet\.residual_resampling: .* without text"):
+        train_ldm(config_of(home, tmp_path, text__encoder="null", unet__residual_resampling="true"))
+
+
+# --- no text at all --------------------------------------------------------------------------------
+
+
+def test_an_unconditional_model_by_config_alone(home: Path, tmp_path: Path) -> None:
+    """Pictures without a single caption; the pipeline draws what its own U-Net and scheduler give, step by step."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for file in (home / "data/images").iterdir():
+        (pictures / file.name).write_bytes(file.read_bytes())
+    run = tmp_path / "run"
+    words = {"data__source": str(pictures), "data__caption_columns": [], "text__encoder": "null"}
+    train_ldm(config_of(home, run, **words))
+    assert all(moved(run).values())
+    assert not [name for name, _ in unet_of(run).named_modules() if "attn2" in name]  # it can't attend to a context
+    assert (run / "samples/step_0000004.png").exists()
+
+    ours = quiet(LDMPipeline.from_pretrained(run / "pipeline"))
+    drawn = ours(num_images_per_prompt=2, num_inference_steps=3, seed=5, output_type="np").images
+    stock = quiet(DiffusionPipeline.from_pretrained(run / "pipeline", text_encoder=None, tokenizer=None))
+    assert type(stock) is StableDiffusionPipeline
+    again = stock(
+        prompt_embeds=torch.zeros(2, 1, 1), guidance_scale=1, num_inference_steps=3, height=tiny.SIZE, width=tiny.SIZE,
+        generator=[torch.Generator().manual_seed(5 + i) for i in range(2)], output_type="np",
+    ).images  # fmt: skip
+    assert np.array_equal(drawn, again)
+    assert not np.array_equal(drawn[0], drawn[1])
+    with pytest.raises(ValueError, match="prompt: this model knows no text"):
+        ours("red heart")
+
+
+def test_pictures_without_captions_are_held_out_by_their_place(home: Path) -> None:
+    read = read_captioned(home / "data/images", caption_columns=(), holdout=0.3, progress=False)
+    assert len(read) == 24 and 0 < len(read.heldout) < 15
+    assert all(row.captions == () for row in read)
+    some = read_captioned(home / "data/images", caption_columns=(), holdout=0.1, progress=False)
+    assert {row.where for row in some.heldout} <= {row.where for row in read.heldout}
+
+
+# --- classes -----------------------------------------------------------------------------------------
+
+
+def test_a_class_conditional_model_by_config_alone(home: Path, tmp_path: Path) -> None:
+    words = {"text__encoder": "null", "data__label_column": "color", "diffusion__caption_dropout": 0.5}
+    train_ldm(config_of(home, tmp_path, loop__steps=8, **words))
+    unet = unet_of(tmp_path)
+    assert unet.config.num_class_embeds == 5  # four colors and the null class
+    assert moved(tmp_path)["class_embedding.weight"]
+    assert (tmp_path / "samples/step_0000008.png").exists()
+    labels = json.loads((tmp_path / "pipeline/labels.json").read_text("utf-8"))
+    assert labels == {"column": "color", "names": sorted(road.COLORS)}
+
+    ours = quiet(LDMPipeline.from_pretrained(tmp_path / "pipeline"))
+    drawn = ours(
+        class_label=["red", "blue"], num_inference_steps=3, guidance_scale=2.5, seed=0, output_type="np"
+    ).images
+    torch.testing.assert_close(torch.tensor(drawn), guided_by_hand(tmp_path, [2, 0], 2.5), rtol=0, atol=2e-5)
+    other = ours(
+        class_label=["green", "blue"], num_inference_steps=3, guidance_scale=2.5, seed=0, output_type="np"
+    ).images
+    assert np.array_equal(drawn[1], other[1]) and not np.array_equal(drawn[0], other[0])
+    nobody = ours(num_inference_steps=3, seed=0, output_type="np").images
+    assert np.array_equal(nobody, ours(class_label=[None], num_inference_steps=3, seed=0, output_type="np").images)
+    with pytest.raises(ValueError, match="there is no 'rde'; did you mean 'red'"):
+        ours(class_label="rde")
+    with pytest.raises(ValueError, match="class_label: this model knows no classes"):
+        tiny.pipeline(tmp_path / "plain")("red heart", class_label="red")
+
+
+@torch.no_grad()
+def guided_by_hand(run: Path, classes: list[int], scale: float) -> torch.Tensor:
+    """Guided sampling written out: stock U-Net, the saved scheduler, class 4 for null."""
+    stock = DiffusionPipeline.from_pretrained(run / "pipeline", text_encoder=None, tokenizer=None)
+    unet, scheduler, vae = stock.unet.eval(), stock.scheduler, stock.vae
+    size = unet.config.sample_size
+    x = torch.cat([torch.randn(1, unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(i))
+                   for i in range(len(classes))])  # fmt: skip
+    scheduler.set_timesteps(3)
+    null = torch.full((len(classes),), 4)
+    for t in scheduler.timesteps:
+        without, given = (unet(x, t, None, class_labels=labels).sample for labels in (null, torch.tensor(classes)))
+        x = scheduler.step(without + scale * (given - without), t, x).prev_sample
+    return (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def test_text_and_classes_together(home: Path, tmp_path: Path) -> None:
+    train_ldm(config_of(home, tmp_path, data__label_column="color", diffusion__caption_dropout=0.3))
+    ours = quiet(LDMPipeline.from_pretrained(tmp_path / "pipeline"))
+    red, blue, neither = (
+        ours("heart", class_label=label, num_inference_steps=2, seed=1, output_type="np").images
+        for label in ("red", "blue", None)
+    )
+    assert not np.array_equal(red, blue) and not np.array_equal(red, neither)
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_class_and_caption_are_dropped_together(home: Path, cache: str) -> None:
+    """Read from the very samples that training sees: the null class stands where the null caption does."""
+    from ldm.models.text import TextEncoder
+    from ldm.models.vae import load_vae
+    from ldm.training.samples import Cache, Encoders, build_samples
+
+    config = config_of(
+        home, home, data__label_column="color", data__cache=cache, diffusion__caption_dropout=0.4, data__flip="true"
+    )
+    source = ConditionedPictures.read(read_captioned(home / "data", holdout=0, progress=False), "color", progress=False)
+    encoders = Encoders(load_vae(home / "vae"), TextEncoder.load(config.text))
+    samples = build_samples(
+        config, source, (4, 8, 8), Cache.build(source, encoders, config.data) if cache == "memory" else None
+    )
+    null_context = TextEncoder.load(config.text).encode([""])[0]
+    dropped = []
+    for n in range(60):
+        sample = samples[n]
+        without_text = (
+            sample["caption"] == "" if cache == "off" else torch.allclose(sample["context"], null_context, atol=1e-5)
+        )
+        assert (sample["class"] == source.null_class) == without_text
+        dropped.append(without_text)
+        if not without_text:
+            row = source.pictures[samples.chance(n).row]
+            assert source.labels is not None and source.labels.names[sample["class"]] == row.extra["color"]
+    assert 8 < sum(dropped) < 40
+
+
+# --- a picture made of another -----------------------------------------------------------------------
+
+
+def test_a_model_that_makes_pictures_of_pictures(home: Path, tmp_path: Path) -> None:
+    """Its latents are concatenated to x_t, and stock InstructPix2Pix draws the same from the same folder."""
+    train_ldm(config_of(home, tmp_path, data__condition_column="outline", diffusion__caption_dropout=0.2))
+    unet = unet_of(tmp_path)
+    assert (unet.config.in_channels, unet.config.out_channels) == (8, 4)
+    assert moved(tmp_path)["conv_in.weight"]
+    assert (tmp_path / "samples/step_0000004.png").exists()
+
+    ours = quiet(LDMPipeline.from_pretrained(tmp_path / "pipeline"))
+    outline, other = (Image.open(home / f"data/outlines/{name}.png") for name in ("cat", "flag"))
+    arguments = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
+    drawn = ours("red cat", condition=outline, seed=4, **arguments).images
+    assert not np.array_equal(drawn, ours("red cat", condition=other, seed=4, **arguments).images)
+    stock = quiet(DiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None))
+    assert type(stock) is StableDiffusionInstructPix2PixPipeline
+    again = stock(
+        "red cat", image=outline, image_guidance_scale=1.0, generator=torch.Generator().manual_seed(4), **arguments
+    ).images
+    np.testing.assert_allclose(drawn, again, atol=5e-5)
+    with pytest.raises(ValueError, match="condition: this model makes pictures of pictures; expected a PIL picture"):
+        ours("red cat")
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_cached_or_not_the_second_picture_is_the_same(home: Path, tmp_path: Path, cache: str) -> None:
+    words = {"data__condition_column": "outline", "data__flip": "true", "loop__sample_every": 0, "loop__steps": 3}
+    losses = train_ldm(config_of(home, tmp_path / cache, data__cache=cache, **words))
+    fresh = train_ldm(config_of(home, tmp_path / "again", data__cache="off", **words))
+    assert np.allclose(losses, fresh, rtol=1e-4)
+
+
+def test_rows_without_their_second_picture_are_listed(home: Path, tmp_path: Path) -> None:
+    road.draw_folder(tmp_path / "data")
+    file = tmp_path / "data/metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    (tmp_path / "data/outlines/cat.png").write_bytes(b"no picture")
+    rows[0]["outline"], rows[1]["outline"] = "outlines/none.png", "../secret.png"
+    del rows[2]["outline"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    pictures = read_captioned(tmp_path / "data", progress=False)
+    with pytest.raises(BadDataError) as raised:
+        ConditionedPictures.read(pictures, condition_column="outline", progress=False)
+    said = str(raised.value)
+    for row, what in [(1, "picture is missing"), (2, "leads out of the data folder"), (3, "is empty")]:
+        assert any(f"row {row} " in line and what in line for line in said.splitlines()), said
+    assert sum("cat" in line for line in said.splitlines()) >= 1
+    with pytest.raises(BadDataError, match="nearest is 'outline'"):
+        ConditionedPictures.read(pictures, condition_column="outlines", progress=False)
+
+
+# --- objectives ----------------------------------------------------------------------------------------
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "l1": {"diffusion__loss": "l1"},
+    "truncated SNR": {"diffusion__weighting": "truncated_snr", "diffusion__prediction": "v"},
+    "P2": {"diffusion__weighting": "p2"},
+    "vlb": {"diffusion__loss": "vlb", "diffusion__timestep_sampling": "loss_second_moment", "diffusion__timesteps": 10},
+    "logit-normal": {"diffusion__timestep_sampling": "logit_normal"},
+    "sigmoid schedule": {"diffusion__schedule": "sigmoid"},
+    "hybrid": {"diffusion__variance": "learned"},
+    "vlb with learned variance": {"diffusion__loss": "vlb", "diffusion__variance": "learned"},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_by_config(home: Path, tmp_path: Path, name: str) -> None:
+    words = {"loop__steps": 20, "loop__evaluate_every": 10, "loop__sample_every": 0, "optim__ema_decay": 0.8}
+    losses = train_ldm(config_of(home, tmp_path, **words, **OBJECTIVES[name]))
+    assert np.isfinite(losses).all() and len(losses) == 20
+    heldout = list(road.logged(tmp_path, "heldout/total").values())
+    assert heldout[-1] < heldout[0]
+
+
+def test_learned_variance_is_cut_off_for_stock_pipelines(home: Path, tmp_path: Path) -> None:
+    """Trained with 2C channels; saved with C, equal to the first C, so that stock draws with the learned mean."""
+    train_ldm(config_of(home, tmp_path, diffusion__variance="learned", optim__ema_decay=0.5, diffusion__vlb_weight=1.0))
+    assert moved(tmp_path)["conv_out.bias"]
+    average = load_file(tmp_path / "checkpoints/step_0000004/unet.ema.safetensors")
+    start = load_file(tmp_path / "checkpoints/step_0000003/unet.safetensors")
+    end = load_file(tmp_path / "checkpoints/step_0000004/unet.safetensors")
+    assert average["conv_out.weight"].shape[0] == 8
+    assert not torch.equal(start["conv_out.weight"][4:], end["conv_out.weight"][4:])  # the variance learned, too
+    stock = quiet(StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None))
+    saved = stock.unet.state_dict()
+    assert stock.unet.config.out_channels == 4
+    for name, tensor in average.items():
+        expected = tensor[:4] if name.startswith("conv_out.") else tensor
+        assert torch.equal(saved[name], expected), name
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    drawn = stock("cat", num_inference_steps=2, height=tiny.SIZE, width=tiny.SIZE, output_type="np").images
+    assert np.isfinite(drawn).all()
+
+
+def test_importance_sampling_resumes_with_its_memory(home: Path, tmp_path: Path) -> None:
+    words = {"diffusion__loss": "vlb", "diffusion__timestep_sampling": "loss_second_moment", "diffusion__timesteps": 2,
+             "loop__sample_every": 0, "loop__checkpoint_every": 10}  # fmt: skip
+    straight = train_ldm(config_of(home, tmp_path / "straight", loop__steps=20, **words))
+    first = train_ldm(config_of(home, tmp_path / "stopped", loop__steps=10, **words))
+    memory = load_file(tmp_path / "stopped/checkpoints/step_0000010/timesteps.safetensors")
+    assert int(memory["count"].sum()) == 80 and float(memory["losses"].abs().min()) > 0
+    assert first + train_ldm(config_of(home, tmp_path / "stopped", loop__steps=20, **words)) == straight
