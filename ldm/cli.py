@@ -76,6 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance-scale", type=float, default=3.0, help="how strictly to follow the prompt; 1 is off (default: 3)"
     )
     sample.add_argument("--negative-prompt", help="what to steer away from")
+    sample.add_argument("--classifier", help="a classifier's folder (RUN/classifier) that steers towards --class-label")
+    sample.add_argument("--class-label", help="the class to steer towards")
+    sample.add_argument(
+        "--classifier-scale", type=float, default=1.0, help="how strongly the classifier steers (default: 1)"
+    )
     sample.add_argument("--images-per-prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the first picture; the others count on (default: 0)")
     sample.add_argument("--columns", type=int, default=4, help="pictures in a row (default: 4)")
@@ -120,9 +125,11 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 def run_sample(arguments: argparse.Namespace) -> None:
     from ldm.grid import captioned_grid
+    from ldm.models.classifier import NoisyClassifier
     from ldm.pipeline import LDMPipeline
 
     pipeline = LDMPipeline.from_pretrained(arguments.model).to_best_device()
+    classifier = NoisyClassifier.load(arguments.classifier) if arguments.classifier else None
     drawn = pipeline(
         arguments.prompts,
         num_inference_steps=arguments.steps,
@@ -130,6 +137,9 @@ def run_sample(arguments: argparse.Namespace) -> None:
         negative_prompt=arguments.negative_prompt,
         num_images_per_prompt=arguments.images_per_prompt,
         seed=arguments.seed,
+        classifier=classifier,
+        class_label=arguments.class_label,
+        classifier_scale=arguments.classifier_scale,
     )
     assert not isinstance(drawn, tuple)  # return_dict is True
     captions = [prompt for prompt in arguments.prompts for _ in range(arguments.images_per_prompt)]

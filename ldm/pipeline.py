@@ -31,9 +31,11 @@ from transformers import PreTrainedModel
 from ldm.arguments import check_known, check_number, check_prompts, one_each, one_generator_each
 from ldm.data.labels import Labels
 from ldm.data.pictures import to_pixels, to_square
-from ldm.models.conditioning import Conditioning, told
+from ldm.models.classifier import NoisyClassifier
+from ldm.models.conditioning import Conditioning, tell
 from ldm.models.text import TextEncoder
 from ldm.models.vae import encode
+from ldm.steering import ClassifierSteering, steered
 
 STOCK_ARGUMENTS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "kwargs"}
 # beside model_index.json; stock diffusers doesn't look at them
@@ -145,6 +147,8 @@ class LDMPipeline(StableDiffusionPipeline):
         seed: int | Sequence[int] | None = None,
         class_label: str | Sequence[str | None] | None = None,
         condition: Image.Image | Sequence[Image.Image] | None = None,
+        classifier: NoisyClassifier | None = None,
+        classifier_scale: float = 1.0,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
         """Draw pictures.
@@ -159,8 +163,12 @@ class LDMPipeline(StableDiffusionPipeline):
             generator: one per picture, or a single one: it draws the first picture, and picture i starts from
                 its seed + i.
             seed: instead of a generator: one per picture, or one for all (picture i starts from seed + i).
-            class_label: one of `labels.names` for all, or one each; None is no class in particular.
+            class_label: one of `labels.names` for all, or one each; None is no class in particular. With a classifier,
+                the class that it steers towards, whether the model itself knows classes or not.
             condition: the picture to make a picture of, for all or one each, for a model that takes one.
+            classifier: of noisy latents, trained with the model's config by train/train_classifier.py; steers every
+                step (Dhariwal & Nichol 2021), beside classifier-free guidance or without it.
+            classifier_scale: how strongly it does; 0 is off.
             **kwargs: everything else that StableDiffusionPipeline takes.
         Returns:
             `.images`, a list of PIL pictures (or an array with output_type="np").
@@ -173,6 +181,7 @@ class LDMPipeline(StableDiffusionPipeline):
         check_number("num_inference_steps", num_inference_steps, 1, most, Integral)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_PER_PROMPT, Integral)
         check_number("guidance_scale", guidance_scale, 0, 100)
+        check_number("classifier_scale", classifier_scale, 0, 100)
         for name in {"eta", "guidance_rescale"} & kwargs.keys():
             check_number(name, kwargs[name], 0, 1)
         height, width = self.edge("height", height), self.edge("width", width)
@@ -180,8 +189,11 @@ class LDMPipeline(StableDiffusionPipeline):
         embeds = kwargs.get("prompt_embeds")
         prompts = self.check_texts("prompt", prompt) if embeds is None else []
         negatives = self.check_texts("negative_prompt", negative_prompt) if negative_prompt is not None else []
-        ids, pixels = self.class_ids(class_label), self.condition_pixels(condition, height, width)
-        asked = max(1 if embeds is None else len(embeds), len(prompts), len(ids), len(pixels))
+        names: list[Any] = list(class_label) if isinstance(class_label, list | tuple) else [class_label]
+        goals = [classifier.class_id(name) for name in names] if classifier is not None else []
+        ids = self.class_ids(names if self.labels is not None or not goals else [None])
+        pixels = self.condition_pixels(condition, height, width)
+        asked = max(1 if embeds is None else len(embeds), len(prompts), len(ids), len(goals), len(pixels))
         if prompts:
             kwargs["prompt"] = one_each("prompt", prompts, asked)
         elif embeds is None:  # stock pipelines want a context even where nobody looks at it
@@ -201,7 +213,12 @@ class LDMPipeline(StableDiffusionPipeline):
             # as many channels as the answer has, which isn't what stock pipelines count
             kwargs.setdefault("latents", randn_tensor(channels.shape, generators, self.device, self.unet.dtype))
         knows_conditions = self.tokenizer is not None or self.labels is not None
-        with told(self.unet, conditioning):
+        after = []
+        if classifier is not None:
+            each = torch.tensor(one_each("class_label", goals, asked)).repeat_interleave(num_images_per_prompt)
+            steering = ClassifierSteering.of(classifier.to(self.device), each, classifier_scale, self.scheduler)
+            after = [steering] if classifier_scale else []
+        with steered(self.unet, before=[tell(self.unet, conditioning)], after=after):
             return super().__call__(
                 height=height,
                 width=width,
@@ -220,15 +237,14 @@ class LDMPipeline(StableDiffusionPipeline):
             raise ValueError(f"{name}: this model knows no text")
         return []
 
-    def class_ids(self, names: Any) -> list[int]:
+    def class_ids(self, names: list[Any]) -> list[int]:
         """The numbers of these classes, that of the null class for None; none for a model that knows no classes."""
         if self.labels is None:
-            if names is not None:
-                raise ValueError("class_label: this model knows no classes")
+            if names != [None]:
+                raise ValueError("class_label: this model knows no classes; give it a classifier that does")
             return []
         null_class = len(self.labels.names)
-        listed = names if isinstance(names, list | tuple) else [names]
-        return [null_class if name is None else self.labels.id(name) for name in listed]
+        return [null_class if name is None else self.labels.id(name) for name in names]
 
     def condition_pixels(self, pictures: Any, height: int, width: int) -> list[Tensor]:
         """The pictures to make pictures of, as pixels [3,height,width]; none for a model that takes none."""

@@ -85,22 +85,23 @@ def test_guiding_commutes_with_conversion(scale: float, kind: Prediction, t: int
         torch.testing.assert_close(before, after, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_an_exact_classifier_guides_like_the_pair(scale: float) -> None:
-    """Bayes: the unconditional eps and log p(c | x_t) together are classifier-free guidance."""
+def test_an_exact_classifier_guides_like_the_pair(kind: Prediction, scale: float) -> None:
+    """Bayes: the unconditional answer and log p(c | x_t) together are classifier-free guidance."""
     t = torch.tensor([0, 10, 400, 800, 999])
     x_t = randn(5, 2, seed=1)
-    _, sigma = SCHEDULE.at(t, x_t)
 
     def log_prob(x: Tensor, t: Tensor) -> Tensor:
         return EVERYTHING.responsibilities(x, SCHEDULE.alpha[t], SCHEDULE.sigma[t])[:, :2].sum(1).log()
 
-    eps = EVERYTHING.network(SCHEDULE, "eps")(x_t, t)
-    with torch.no_grad():  # as in sampling
-        found = guidance.classifier_guidance(eps, x_t, t, sigma, log_prob, scale)
-    assert not found.requires_grad
-    expected = guided(CONDITION, EVERYTHING, SCHEDULE, "eps", scale).eps(x_t, t)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    output = EVERYTHING.network(SCHEDULE, kind)(x_t, t)
+    for sampling in (torch.no_grad, torch.inference_mode):
+        with sampling():
+            found = guidance.classifier_guidance(kind, output, x_t, t, SCHEDULE, log_prob, scale)
+        assert not found.requires_grad
+        expected = guided(CONDITION, EVERYTHING, SCHEDULE, kind, scale).network(x_t, t)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_the_classifier_loss_is_least_at_the_true_posterior() -> None:

@@ -77,8 +77,29 @@ def test_the_exact_network_gives_the_posterior_mean_and_the_score(data: Mixture,
     torch.testing.assert_close(denoiser.v(x_t, t), (eps - sigma * x_t) / alpha, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_adding_to_the_score_is_the_same_for_every_prediction(name: str) -> None:
+    """Converted to the score by `to_eps` and `score_from_eps`, every kind has moved by the change, and by no more."""
+    schedule = SCHEDULES[name]
+    t = torch.tensor([0, 300, 998])
+    x_t, change = randn(3, 4, seed=1), randn(3, 4, seed=2)
+    alpha, sigma = schedule.at(t, x_t)
+    for kind in PREDICTIONS:
+        output = randn(3, 4, seed=3)
+        before = prediction.score_from_eps(prediction.to_eps(kind, output, x_t, alpha, sigma), sigma)
+        changed = prediction.add_to_score(kind, output, change, alpha, sigma)
+        after = prediction.score_from_eps(prediction.to_eps(kind, changed, x_t, alpha, sigma), sigma)
+        torch.testing.assert_close(after - before, change, rtol=1e-6, atol=1e-8)
+
+
+def test_no_condition_moves_what_is_all_noise() -> None:
+    one, last = torch.ones(1, 1), torch.zeros(1, 1)
+    for kind in ("x0", "v"):
+        assert prediction.add_to_score(kind, 3 * one, one, last, one).tolist() == [[3.0]]  # type: ignore[arg-type]
+
+
 def test_errors_name_what_came() -> None:
     one = torch.ones(1)
-    for function in (prediction.to_eps, prediction.to_x0, prediction.to_v, prediction.target):
+    for function in (prediction.to_eps, prediction.to_x0, prediction.to_v, prediction.target, prediction.add_to_score):
         with pytest.raises(ValueError, match="expected eps, x0 or v, got 'noise'"):
             function("noise", one, one, one, one)  # type: ignore[arg-type]

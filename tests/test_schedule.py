@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -100,6 +101,44 @@ def test_config_is_plain_and_complete() -> None:
     assert schedules.scheduler_config(custom, "x0")["trained_betas"] == custom.betas.tolist()
     with pytest.raises(ValueError, match="expected eps, x0 or v, got 'noise'"):
         schedules.scheduler_config(custom, "noise")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "variance_exploding"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_config_gives_the_schedule_back(name: str, zero: bool) -> None:
+    schedule = NoiseSchedule.from_name(name, 150, zero_terminal_snr=zero)
+    config = json.loads(json.dumps(schedules.noise_config(schedule)))
+    found = schedules.schedule_from_config(config)
+    torch.testing.assert_close(found.betas, schedule.betas, rtol=1e-12, atol=1e-15)
+    assert (found.zero_terminal_snr, found.T) == (zero, 150)
+
+
+@pytest.mark.parametrize("stock", STOCK, ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 300},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+        {"trained_betas": [0.1, 0.2, 0.4], "num_train_timesteps": 3, "prediction_type": "sample"},
+    ],
+)
+def test_the_schedule_of_a_stock_scheduler(stock: Any, words: dict[str, Any]) -> None:
+    """Against diffusers' own tables, whoever chose the numbers."""
+    scheduler = stock(**words)
+    found = schedules.schedule_from_config(scheduler.config)
+    torch.testing.assert_close(found.alpha_bar, scheduler.alphas_cumprod.double(), atol=2e-6, rtol=1e-4)
+    ours = schedules.prediction_from_config(scheduler.config)
+    assert DIFFUSERS_NAMES[ours] == words.get("prediction_type", "epsilon")
+
+
+def test_another_process_is_refused() -> None:
+    for scheduler in (diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EDMEulerScheduler()):
+        with pytest.raises(ValueError, match="got None; is it another process"):
+            schedules.schedule_from_config(scheduler.config)
+    flow = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="prediction_type: expected one of epsilon, sample, v_prediction"):
+        schedules.prediction_from_config(flow.config)
 
 
 # --- the formulas ------------------------------------------------------------------------------

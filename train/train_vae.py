@@ -24,8 +24,9 @@ def main(config: Config) -> list[float]:
     from ldm.models.vae import build_vae, downsampling
     from ldm.training.device import build_accelerator
     from ldm.training.latents import normalize_on, reconstructions, report_reconstruction
+    from ldm.training.plain_loop import fit_plain
     from ldm.training.tracking import Tracker
-    from ldm.training.vae_loop import PixelSamples, VAETraining, fit_vae
+    from ldm.training.vae_loop import PixelSamples, VAETraining
 
     accelerator = build_accelerator(config.loop)
     run, data, steps = Path(config.run), config.data, config.vae_training.steps
@@ -48,7 +49,7 @@ def main(config: Config) -> list[float]:
 
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     samples = PixelSamples(pictures.train, data, config.seed, latent_shape)
-    losses = fit_vae(VAETraining.prepare(config, accelerator, vae), samples, tracker)
+    losses = fit_plain(VAETraining.prepare(config, accelerator, vae), samples, tracker, workers=data.workers)
 
     if accelerator.is_main_process:
         vae.eval().requires_grad_(False)

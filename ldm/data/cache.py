@@ -36,6 +36,28 @@ def choose_caption(captions: Sequence[str], u: float | None) -> str:
     return "" if u is None else captions[int(u * len(captions))]
 
 
+def encode_pictures(
+    pictures: Sequence[Row],
+    encode_pixels: EncodePixels,
+    *,
+    size: int,
+    flip: bool,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of every picture's posterior, each [N,F,C,h,w]; F is 2 with mirrored pictures, else 1."""
+    means, stds = [], []
+    flips = (False, True) if flip else (False,)
+    starts = range(0, len(pictures), batch_size)
+    for start in tqdm(starts, desc="encoding pictures", unit="batch", disable=not progress):
+        rows = [pictures[i] for i in range(start, min(start + batch_size, len(pictures)))]
+        pixels = torch.stack([load_pixels(row, size, flip=mirrored) for row in rows for mirrored in flips])
+        mean, std = encode_pixels(pixels)
+        means.append(mean.unflatten(0, (len(rows), len(flips))).cpu())
+        stds.append(std.unflatten(0, (len(rows), len(flips))).cpu())
+    return torch.cat(means), torch.cat(stds)
+
+
 @dataclass(frozen=True)
 class LatentCache:
     """Posteriors and contexts, in memory.
@@ -64,19 +86,11 @@ class LatentCache:
         progress: bool = True,
     ) -> LatentCache:
         """Encode every picture and every caption once."""
-        means, stds = [], []
-        flips = (False, True) if flip else (False,)
-        for start in tqdm(
-            range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", disable=not progress
-        ):
-            rows = [pictures[i] for i in range(start, min(start + batch_size, len(pictures)))]
-            pixels = torch.stack([load_pixels(row, size, flip=mirrored) for row in rows for mirrored in flips])
-            mean, std = encode_pixels(pixels)
-            means.append(mean.unflatten(0, (len(rows), len(flips))).cpu())
-            stds.append(std.unflatten(0, (len(rows), len(flips))).cpu())
-
+        mean, std = encode_pictures(
+            pictures, encode_pixels, size=size, flip=flip, batch_size=batch_size, progress=progress
+        )
         if encode_captions is None:
-            return cls(torch.cat(means), torch.cat(stds), None, {})
+            return cls(mean, std, None, {})
         captions = ["", *sorted({caption for row in pictures for caption in row.captions})]
         contexts = [
             encode_captions(captions[start : start + batch_size]).cpu()
@@ -85,4 +99,4 @@ class LatentCache:
             )
         ]
         numbers = {caption: number for number, caption in enumerate(captions)}
-        return cls(torch.cat(means), torch.cat(stds), torch.cat(contexts), numbers)
+        return cls(mean, std, torch.cat(contexts), numbers)

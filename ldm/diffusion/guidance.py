@@ -26,10 +26,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ldm.diffusion.forward import q_sample
+from ldm.diffusion.prediction import Prediction, add_to_score
 from ldm.diffusion.schedule import NoiseSchedule
 
 #: (x_t [B, ...], t [B]) => logits [B, classes].
 Classifier = Callable[[Tensor, Tensor], Tensor]
+#: (x_t [B, ...], t [B]) => log p(c | x_t) [B].
+LogProb = Callable[[Tensor, Tensor], Tensor]
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -65,33 +68,46 @@ def interval_scale(scale: float, t: int, T: int, interval: tuple[float, float] =
     return scale if low <= t / T < high else 1.0
 
 
-def classifier_guidance(
-    eps: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    sigma: Tensor,
-    log_prob: Callable[[Tensor, Tensor], Tensor],
-    scale: float,
-) -> Tensor:
-    """eps - scale * sigma_t * grad log p(c | x_t), pred_eps steered by a classifier (Dhariwal & Nichol 2021, alg. 2).
-
-    In scores: score + scale * grad log p(c | x_t). An unconditional eps and scale 1 give the conditional model.
+def log_prob_gradient(log_prob: LogProb, x_t: Tensor, t: Tensor) -> Tensor:
+    """grad log p(c | x_t) by x_t, shaped like x_t, without a graph; also where gradients are off, as in sampling.
 
     Args:
-        eps, x_t: [B, ...].
+        log_prob: differentiable; a sample's value depends on that sample only.
+        x_t: [B, ...].
         t: int64 [B].
-        sigma: [B, 1, ..., 1], of `NoiseSchedule.at`.
-        log_prob: (x_t, t) => log p(c | x_t), [B], of a classifier trained on noisy latents; differentiable.
-    Returns:
-        pred_eps, shaped like eps, without a graph.
     """
-    with torch.enable_grad():
-        x = x_t.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(log_prob(x, t).sum(), x)  # a sample's row depends on that sample only
-    return eps - scale * sigma * gradient
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x_t.detach().clone().requires_grad_()  # a clone: what inference mode made can't be differentiated
+        (gradient,) = torch.autograd.grad(log_prob(x, t.clone()).sum(), x)
+    return gradient
 
 
-def class_log_prob(classifier: Classifier, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def classifier_guidance(
+    prediction: Prediction,
+    output: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    log_prob: LogProb,
+    scale: float,
+) -> Tensor:
+    """A network's answer, steered by a classifier of noisy latents (Dhariwal & Nichol 2021, alg. 2, where it is eps).
+
+    The score becomes score + scale * grad log p(c | x_t): an unconditional answer and scale 1 give the conditional one.
+
+    Args:
+        prediction: the kind of the output.
+        output, x_t: [B, ...].
+        t: int64 [B].
+        log_prob: of a classifier trained with `classifier_loss`.
+    Returns:
+        The same kind of prediction, without a graph.
+    """
+    gradient = log_prob_gradient(log_prob, x_t, t)
+    return add_to_score(prediction, output, scale * gradient, *schedule.at(t, x_t))
+
+
+def class_log_prob(classifier: Classifier, labels: Tensor) -> LogProb:
     """The `log_prob` of `classifier_guidance`, for class labels int64 [B]."""
     return lambda x_t, t: -cross_entropy(classifier(x_t, t), labels, reduction="none")
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Prediction = Literal["eps", "x0", "v"]
@@ -110,4 +111,20 @@ def to_v(kind: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Te
         return v_from_x0(x_t, output, alpha, sigma)
     if kind == "v":
         return output
+    raise ValueError(f"prediction: expected eps, x0 or v, got {kind!r}")
+
+
+def add_to_score(kind: Prediction, output: Tensor, change: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """A network's answer of any kind, as it would be if the score were larger by `change`, at the same x_t.
+
+    eps moves by -sigma change. At one x_t, x0 and v follow eps with slopes -sigma / alpha and 1 / alpha. Where alpha
+    is 0 x_t says nothing about x0, no condition has a gradient there, and x0 and v stay what they are.
+    """
+    if kind == "eps":
+        return output - sigma * change
+    per_alpha = torch.where(alpha > 0, 1 / alpha, 0)
+    if kind == "x0":
+        return output + sigma**2 * per_alpha * change
+    if kind == "v":
+        return output - sigma * per_alpha * change
     raise ValueError(f"prediction: expected eps, x0 or v, got {kind!r}")

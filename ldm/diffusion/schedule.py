@@ -17,6 +17,7 @@ in float32. They are cast and moved when they meet a tensor, in `gather`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -202,14 +203,18 @@ def scheduler_config(schedule: NoiseSchedule, prediction: Prediction) -> dict[st
         raise ValueError(f"prediction: expected eps, x0 or v, got {prediction!r}")
     if prediction == "eps" and schedule.zero_terminal_snr:
         raise ValueError("prediction: eps leaves x0 open at zero terminal SNR; expected x0 or v")
-    config: dict[str, Any] = {
-        "num_train_timesteps": schedule.T,
+    return {
+        **noise_config(schedule),
         "prediction_type": DIFFUSERS_NAMES[prediction],
-        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "timestep_spacing": "trailing",  # starts at T - 1, where training ended (Lin et al. 2024, section 3.3)
         "steps_offset": 0,
         "clip_sample": False,
     }
+
+
+def noise_config(schedule: NoiseSchedule) -> dict[str, Any]:
+    """The process alone, in the words of diffusers' schedulers; `schedule_from_config` is its inverse."""
+    config: dict[str, Any] = {"num_train_timesteps": schedule.T, "rescale_betas_zero_snr": schedule.zero_terminal_snr}
     if schedule.name in ("linear", "scaled_linear"):
         config |= {"beta_schedule": schedule.name, "beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
     elif schedule.name == "cosine":
@@ -217,3 +222,36 @@ def scheduler_config(schedule: NoiseSchedule, prediction: Prediction) -> dict[st
     else:
         config |= {"trained_betas": schedule.betas.tolist()}
     return config
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The process that a stock diffusers scheduler of this config walks, in float64.
+
+    Args:
+        config: a scheduler's `config`, or what `noise_config` or `scheduler_config` made.
+    Raises:
+        ValueError: if it is no process x_t = alpha x0 + sigma eps of those known here, such as flow matching.
+    """
+    betas, name = config.get("trained_betas"), config.get("beta_schedule")
+    if betas is not None:
+        schedule = NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
+    elif name == "squaredcos_cap_v2":
+        schedule = NoiseSchedule.cosine(config["num_train_timesteps"])
+    elif name in ("linear", "scaled_linear", "sigmoid"):
+        make = getattr(NoiseSchedule, name)
+        schedule = make(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
+    else:
+        raise ValueError(
+            f"beta_schedule: expected linear, scaled_linear, squaredcos_cap_v2 or sigmoid, got {name!r}; "
+            "is it another process than x_t = alpha x0 + sigma eps?"
+        )
+    return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
+
+
+def prediction_from_config(config: Mapping[str, Any]) -> Prediction:
+    """What a network predicts, by its scheduler's config. Raises ValueError if it is neither eps, x0 nor v."""
+    theirs = config.get("prediction_type", "epsilon")
+    ours: dict[str, Prediction] = {name: prediction for prediction, name in DIFFUSERS_NAMES.items()}
+    if theirs not in ours:
+        raise ValueError(f"prediction_type: expected one of {', '.join(ours)}, got {theirs!r}")
+    return ours[theirs]

@@ -34,15 +34,20 @@ class HeldOut:
     @classmethod
     def fixed(cls, x0: Tensor, conditioning: Conditioning, T: int, generator: torch.Generator) -> HeldOut:
         """Questions about these latents, with t and eps drawn once from the generator (a CPU one)."""
-        edges = [T * i // QUARTERS for i in range(QUARTERS + 1)]
-        t = torch.stack(
-            [
-                torch.randint(low, max(low + 1, high), (len(x0),), generator=generator)
-                for low, high in zip(edges[:-1], edges[1:], strict=True)
-            ]
-        )
-        eps = torch.randn(QUARTERS, *x0.shape, generator=generator).to(x0.device)
+        t, eps = fixed_noise(x0, T, generator)
         return cls(x0, conditioning, t, eps)
+
+
+def fixed_noise(x0: Tensor, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One timestep in each quarter of [0, T) for each of x0 [B,...], and its noise: int64 [4,B], [4,B,...]."""
+    edges = [T * i // QUARTERS for i in range(QUARTERS + 1)]
+    t = torch.stack(
+        [
+            torch.randint(low, max(low + 1, high), (len(x0),), generator=generator)
+            for low, high in zip(edges[:-1], edges[1:], strict=True)
+        ]
+    )
+    return t, torch.randn(QUARTERS, *x0.shape, generator=generator).to(x0.device)
 
 
 @torch.no_grad()

@@ -6,8 +6,7 @@ channels (Rombach et al. 2022, section 3.3). A model may be told all of it, or n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -55,26 +54,20 @@ def denoise(unet: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Te
     return answer
 
 
-@contextmanager
-def told(unet: Any, conditioning: Conditioning) -> Iterator[None]:
-    """Inside, whoever calls the U-Net need not know of classes and channels, as stock pipelines don't: it is told.
+def tell(unet: Any, conditioning: Conditioning) -> Callable[[Tensor, Tensor, dict[str, Any]], Tensor]:
+    """What `ldm.steering.steered` does before a call of the U-Net by those who know of no classes and channels.
 
     A batch of twice the size is that of classifier-free guidance: its first half is told the null class.
     """
+    labels, channels = conditioning.class_labels, conditioning.channels
 
-    def tell(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        x_t, *others = args
-        labels, channels = conditioning.class_labels, conditioning.channels
+    def change(x_t: Tensor, _: Tensor, keywords: dict[str, Any]) -> Tensor:
         if labels is not None:
             null = torch.full_like(labels, unet.config.num_class_embeds - 1)
-            kwargs["class_labels"] = torch.cat([null, labels]) if len(x_t) == 2 * len(labels) else labels
+            keywords["class_labels"] = torch.cat([null, labels]) if len(x_t) == 2 * len(labels) else labels
         if channels is not None:
             halves = len(x_t) // len(channels)
             x_t = torch.cat([x_t, channels.to(x_t).repeat(halves, 1, 1, 1)], dim=1)  # (B, C+K, h, w)
-        return (x_t, *others), kwargs
+        return x_t
 
-    hook = unet.register_forward_pre_hook(tell, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return change

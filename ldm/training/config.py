@@ -1,6 +1,6 @@
 """The whole recipe of a model: one frozen dataclass, one YAML file.
 
-train_vae.py and train_ldm.py read the same one; command_line.py makes it from what people type.
+train_vae.py, train_ldm.py and train_classifier.py read the same one; command_line.py makes it from what people type.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ldm.models.classifier import ClassifierConfig
 from ldm.models.text import TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
@@ -27,7 +28,8 @@ class DataConfig:
         image_column, hub_config, hub_split: where the pictures are, in a Hub data set.
         caption_columns: where the captions are; a picture may have several, and each epoch draws one. Without any,
             for a model that knows no text, pictures need no captions.
-        label_column: the column of a class that the model learns to draw, beside captions or instead of them.
+        label_column: the column of a class that the model learns to draw, beside captions or instead of them, and that
+            the classifier learns to tell.
         condition_column: the column that names a second picture, of the same folder, which the model sees while it
             draws: its latents are concatenated to x_t.
         size: edge in pixels that the model learns and draws.
@@ -111,6 +113,34 @@ class VAETrainingConfig:
 
 
 @dataclass(frozen=True)
+class ClassifierTrainingConfig:
+    """How train_classifier.py trains the classifier of noisy latents, on data.label_column.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: pictures per step, over all processes.
+        lr: peak learning rate; it warms up over `warmup` steps and falls to zero along a cosine.
+        weight_decay: AdamW's.
+        log_every, checkpoint_every: in steps; the accuracy on held-out pictures is told at every checkpoint.
+    """
+
+    steps: int = 5000
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    log_every: int = 50
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            check(f"classifier_training.{name}", getattr(self, name), at_least=1)
+        check("classifier_training.lr", self.lr, above=0)
+        for name in ("warmup", "weight_decay"):
+            check(f"classifier_training.{name}", getattr(self, name), at_least=0)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its learning rate.
 
@@ -190,10 +220,11 @@ class Config:
     """A whole recipe.
 
     Attributes:
-        run: the folder that everything is written to: vae/, checkpoints/, samples/, pipeline/, log.jsonl.
+        run: the folder that everything is written to: vae/, classifier/, checkpoints/, samples/, pipeline/, log.jsonl.
         seed: of every random number.
         vae: a pretrained VAE, as a folder or a Hub id; null means the one that train_vae.py leaves in RUN/vae.
         vae_model: the autoencoder that train_vae.py builds.
+        classifier: the classifier that train_classifier.py builds.
     """
 
     run: str = "runs/ldm"
@@ -205,6 +236,8 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 

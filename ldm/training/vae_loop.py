@@ -10,24 +10,19 @@ set afterwards (models/vae.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.models.discriminator import PatchDiscriminator, fooling_loss, judge_loss
-from ldm.training.checkpoint import Trainee, resume, save_checkpoint
-from ldm.training.config import Config, DataConfig, VAETrainingConfig, to_dict
+from ldm.training.config import Config, DataConfig, VAETrainingConfig
 from ldm.training.draws import epoch_order, generator
-from ldm.training.learning_rate import learning_rate
-from ldm.training.samples import numbers_of
-from ldm.training.tracking import Tracker
+from ldm.training.plain_loop import PlainTraining
 
 
 class Reconstruction(nn.Module):
@@ -87,34 +82,31 @@ def load_lpips(device: torch.device) -> nn.Module:
 
 
 @dataclass
-class VAETraining:
-    """Everything that an autoencoder's run trains with."""
+class VAETraining(PlainTraining):
+    """An autoencoder and, with an adversarial loss, its judge."""
 
-    config: Config
-    accelerator: Accelerator
-    trainees: dict[str, Trainee]
-    lpips: nn.Module | None
+    name = "VAE"
+    lpips: nn.Module | None = None
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator, vae: nn.Module) -> VAETraining:
         """Hand the networks over to accelerate and make their optimizers."""
-        recipe = config.vae_training
-        modules: dict[str, nn.Module] = {"vae": Reconstruction(vae)}
-        if recipe.adversarial:
-            modules["discriminator"] = PatchDiscriminator()
-        trainees = {}
-        for name, module in modules.items():
-            fused = accelerator.device.type in ("cpu", "cuda")
-            optimizer = torch.optim.AdamW(
-                module.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0, fused=fused
-            )
-            trainees[name] = Trainee(*accelerator.prepare(module.train(), optimizer))
-        lpips = load_lpips(accelerator.device) if recipe.perceptual else None
-        return cls(config, accelerator, trainees, lpips)
+        training = cls(config, accelerator)
+        training.add("vae", Reconstruction(vae))
+        if config.vae_training.adversarial:
+            training.add("discriminator", PatchDiscriminator())
+        if config.vae_training.perceptual:
+            training.lpips = load_lpips(accelerator.device)
+        return training
 
-    def step(self, step: int, pixels: Tensor, noise: Tensor) -> Tensor:
+    @property
+    def recipe(self) -> VAETrainingConfig:
+        return self.config.vae_training
+
+    def step(self, step: int, batch: dict[str, Tensor]) -> Tensor:
         """One step of the VAE, and of its judge once there is one; returns the VAE's loss, detached."""
-        recipe = self.config.vae_training
+        recipe, device = self.recipe, self.accelerator.device
+        pixels, noise = batch["pixels"].to(device), batch["noise"].to(device)
         vae, judge = self.trainees["vae"], self.trainees.get("discriminator")
         judging = judge is not None and step >= recipe.adversarial_start
         with self.accelerator.autocast():
@@ -132,53 +124,3 @@ class VAETraining:
                 verdict = judge_loss(judge.module(pixels), judge.module(output.detach()))
             self.update(judge, verdict, step)
         return loss.detach()
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        recipe = self.config.vae_training
-        return learning_rate(recipe.lr, step, recipe.steps, recipe.warmup, "cosine")
-
-    def update(self, trainee: Trainee, loss: Tensor, step: int) -> None:
-        """Back-propagate and step at this step's learning rate."""
-        optimizer = trainee.optimizer
-        assert optimizer is not None
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(trainee.module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def fit_vae(training: VAETraining, samples: PixelSamples, tracker: Tracker) -> list[float]:
-    """Train from the newest checkpoint, or from the start, to the last step; returns the loss of each step trained."""
-    config, accelerator, recipe = training.config, training.accelerator, training.config.vae_training
-    folder = Path(config.run) / "vae_checkpoints"
-    first = resume(folder, training.trainees, accelerator, recipe.steps)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    numbers = numbers_of(first, recipe.steps, recipe.batch_size, 1, rank, processes)
-    loader = DataLoader(samples, batch_sampler=numbers, num_workers=config.data.workers)
-    losses: list[Tensor] = []
-    history: list[float] = []
-    bar = tqdm(
-        zip(range(first, recipe.steps), loader, strict=True),
-        initial=first,
-        total=recipe.steps,
-        unit="step",
-        desc="VAE",
-    )
-    for step, batch in bar:
-        losses.append(
-            training.step(step, batch["pixels"].to(accelerator.device), batch["noise"].to(accelerator.device))
-        )
-        done = step + 1
-        if done % recipe.log_every == 0 or done == recipe.steps:
-            mean = accelerator.reduce(torch.stack(losses), "mean").tolist()
-            history, losses = history + mean, []
-            rate = (bar.format_dict["rate"] or 0.0) * recipe.batch_size
-            values = {"loss": sum(mean) / len(mean), "lr": training.learning_rate(step), "images_per_second": rate}
-            tracker.scalars(done, {f"vae/{name}": value for name, value in values.items()})
-            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
-        if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            save_checkpoint(folder, done, to_dict(config), training.trainees, accelerator, keep=1)
-    return history
