@@ -120,7 +120,7 @@ def test_perceptual_loss_says_what_it_lacks(home: Path, tmp_path: Path, monkeypa
         train_vae(road.recipe(home, run=str(tmp_path), vae_training__perceptual=0.5))
 
 
-@pytest.mark.parametrize("cache", ["memory", "off"])
+@pytest.mark.parametrize("cache", ["auto", "off"])
 def test_latents_of_another_scale_are_refused(home: Path, tmp_path: Path, cache: str) -> None:
     """A VAE in RUN/vae that was never normalized on these pictures."""
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def test_the_cache_changes_nothing(home: Path, tmp_path: Path) -> None:
     """Encoded once or encoded at every step: the same draws give the same losses."""
     cached, fresh = (
         train_ldm(config_of(home, tmp_path / cache, data__cache=cache, data__flip="true", loop__sample_every=0))
-        for cache in ("memory", "off")
+        for cache in ("auto", "off")
     )
     assert np.allclose(cached, fresh, rtol=1e-4)
     assert len(cached) == 6
@@ -227,7 +227,7 @@ def test_prompts_too_long_to_draw_are_refused_before_training(home: Path, tmp_pa
 def test_a_run_without_grids_still_leaves_a_pipeline(home: Path, tmp_path: Path) -> None:
     train_ldm(config_of(home, tmp_path, loop__steps=2, loop__sample_every=0, loop__checkpoint_every=0))
     assert (tmp_path / "pipeline/model_index.json").exists()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["pipeline", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["cache", "pipeline", "tensorboard"]
 
 
 def test_foreign_captions_are_refused(home: Path, tmp_path: Path) -> None:

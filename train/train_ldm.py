@@ -28,11 +28,13 @@ def main(config: Config) -> list[float]:
     from ldm.models.unet import build_unet, choose_attention
     from ldm.models.vae import downsampling
     from ldm.pipeline import LDMPipeline, check_prompts
+    from ldm.training.caching import build_cache
     from ldm.training.captions import report_captions
     from ldm.training.device import build_accelerator
-    from ldm.training.latents import load_normalized, report_reconstruction
+    from ldm.training.encoders import Encoders
+    from ldm.training.latents import check_scale, load_normalized, measure_pretrained, report_reconstruction
     from ldm.training.loop import Training, fit
-    from ldm.training.samples import build_cache, build_samples, fixed_questions
+    from ldm.training.samples import build_samples, fixed_questions
     from ldm.training.tracking import Tracker
 
     accelerator = build_accelerator(config.loop)
@@ -44,10 +46,11 @@ def main(config: Config) -> list[float]:
     say(f"{data.source}: {count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out")
 
     # the frozen encoders: pixels => latents, caption => context
-    vae = load_normalized(config, pictures.train, device)
+    measure_pretrained(config, pictures.train, device)
+    encoders = Encoders(partial(load_normalized, config, device), partial(TextEncoder.load, config.text, device))
+    vae, text = encoders.load()
+    check_scale(vae, pictures.train, data.size)
     say(report_reconstruction(vae, pictures, data.size)[1])
-    text = TextEncoder.load(config.text)
-    text.model.to(device)
     say(report_captions(text, pictures))
     check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not after the first hours
 
@@ -65,20 +68,25 @@ def main(config: Config) -> list[float]:
         f"attention by {choose_attention(unet, device)}, {accelerator.mixed_precision} mixed precision on {device.type}"
     )
 
-    # what it learns from, and what it is asked on the way
-    cache = build_cache(pictures.train, vae, text, data) if data.cache == "memory" else None
-    samples = build_samples(config, pictures.train, latent_shape, cache)
+    # what it learns from, and what it is asked on the way; encoded once, it needs the encoders no more
     questions = fixed_questions(config, pictures.heldout, vae, text)
+    folder = config.cache_folder()
+    cache = build_cache(config, folder, pictures.train, encoders, latent_shape) if folder else None
+    samples = build_samples(config, pictures.train, latent_shape, cache)
+    del vae, text
+    if cache:
+        encoders.free()
 
     def build_pipeline(weights: dict[str, torch.Tensor]) -> LDMPipeline:
         averaged = new_unet().eval()
         averaged.load_state_dict(weights)
+        vae, text = encoders.load()
         how_to_draw = scheduler_config(schedule, diffusion.prediction)
         return LDMPipeline.from_components(vae, text, averaged.to(device), how_to_draw, config.loop.prompts)
 
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     training = Training.prepare(config, accelerator, schedule, unet)
-    losses = fit(training, samples, questions, build_pipeline, tracker, None if cache else (vae, text))
+    losses = fit(training, samples, questions, build_pipeline, tracker, encoders)
     say(f'done: {run / "pipeline"} can be loaded; draw with: ldm sample {run / "pipeline"} "a prompt"')
     accelerator.end_training()
     return losses

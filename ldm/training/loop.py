@@ -29,6 +29,7 @@ from ldm.training.checkpoint import (
     temporary_beside,
 )
 from ldm.training.config import Config, to_dict
+from ldm.training.encoders import Encoders
 from ldm.training.learning_rate import learning_rate
 from ldm.training.samples import Batch, Samples, batches, numbers_of
 from ldm.training.tracking import Tracker
@@ -125,7 +126,7 @@ def fit(
     questions: HeldOut | None,
     build_pipeline: BuildPipeline,
     tracker: Tracker,
-    encoders: tuple[Any, Any] | None = None,
+    encoders: Encoders,
 ) -> list[float]:
     """Train from the newest checkpoint, or from the start, to the last step.
 
@@ -133,7 +134,7 @@ def fit(
         samples: sample n of the run.
         questions: held-out pictures, or None if there are none.
         build_pipeline: makes what is saved in RUN/pipeline and draws the prompts.
-        encoders: (VAE, text encoder), needed if the samples have no cache.
+        encoders: of the samples if they have no cache; else let go as soon as a pipeline is saved and has drawn.
     Returns:
         The loss of each step that this call trained, averaged over all processes.
     """
@@ -161,9 +162,9 @@ def fit(
         if saving:
             save_checkpoint(folder, done, to_dict(config), trainees, accelerator, loop.keep)
         if saving or drawing or done == loop.steps:
-            pipeline = export(training, build_pipeline)
-            if pipeline is not None and drawing and loop.prompts:
-                tracker.picture("samples", done, draw_prompts(pipeline, config))
+            show(training, build_pipeline, tracker, done, drawing)
+            if samples.cache is not None:
+                encoders.free()
             accelerator.wait_for_everyone()
     tracker.close()
     return history
@@ -208,6 +209,13 @@ def export(training: Training, build_pipeline: BuildPipeline) -> Any:
     pipeline.save_pretrained(temporary)
     put_in_place(temporary, final)
     return pipeline
+
+
+def show(training: Training, build_pipeline: BuildPipeline, tracker: Tracker, done: int, drawing: bool) -> None:
+    """Save RUN/pipeline and, if asked, draw the prompts with it. Every rank must call it."""
+    pipeline = export(training, build_pipeline)
+    if pipeline is not None and drawing and training.config.loop.prompts:
+        tracker.picture("samples", done, draw_prompts(pipeline, training.config))
 
 
 def draw_prompts(pipeline: Any, config: Config) -> Image.Image:

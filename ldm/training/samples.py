@@ -8,12 +8,11 @@ worker processes meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,7 +23,8 @@ from ldm.models.text import TextEncoder
 from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.draws import Draw, draw, generator
-from ldm.training.latents import evenly
+from ldm.training.encoders import Encoders
+from ldm.training.latents import BATCH, evenly, pixel_batches
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,9 @@ class Samples(Dataset[dict[str, Any]]):
             sample["pixels"] = load_pixels(row, self.data.size, self.data.crop, drawn.crop, flip)
             sample["caption"] = caption
         else:
-            sample["mean"] = self.cache.mean[drawn.row, int(flip)]
-            sample["std"] = self.cache.std[drawn.row, int(flip)]
-            sample["context"] = self.cache.context[self.cache.numbers[caption]]
+            sample["mean"], sample["std"] = self.cache.posterior(drawn.row, flip)
+            sample["context"] = self.cache.context(caption)
         return sample
-
-
-def build_cache(pictures: CaptionedPictures, vae: Any, text: TextEncoder, data: DataConfig) -> LatentCache:
-    """Encode these pictures and their captions once."""
-
-    @torch.no_grad()
-    def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = encode(vae, pixels.to(vae.device))
-        return posterior.mean, posterior.std
-
-    progress = PartialState().is_main_process
-    return LatentCache.build(pictures, encode_pixels, text.encode, size=data.size, flip=data.flip, progress=progress)
 
 
 def build_samples(
@@ -102,21 +89,24 @@ def build_samples(
     return Samples(pictures, config.data, chance, cache)
 
 
+@torch.no_grad()
 def fixed_questions(config: Config, heldout: CaptionedPictures, vae: Any, text: TextEncoder) -> HeldOut | None:
     """The held-out pictures' latents and first captions with their fixed (t, eps); None if there are none to ask."""
     rows = evenly(heldout, config.loop.evaluation_pictures)
     if not len(rows):
         return None
-    cache = build_cache(rows, vae, text, replace(config.data, flip=False))
-    context = torch.stack([cache.context[cache.numbers[row.captions[0]]] for row in rows])
+    x0 = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, vae.device, "asking")])
+    context = torch.cat(
+        [text.encode([row.captions[0] for row in rows[i : i + BATCH]]) for i in range(0, len(rows), BATCH)]
+    )
     rng = generator(config.seed, "held out")
-    return HeldOut.fixed(cache.mean[:, 0].to(vae.device), context.to(vae.device), config.diffusion.timesteps, rng)
+    return HeldOut.fixed(x0, context, config.diffusion.timesteps, rng)
 
 
-def to_batch(collated: dict[str, Any], device: torch.device, encoders: tuple[Any, TextEncoder] | None) -> Batch:
-    """Collated samples => a batch on the device; VAE and text encoder are needed where there was no cache."""
-    if encoders is not None:
-        vae, text = encoders
+def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders) -> Batch:
+    """Collated samples => a batch on the device; they are encoded here where there was no cache."""
+    if "pixels" in collated:
+        vae, text = encoders.load()
         with torch.no_grad():
             posterior = encode(vae, collated["pixels"].to(device, non_blocking=True))
         context = text.encode(collated["caption"])
@@ -159,10 +149,8 @@ def numbers_of(
     ]
 
 
-def batches(
-    samples: Samples, numbers: list[list[int]], device: torch.device, encoders: tuple[Any, TextEncoder] | None
-) -> Iterator[Batch]:
-    """The batches with these sample numbers, one after the other; samples without a cache need (VAE, text encoder)."""
+def batches(samples: Samples, numbers: list[list[int]], device: torch.device, encoders: Encoders) -> Iterator[Batch]:
+    """The batches with these sample numbers, one after the other; the encoders are asked only without a cache."""
     loader: DataLoader[dict[str, Any]] = DataLoader(
         samples,
         batch_sampler=numbers,
