@@ -191,10 +191,15 @@ class Builder:
                 len(w.missing(k)) for w, k in ((pixel_writer, keys), (text_writer, captions.keys))
             )
             needs = {
-                count(new_pictures, "picture"): needed(pixel_writer, keys),
+                count(new_pictures, "picture") + (" (mirrored ones included)" if flip else ""): needed(
+                    pixel_writer, keys
+                ),
                 count(new_captions, "caption"): needed(text_writer, captions.keys),
             }
-            self.say(f"cache: {self.folder} lacks {' and '.join(needs)} ({gib(sum(needs.values()))})")
+            if size_needed := sum(needs.values()):
+                self.say(f"cache: {' and '.join(needs)} to encode into {self.folder} ({gib(size_needed)})")
+            else:
+                self.say(f"cache: all {count(len(pictures), 'picture')} and their captions are in {self.folder}")
             check_space(self.folder, needs)
 
             def pixels(number: int) -> Tensor:

@@ -78,7 +78,6 @@ class Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / LOCK).open("w")
         self._wait_for_lock()
-        (self.folder / RECORDS).touch()
         try:
             self._open()
         except DamagedError as damage:
@@ -122,6 +121,7 @@ class Writer:
     def _mend(self, reason: str) -> None:
         """Make the index from the records that are whole."""
         size = self.kind.record.itemsize
+        (self.folder / RECORDS).touch()
         self.records = (self.folder / RECORDS).stat().st_size // size
         if self.records or (self.folder / MANIFEST).exists():
             keys, numbers = bytearray(), []
@@ -188,7 +188,7 @@ class Writer:
         self._last_commit = time.monotonic()
 
     def _commit(self) -> None:
-        before = {path.name for path in self.folder.glob("index-*.bin")}
+        before = {path.name for path in self.folder.glob("index-*.raw")}
         new = self.folder / "index.new"
         _write(new, self.keys.tobytes(), self.numbers.astype(NUMBER).tobytes())
         manifest = Manifest(self.records, len(self.keys), sum_of(new))

@@ -1,8 +1,8 @@
 """Arrays of one shape on disk, each found by what it was computed from.
 
     <store>/
-        records.bin      records one after the other: key (16 bytes), payload, CRC-32 of both
-        index-<n>.bin    of the first n records: the keys, sorted, then the number of each one's record
+        records.raw      records one after the other: key (16 bytes), payload, CRC-32 of both
+        index-<n>.raw    of the first n records: the keys, sorted, then the number of each one's record
         manifest.json    what the store holds, how much of it is committed, sums
 
 Opening reads the manifest and compares two file sizes, whatever the number of records. A lookup is a binary search in
@@ -33,7 +33,7 @@ import numpy.typing as npt
 FORMAT = 1  # of these files
 KEY = np.dtype("S16")  # compares bytes like memcmp; an element read from an array loses trailing zeros, a slice doesn't
 NUMBER = np.dtype("<i8")
-RECORDS, MANIFEST, DAMAGED = "records.bin", "manifest.json", "damaged"
+RECORDS, MANIFEST, DAMAGED = "records.raw", "manifest.json", "damaged"
 
 Keys = npt.NDArray[np.bytes_]
 Numbers = npt.NDArray[np.int64]
@@ -115,7 +115,7 @@ def locate(keys: Keys, numbers: Numbers, wanted: Keys) -> Numbers:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is committed: `records` slots of records.bin, of which the index names `indexed`."""
+    """What is committed: `records` slots of records.raw, of which the index names `indexed`."""
 
     records: int
     indexed: int
@@ -124,7 +124,7 @@ class Manifest:
     @property
     def index(self) -> str:
         """The index file's name."""
-        return f"index-{self.records}-{self.indexed}.bin"
+        return f"index-{self.records}-{self.indexed}.raw"
 
     def to_json(self, kind: Kind) -> str:
         plain = {"kind": kind.name, "what": kind.what, "dtype": kind.dtype, "shape": kind.shape}
