@@ -23,6 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from transformers import PreTrainedModel
 
+from ldm.defaults import Defaults
 from ldm.models.text import TextEncoder
 
 STOCK_ARGUMENTS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "kwargs"}
@@ -39,9 +40,11 @@ class LDMPipeline(StableDiffusionPipeline):
 
     Attributes:
         example_prompts: what the model is known to draw, for those who don't know what to ask; may be empty.
+        defaults: the steps and the guidance scale that a call which names none is drawn with.
     """
 
     example_prompts: tuple[str, ...] = ()
+    defaults: Defaults = Defaults()
 
     @classmethod
     def from_components(
@@ -86,6 +89,7 @@ class LDMPipeline(StableDiffusionPipeline):
         pipeline: LDMPipeline = super().from_pretrained(str(folder), **kwargs)
         if (folder / PROMPTS_FILE).exists():
             pipeline.example_prompts = tuple((folder / PROMPTS_FILE).read_text("utf-8").splitlines())
+        pipeline.defaults = Defaults.load(folder)
         return pipeline
 
     @classmethod
@@ -105,6 +109,8 @@ class LDMPipeline(StableDiffusionPipeline):
         index.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         if self.example_prompts:
             (index.parent / PROMPTS_FILE).write_text("\n".join(self.example_prompts) + "\n", "utf-8")
+        if self.defaults != Defaults():
+            self.defaults.save(index.parent)
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -112,8 +118,8 @@ class LDMPipeline(StableDiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 3.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -125,8 +131,9 @@ class LDMPipeline(StableDiffusionPipeline):
         Args:
             prompt: one prompt, or a list.
             height, width: in pixels; by default the size the model was trained at.
-            num_inference_steps: evaluations of the U-Net, from 1 to the number of timesteps it was trained on.
-            guidance_scale: classifier-free guidance (Ho & Salimans 2022); up to 1 is off.
+            num_inference_steps: evaluations of the U-Net, from 1 to the number of timesteps it was trained on; by
+                default the pipeline's `defaults`.
+            guidance_scale: classifier-free guidance (Ho & Salimans 2022); up to 1 is off; by default the pipeline's.
             negative_prompt: what guidance steers away from; one for all prompts, or one each.
             num_images_per_prompt: pictures per prompt; they follow each other in the answer.
             generator: one per picture, or a single one: it draws the first picture, and picture i starts from
@@ -152,6 +159,10 @@ class LDMPipeline(StableDiffusionPipeline):
                         f"negative_prompt: expected 1 or {len(prompt)}, one per prompt, got {len(negatives)}"
                     )
                 negative_prompt = negatives * len(prompt) if len(negatives) == 1 else negatives
+        if num_inference_steps is None:
+            num_inference_steps = self.defaults.num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.defaults.guidance_scale
         most = self.scheduler.config.num_train_timesteps
         check_number("num_inference_steps", num_inference_steps, 1, most, Integral)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_PER_PROMPT, Integral)

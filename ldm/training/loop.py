@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.evaluation.heldout import HeldOut, heldout_loss
+from ldm.evaluation.heldout import by_quarter
+from ldm.evaluation.text_use import TextQuestions, measure_text_use
 from ldm.grid import captioned_grid
 from ldm.models.ema import averaged, build_ema
 from ldm.training.checkpoint import (
@@ -110,19 +111,21 @@ class Training:
         self.ema.step(self.unet.parameters())
         return total
 
-    def heldout(self, questions: HeldOut) -> dict[str, float]:
-        """The held-out loss of the averaged weights."""
+    @torch.no_grad()
+    def heldout(self, questions: TextQuestions) -> dict[str, float]:
+        """The held-out loss of the averaged weights, and by how much wrong captions and none raise it."""
         self.unet.eval()
         with averaged(self.unet, self.ema):
-            losses = heldout_loss(self.predict, self.schedule, self.config.diffusion.prediction, questions)
+            use = measure_text_use(self.predict, self.schedule, self.config.diffusion.prediction, questions)
         self.unet.train()
-        return losses
+        names = {"shuffled": "text_gap", "null": "null_gap"}
+        return {**by_quarter(use.true), **{names[name]: float(gap.mean()) for name, gap in use.gaps().items()}}
 
 
 def fit(
     training: Training,
     samples: Samples,
-    questions: HeldOut | None,
+    questions: TextQuestions | None,
     build_pipeline: BuildPipeline,
     tracker: Tracker,
     encoders: tuple[Any, Any] | None = None,
@@ -183,8 +186,8 @@ def log_losses(training: Training, losses: list[Tensor], done: int, bar: Any, tr
     return mean
 
 
-def log_heldout(training: Training, questions: HeldOut, done: int, bar: Any, tracker: Tracker) -> None:
-    """Tell the loss on the held-out pictures, in total and by quarter of t."""
+def log_heldout(training: Training, questions: TextQuestions, done: int, bar: Any, tracker: Tracker) -> None:
+    """Tell the loss on the held-out pictures, in total and by quarter of t, and how much the captions matter."""
     heldout = training.heldout(questions)
     tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})
     if training.accelerator.is_main_process:

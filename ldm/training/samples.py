@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.cache import LatentCache, choose_caption, load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.evaluation.heldout import HeldOut
+from ldm.evaluation.text_use import TextQuestions
 from ldm.models.text import TextEncoder
 from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
@@ -102,15 +103,19 @@ def build_samples(
     return Samples(pictures, config.data, chance, cache)
 
 
-def fixed_questions(config: Config, heldout: CaptionedPictures, vae: Any, text: TextEncoder) -> HeldOut | None:
-    """The held-out pictures' latents and first captions with their fixed (t, eps); None if there are none to ask."""
+def fixed_questions(config: Config, heldout: CaptionedPictures, vae: Any, text: TextEncoder) -> TextQuestions | None:
+    """The held-out pictures' latents and first captions with their fixed (t, eps), and the same with other captions.
+
+    None if there are no held-out pictures to ask about.
+    """
     rows = evenly(heldout, config.loop.evaluation_pictures)
     if not len(rows):
         return None
     cache = build_cache(rows, vae, text, replace(config.data, flip=False))
     context = torch.stack([cache.context[cache.numbers[row.captions[0]]] for row in rows])
     rng = generator(config.seed, "held out")
-    return HeldOut.fixed(cache.mean[:, 0].to(vae.device), context.to(vae.device), config.diffusion.timesteps, rng)
+    true = HeldOut.fixed(cache.mean[:, 0].to(vae.device), context.to(vae.device), config.diffusion.timesteps, rng)
+    return TextQuestions.of(true, [row.captions for row in rows], text.encode([""]), rng)
 
 
 def to_batch(collated: dict[str, Any], device: torch.device, encoders: tuple[Any, TextEncoder] | None) -> Batch:
