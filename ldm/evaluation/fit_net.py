@@ -91,7 +91,7 @@ def fit_net(
             optimizer.step()
             rate.step()
             net.log_scale.data.clamp_(max=math.log(MOST_SCALE))
-            total += float(loss)
+            total += float(loss.detach())
         bar.set_postfix_str(f"loss {total / batches:.3f}")
 
     shown = pictures.heldout if len(pictures.heldout) else train
