@@ -46,8 +46,9 @@ class Defaults:
         if not isinstance(said, dict) or not said.keys() <= kinds.keys():
             raise ValueError(f"{path}: expected an object with {' and '.join(kinds)}, got {str(said)[:100]}")
         for key, value in said.items():
+            what = "a whole number" if kinds[key] is int else "a number"
             if not isinstance(value, kinds[key]) or isinstance(value, bool) or not value >= 0:
-                raise ValueError(f"{path}: {key}: expected a number of at least 0, got {value!r}")
+                raise ValueError(f"{path}: {key}: expected {what} of at least 0, got {value!r}")
         return cls(**said)
 
     def save(self, folder: Path) -> None:

@@ -64,9 +64,7 @@ def fit_net(
     text.model.to(device)
     names = sorted({caption for row in train for caption in row.captions})
     embeddings = mean_pooled(text, names).to(device)  # (captions, text_dim)
-    pixels = torch.cat(
-        [(part * 127.5).round().char() for part in pixel_batches(train, config.size, "reading pictures")]
-    )
+    pixels = torch.cat([eight_bits(part) for part in pixel_batches(train, config.size, "reading pictures")])
     known = known_captions(train, pixels, names)
 
     torch.manual_seed(seed)
@@ -109,6 +107,11 @@ def fit_net(
     return card
 
 
+def eight_bits(pixels: Tensor) -> Tensor:
+    """Pixels in [-1,1] => uint8, in which a large data set fits into memory."""
+    return ((pixels + 1) * 127.5).round().byte()
+
+
 def known_captions(train: CaptionedPictures, pixels: Tensor, names: Sequence[str]) -> list[list[int]]:
     """For each picture the numbers of the captions that fit it: its own, and those of pictures with the same pixels."""
     numbers = {name: number for number, name in enumerate(names)}
@@ -127,7 +130,7 @@ def step(
     chosen = [captions[int(u * len(captions))] for captions, u in zip(known, picks, strict=True)]
     fits = torch.tensor([[caption in captions for caption in chosen] for captions in map(set, known)])  # (B, B)
     device = embeddings.device
-    drawn = net.embed_pictures(augment(pixels.float() / 127.5, rng).to(device))
+    drawn = net.embed_pictures(augment(pixels.float() / 127.5 - 1, rng).to(device))
     said = net.embed_captions(embeddings[chosen])
     return contrastive_loss(drawn, said, net.log_scale.exp(), fits.to(device))
 
