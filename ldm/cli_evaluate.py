@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ldm.data.captioned import CaptionedPictures
 
-EXAMPLE = """ldm evaluate --data data/openmoji --fit-net              (once per data set: its own judge)
-  ldm evaluate runs/demo                                   (all figures, in runs/demo/evaluation/evaluation.json)
+EXAMPLE = """ldm evaluate --data data/openmoji --fit-net              (its own judge alone, without a model)
+  ldm evaluate runs/demo                                   (all figures, in runs/demo/evaluation)
+  ldm evaluate runs/demo --quick                           (a short look)
   ldm evaluate runs/demo --sweep --write-defaults          (and the guidance scale and steps that suit the model)"""
 
 

@@ -121,14 +121,8 @@ def mean_pooled(text: TextEncoder, captions: Sequence[str], batch_size: int = 64
 
 
 def load_text(config: NetConfig) -> TextEncoder:
-    """The frozen encoder of the captions, with room for as many tokens as it takes, at most 64."""
-    for tokens in (TOKENS, 24):
-        try:
-            return TextEncoder.load(TextConfig(config.text_encoder, tokens))
-        except ValueError:
-            if tokens != TOKENS:
-                raise
-    raise AssertionError
+    """The frozen encoder of the captions; what is longer than 64 tokens is cut."""
+    return TextEncoder.load(TextConfig(config.text_encoder, TOKENS))
 
 
 def save_net(net: ContrastiveNet, folder: Path, card: dict[str, Any]) -> None:

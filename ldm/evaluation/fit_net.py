@@ -28,7 +28,8 @@ from ldm.evaluation.features import pixel_batches
 from ldm.evaluation.gallery import fingerprint
 from ldm.evaluation.retrieval import distances, ranks, recall, same_caption
 
-BATCH = 256
+BATCH = 256  # or an eighth of the pictures, so that a small data set takes enough steps
+LEAST_BATCH = 16
 EPOCHS = 40
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
@@ -76,13 +77,13 @@ def fit_net(
         lr=LEARNING_RATE,
         fused=device.type in ("cpu", "cuda"),
     )
-    batches = max(1, math.ceil(len(train) / BATCH))
+    batches = math.ceil(len(train) / min(BATCH, max(LEAST_BATCH, len(train) // 8)))
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * batches, pct_start=0.1)
     rng = torch.Generator().manual_seed(seed)
     bar = tqdm(range(epochs), desc=f"fitting the net on {count(len(train), 'picture')}", unit="epoch")
     for _ in bar:
         total = 0.0
-        for chosen in torch.randperm(len(train), generator=rng).chunk(batches):
+        for chosen in torch.randperm(len(train), generator=rng).tensor_split(batches):
             loss = step(net, pixels[chosen], [known[i] for i in chosen.tolist()], embeddings, rng)
             optimizer.zero_grad()
             loss.backward()
