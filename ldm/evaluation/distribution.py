@@ -124,8 +124,9 @@ def neighborhood(drawn: Tensor, real: Tensor, k: int = NEIGHBORS) -> dict[str, T
 
 def radius(vectors: Tensor, k: int) -> Tensor:
     """The distance of each vector [N,D] to its k-th nearest neighbor, float64 [N]."""
-    distance = distances(vectors.double(), vectors.double(), "euclidean")
-    return distance.kthvalue(min(k, len(vectors) - 1) + 1, dim=1).values  # the nearest is the vector itself
+    vectors, k = vectors.double(), min(k, len(vectors) - 1) + 1  # the nearest is the vector itself
+    parts = [distances(part, vectors, "euclidean").kthvalue(k, dim=1).values for part in vectors.split(256)]
+    return torch.cat(parts)
 
 
 def compare(drawn: Tensor, real: Tensor, count: int, fid_count: int = FID_RESAMPLES) -> dict[str, Any]:

@@ -167,8 +167,7 @@ def run_sweep(
 ) -> dict[str, Any]:
     """The grid, judged in one space: retrieval of each set, KID of all drawn pictures against the others."""
     few = [asked.some(plan.sweep_pictures) for asked in sets]
-    taken = {number for asked in few for number in asked.numbers}
-    reference = real[space.name][[i for i in gallery.training.tolist() if i not in taken]]
+    reference = real[space.name][gallery.others(few)]
     only = {space.name: real[space.name]}
 
     def judge(tried: Settings) -> dict[str, Any]:

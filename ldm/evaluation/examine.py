@@ -67,9 +67,8 @@ def distribution(
     fid_resamples: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Drawn pictures against the training pictures that aren't asked for; the floor: the real ones in their place."""
-    known = set(asked.numbers)
-    reference = [i for i in gallery.training.tolist() if i not in known]
+    """Drawn pictures against training pictures that aren't asked for; the floor: the real ones in their place."""
+    reference = gallery.others([asked])
     if min(len(reference), len(asked)) < 3:
         return {}
     told = {}

@@ -17,6 +17,8 @@ from ldm.data.captioned import CaptionedPictures
 from ldm.evaluation.features import Space, embed_all, pixel_batches
 from ldm.models.vae import to_pictures
 
+REFERENCE = 10_000  # pictures that others are compared with; all pairs of them have to fit into memory
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -77,6 +79,12 @@ class Gallery:
             tuple(self._composition[i] for i in numbers),
         )
         return asked if most is None else asked.some(most)
+
+    def others(self, sets: Sequence[Asked], most: int = REFERENCE) -> list[int]:
+        """Training pictures that are in none of these sets, at most so many, spread evenly."""
+        taken = {number for asked in sets for number in asked.numbers}
+        free = [number for number in self.training.tolist() if number not in taken]
+        return [free[i] for i in spread(len(free), most)]
 
     def pixels(self, numbers: Sequence[int]) -> Tensor:
         """The real pictures at these places, [N,3,size,size] in [-1,1]."""
