@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inception=FILE.safetensors")  # fmt: skip
     add("--fit-net", action="store_true", help="fit the data set's own net on its training pictures first")
     add("--net", type=Path, help="where the own net is (default: nets/<name of the data>)")
-    add("--net-epochs", type=int, default=40, help="how long to fit it (default: 40)")
+    add("--net-epochs", type=int, help="times that it sees each training picture (default: 20)")
     add("--net-text", default="minilm", metavar="ENCODER", help="what embeds its captions (default: minilm)")
     sweep = parser.add_argument_group("guidance and steps")
     add = sweep.add_argument
@@ -117,11 +117,11 @@ def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> C
 def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, device: Any) -> None:
     """Fit the data set's own net and say how well it knows what it hasn't seen."""
     from ldm.evaluation.contrastive import NetConfig
-    from ldm.evaluation.fit_net import fit_net
+    from ldm.evaluation.fit_net import EPOCHS, fit_net
     from ldm.evaluation.summary import shares
 
     config = NetConfig(text_encoder=arguments.net_text)
-    card = fit_net(pictures, net, device, config=config, epochs=arguments.net_epochs)
+    card = fit_net(pictures, net, device, config=config, epochs=arguments.net_epochs or EPOCHS)
     print(f"fit on {card['n']} training pictures in {card['seconds']} s; {card['recall_on']} pictures:")
     for direction, found in card["recall"].items():
         print(f"  {direction}: {shares(found)}, by chance {found['chance']['top1']:.1%}, {found['chance']['top5']:.1%}")

@@ -30,7 +30,7 @@ from ldm.evaluation.retrieval import distances, ranks, recall, same_caption
 
 BATCH = 256  # or an eighth of the pictures, so that a small data set takes enough steps
 LEAST_BATCH = 16
-EPOCHS = 40
+EPOCHS = 20
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 MOST_SCALE = 100.0  # CLIP, section 2.5

@@ -19,7 +19,7 @@ from ldm.evaluation.retrieval import Metric, distances
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEAR = 0.05
-Verdict = Literal["copies", "some copies", "no copies"]
+Verdict = Literal["copies", "some copies", "no sign of copies"]
 
 
 def nearest(vectors: Tensor, training: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def memorization(drawn: Tensor, heldout: Tensor) -> dict[str, Any]:
     difference = drawn[:, None] - heldout[None]
     nearer = float(((difference < 0).double() + (difference == 0).double() / 2).mean())
     median = float(heldout.median())
-    verdict: Verdict = "no copies"
+    verdict: Verdict = "no sign of copies"
     if copies["low"] > expected["high"]:
         verdict = "copies" if copies["value"] > 0.5 else "some copies"
     return {
