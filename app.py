@@ -23,6 +23,7 @@ SMALL = 128  # pixels; smaller pictures are enlarged
 MOST_PICTURES = 9
 MOST_WAITING = 20
 RANDOM_SEEDS = 2**31
+STRICTLY = "how strictly to follow the prompt"
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "sans-serif"]  # nothing to download
 THEME = gr.themes.Default(
@@ -91,6 +92,7 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
     stops: dict[str | None, threading.Event] = {}  # session => what stops its drawing
     height, width = pipeline.edge("height"), pipeline.edge("width")
     small = max(height, width) <= SMALL
+    usual = pipeline.defaults
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
     knows_text, makes_of = pipeline.tokenizer is not None, bool(pipeline.condition_channels)
     title = "Draw with words" if knows_text else "Draw"
@@ -175,8 +177,8 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
                 with gr.Accordion("Advanced settings", open=False):
                     settings = [
                         gr.Textbox(label="Negative prompt", info="what to steer away from", visible=knows_text),
-                        gr.Slider(1, 100, 20, step=1, label="Steps", info="more are slower and finer"),
-                        gr.Slider(1, 10, 3, step=0.5, label="Guidance scale", info="how strictly to follow the prompt"),
+                        gr.Slider(1, 100, usual.num_inference_steps, step=1, label="Steps", info="more: slower, finer"),
+                        gr.Slider(1, 10, usual.guidance_scale, step=0.5, label="Guidance scale", info=STRICTLY),
                         gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures"),
                     ]
                     with gr.Row():

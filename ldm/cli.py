@@ -1,4 +1,4 @@
-"""The command line: `ldm data openmoji | ldm data check | ldm sample`.
+"""The command line: `ldm data openmoji | ldm data check | ldm sample | ldm evaluate`.
 
 What a command needs is imported when it runs: `ldm --help` doesn't wait for torch and diffusers.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ldm
+from ldm import cli_evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,9 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--out", type=Path, default=Path("samples.png"), help="PNG file to write (default: samples.png)"
     )
-    sample.add_argument("--steps", type=int, default=20, help="network evaluations per picture (default: 20)")
+    sample.add_argument("--steps", type=int, help="network evaluations per picture (default: the pipeline's, or 20)")
     sample.add_argument(
-        "--guidance-scale", type=float, default=3.0, help="how strictly to follow the prompt; 1 is off (default: 3)"
+        "--guidance-scale",
+        type=float,
+        help="how strictly to follow the prompt; 1 is off (default: the pipeline's, or 3)",
     )
     sample.add_argument("--negative-prompt", help="what to steer away from")
     sample.add_argument("--classifier", help="a classifier's folder (RUN/classifier) that steers towards --class-label")
@@ -85,6 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of the first picture; the others count on (default: 0)")
     sample.add_argument("--columns", type=int, default=4, help="pictures in a row (default: 4)")
     sample.set_defaults(run=run_sample)
+
+    evaluate = command(commands, "evaluate", "say how good a model is, in figures", cli_evaluate.EXAMPLE)
+    cli_evaluate.add_arguments(evaluate)
+    evaluate.set_defaults(run=cli_evaluate.run)
     return parser
 
 

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from ldm.arguments import check_known, check_number, check_prompts, one_each, one_generator_each
 from ldm.data.labels import Labels
 from ldm.data.pictures import to_pixels, to_square
+from ldm.defaults import Defaults
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
 from ldm.models.text import TextEncoder
@@ -53,10 +54,12 @@ class LDMPipeline(StableDiffusionPipeline):
     Attributes:
         example_prompts: what the model is known to draw, for those who don't know what to ask; may be empty.
         labels: the classes it can be asked for, None if it knows none.
+        defaults: the steps and the guidance scale that a call which names none is drawn with.
     """
 
     example_prompts: tuple[str, ...] = ()
     labels: Labels | None = None
+    defaults: Defaults = Defaults()
 
     @classmethod
     def from_components(
@@ -105,6 +108,7 @@ class LDMPipeline(StableDiffusionPipeline):
             pipeline.example_prompts = tuple((folder / PROMPTS_FILE).read_text("utf-8").splitlines())
         if (folder / LABELS_FILE).exists():
             pipeline.labels = Labels.load(folder / LABELS_FILE)
+        pipeline.defaults = Defaults.load(folder)
         return pipeline
 
     @classmethod
@@ -127,6 +131,8 @@ class LDMPipeline(StableDiffusionPipeline):
             (index.parent / PROMPTS_FILE).write_text("\n".join(self.example_prompts) + "\n", "utf-8")
         if self.labels:
             self.labels.save(index.parent / LABELS_FILE)
+        if self.defaults != Defaults():
+            self.defaults.save(index.parent)
 
     @property
     def condition_channels(self) -> int:
@@ -139,8 +145,8 @@ class LDMPipeline(StableDiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 3.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -156,8 +162,9 @@ class LDMPipeline(StableDiffusionPipeline):
         Args:
             prompt: one prompt, or a list; for a model that knows text.
             height, width: in pixels; by default the size the model was trained at.
-            num_inference_steps: evaluations of the U-Net, from 1 to the number of timesteps it was trained on.
-            guidance_scale: classifier-free guidance (Ho & Salimans 2022); up to 1 is off.
+            num_inference_steps: evaluations of the U-Net, from 1 to the number of timesteps it was trained on; by
+                default the pipeline's `defaults`.
+            guidance_scale: classifier-free guidance (Ho & Salimans 2022); up to 1 is off; by default the pipeline's.
             negative_prompt: what guidance steers away from; one for all prompts, or one each.
             num_images_per_prompt: pictures per prompt; they follow each other in the answer.
             generator: one per picture, or a single one: it draws the first picture, and picture i starts from
@@ -177,6 +184,10 @@ class LDMPipeline(StableDiffusionPipeline):
             TypeError: for an argument that there is not; stock pipelines ignore a misspelled one.
         """
         check_known(kwargs, STOCK_ARGUMENTS)
+        if num_inference_steps is None:
+            num_inference_steps = self.defaults.num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.defaults.guidance_scale
         most = self.scheduler.config.num_train_timesteps
         check_number("num_inference_steps", num_inference_steps, 1, most, Integral)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_PER_PROMPT, Integral)

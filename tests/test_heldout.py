@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.evaluation.heldout import HeldOut, heldout_loss
+from ldm.evaluation.heldout import HeldOut, by_quarter, squared_errors
 from ldm.models.conditioning import Conditioning
 
 T = 1000
@@ -43,9 +43,9 @@ def test_an_oracle_that_knows_the_noise_has_no_loss_and_a_silent_network_has_the
         return network
 
     for kind in ("eps", "v", "x0"):
-        losses = heldout_loss(answer(kind, True, True), schedule, kind, asked, batch_size=4)  # type: ignore[arg-type]
+        losses = by_quarter(squared_errors(answer(kind, True, True), schedule, kind, asked, batch_size=4))  # type: ignore[arg-type]
         assert losses["total"] < 1e-6, kind
-    losses = heldout_loss(answer("eps", True, False), schedule, "eps", asked)  # type: ignore[arg-type]
+    losses = by_quarter(squared_errors(answer("eps", True, False), schedule, "eps", asked))  # type: ignore[arg-type]
     for i in range(4):
         assert abs(losses[f"q{i + 1}"] - float(asked.eps[i].square().mean())) < 1e-5
     assert abs(losses["total"] - sum(losses[f"q{i}"] for i in (1, 2, 3, 4)) / 4) < 1e-6

@@ -22,11 +22,14 @@ from safetensors.torch import load_file
 from transformers import BertModel
 
 from ldm.data.captioned import read_captioned
+from ldm.data.conditioned import ConditionedPictures
 from ldm.data.records import DamagedError
 from ldm.models.text import TextEncoder
 from ldm.models.vae import build_vae, decode, encode, load_vae
+from ldm.pipeline import LDMPipeline
 from ldm.training.config import Config
 from ldm.training.loop import Training
+from ldm.training.samples import fixed_questions
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
 
@@ -213,6 +216,37 @@ def test_every_objective_learns(home: Path, tmp_path: Path, prediction: str) -> 
     quarters = [road.logged(tmp_path, f"heldout/q{i}")[60] for i in (1, 2, 3, 4)]
     assert sum(quarters) / 4 == pytest.approx(heldout[-1])
     assert quarters[0] > quarters[-1]  # little noise is hard to tell from the picture, much noise is easy
+
+
+def test_the_log_says_what_captions_are_worth(home: Path, tmp_path: Path) -> None:
+    """The logged gaps are those of the pipeline that the run leaves, on its own fixed questions."""
+    words = {"loop__steps": 4, "loop__evaluate_every": 4, "loop__sample_every": 0, "optim__ema_decay": 0.9}
+    config = config_of(home, tmp_path, **words)
+    train_ldm(config)
+    pipe = LDMPipeline.from_pretrained(tmp_path / "pipeline")
+    text = TextEncoder(pipe.tokenizer, pipe.text_encoder)
+    heldout = read_captioned(home / "data", holdout=0.2, progress=False).heldout
+    asked = fixed_questions(config, ConditionedPictures(heldout), pipe.vae, text)
+    assert asked is not None and asked.shuffled is not None
+    true, schedule = asked.true, pipe.scheduler.alphas_cumprod.double()
+
+    @torch.no_grad()
+    def loss(context: torch.Tensor) -> float:
+        errors = []
+        for t, eps in zip(true.t, true.eps, strict=True):
+            alpha_bar = schedule[t].reshape(-1, 1, 1, 1).float()
+            x_t = alpha_bar.sqrt() * true.x0 + (1 - alpha_bar).sqrt() * eps
+            errors.append((pipe.unet(x_t, t, encoder_hidden_states=context).sample - eps).square().mean())
+        return float(torch.stack(errors).mean())
+
+    own = true.conditioning.context
+    assert own is not None
+    assert not any(bool((mine == other).all()) for mine, other in zip(own, asked.shuffled, strict=True))
+    gaps = {"text_gap": asked.shuffled, "null_gap": text.encode([""]).expand_as(own)}
+    for name, context in gaps.items():
+        (logged,) = road.logged(tmp_path, f"heldout/{name}").values()
+        assert logged == pytest.approx(loss(context) - loss(own), rel=0.05, abs=2e-7)
+        assert logged != 0
 
 
 def test_the_cache_changes_nothing(home: Path, tmp_path: Path) -> None:

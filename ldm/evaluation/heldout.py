@@ -20,6 +20,8 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.conditioning import Conditioning
 
 QUARTERS = 4
+#: (x_t [B,C,h,w], t [B] on the CPU, what is told of the pictures) => prediction, shaped like x_t.
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,14 @@ def fixed_noise(x0: Tensor, T: int, generator: torch.Generator) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def heldout_loss(
-    network: Callable[[Tensor, Tensor, Conditioning], Tensor],
+def squared_errors(
+    network: Network,
     schedule: NoiseSchedule,
     prediction: Prediction,
     questions: HeldOut,
     batch_size: int = 64,
-) -> dict[str, float]:
-    """Mean squared error of eps: {"total": ..., "q1": ..., "q4": ...}; q1 is the quarter with the least noise.
-
-    Args:
-        network: (x_t [B,C,h,w], t [B] on the CPU, conditioning) => prediction [B,C,h,w].
-    """
+) -> Tensor:
+    """The mean squared error of eps of every question, float32 [4,B] on the CPU, one row a quarter of t."""
     by_quarter = []
     for t, eps in zip(questions.t, questions.eps, strict=True):
         errors = []
@@ -72,5 +70,11 @@ def heldout_loss(
             output = network(x_t, t[part], questions.conditioning[part]).float()
             alpha, sigma = schedule.at(t[part], x0)
             errors.append((to_eps(prediction, output, x_t, alpha, sigma) - noise).square().flatten(1).mean(1))
-        by_quarter.append(float(torch.cat(errors).mean()))
-    return {"total": sum(by_quarter) / QUARTERS, **{f"q{i + 1}": value for i, value in enumerate(by_quarter)}}
+        by_quarter.append(torch.cat(errors).cpu())
+    return torch.stack(by_quarter)
+
+
+def by_quarter(errors: Tensor) -> dict[str, float]:
+    """Errors [4,B] => {"total": ..., "q1": ..., "q4": ...}, their means; q1 is the quarter with the least noise."""
+    quarters = errors.mean(1).tolist()
+    return {"total": sum(quarters) / QUARTERS, **{f"q{i + 1}": value for i, value in enumerate(quarters)}}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler
-from ldm.evaluation.heldout import HeldOut, heldout_loss
+from ldm.evaluation.heldout import by_quarter
+from ldm.evaluation.text_use import TextQuestions, measure_text_use
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged, build_ema
 from ldm.training.checkpoint import (
@@ -127,24 +128,26 @@ class Training:
             self.timesteps.update(*(tensor.cpu() for tensor in everyone))
         return total
 
-    def heldout(self, questions: HeldOut) -> dict[str, float]:
-        """The held-out loss of the averaged weights."""
+    @torch.no_grad()
+    def heldout(self, questions: TextQuestions) -> dict[str, float]:
+        """The held-out loss of the averaged weights, and by how much wrong captions and none raise it."""
         self.unet.eval()
         with averaged(self.unet, self.ema):
-            losses = heldout_loss(
+            use = measure_text_use(
                 lambda x_t, *told: self.answer(x_t, *told)[:, : x_t.shape[1]],  # without the variance, if it is learned
                 self.schedule,
                 self.config.diffusion.prediction,
                 questions,
             )
         self.unet.train()
-        return losses
+        names = {"shuffled": "text_gap", "null": "null_gap"}
+        return {**by_quarter(use.true), **{names[name]: float(gap.mean()) for name, gap in use.gaps().items()}}
 
 
 def fit(
     training: Training,
     samples: Samples,
-    questions: HeldOut | None,
+    questions: TextQuestions | None,
     wishes: Sequence[Wish],
     build_pipeline: BuildPipeline,
     tracker: Tracker,
@@ -206,8 +209,8 @@ def log_losses(training: Training, losses: list[Tensor], done: int, bar: Any, tr
     return mean
 
 
-def log_heldout(training: Training, questions: HeldOut, done: int, bar: Any, tracker: Tracker) -> None:
-    """Tell the loss on the held-out pictures, in total and by quarter of t."""
+def log_heldout(training: Training, questions: TextQuestions, done: int, bar: Any, tracker: Tracker) -> None:
+    """Tell the loss on the held-out pictures, in total and by quarter of t, and how much the captions matter."""
     heldout = training.heldout(questions)
     tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})
     if training.accelerator.is_main_process:

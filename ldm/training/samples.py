@@ -20,6 +20,7 @@ from ldm.data.cache import LatentCache, choose_caption, load_pixels
 from ldm.data.captioned import Row
 from ldm.data.conditioned import ConditionedPictures
 from ldm.evaluation.heldout import HeldOut
+from ldm.evaluation.text_use import TextQuestions
 from ldm.models.conditioning import Conditioning
 from ldm.models.text import TextEncoder
 from ldm.models.vae import Posterior, encode
@@ -98,8 +99,13 @@ def build_samples(
 
 
 @torch.no_grad()
-def fixed_questions(config: Config, heldout: ConditionedPictures, vae: Any, text: TextEncoder | None) -> HeldOut | None:
-    """The held-out pictures' latents and first captions with their fixed (t, eps); None if there are none to ask."""
+def fixed_questions(
+    config: Config, heldout: ConditionedPictures, vae: Any, text: TextEncoder | None
+) -> TextQuestions | None:
+    """The held-out pictures with their first captions at fixed (t, eps), and the same with other captions.
+
+    None if there are no held-out pictures to ask about.
+    """
     source = evenly(heldout, config.loop.evaluation_pictures)
     if not len(source):
         return None
@@ -110,15 +116,18 @@ def fixed_questions(config: Config, heldout: ConditionedPictures, vae: Any, text
 
     context = channels = class_labels = None
     if text:
-        captions = [row.captions[0] for row in source.pictures]
-        context = torch.cat([text.encode(captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)])
+        first = [row.captions[0] for row in source.pictures]
+        context = torch.cat([text.encode(first[i : i + BATCH]) for i in range(0, len(first), BATCH)])
     if source.labels:
         class_labels = torch.from_numpy(source.class_ids).to(vae.device)
     if source.condition_column:
         channels = latents([source.condition(i) for i in range(len(source))])
-    conditioning = Conditioning(context, class_labels, channels)
     rng = generator(config.seed, "held out")
-    return HeldOut.fixed(latents(source.pictures), conditioning, config.diffusion.timesteps, rng)
+    conditioning = Conditioning(context, class_labels, channels)
+    true = HeldOut.fixed(latents(source.pictures), conditioning, config.diffusion.timesteps, rng)
+    if text is None:
+        return TextQuestions(true)
+    return TextQuestions.of(true, [row.captions for row in source.pictures], text.encode([""]), rng)
 
 
 def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders) -> Batch:

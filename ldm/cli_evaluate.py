@@ -1,0 +1,174 @@
+"""`ldm evaluate`: from what people type to the parts that ldm.evaluation examines."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.data.captioned import CaptionedPictures
+
+EXAMPLE = """ldm evaluate --data data/openmoji --fit-net              (its own judge alone, without a model)
+  ldm evaluate runs/demo                                   (all figures, in runs/demo/evaluation)
+  ldm evaluate runs/demo --quick                           (a short look)
+  ldm evaluate runs/demo --sweep --write-defaults          (and the guidance scale and steps that suit the model)"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ldm evaluate`."""
+    add = parser.add_argument
+    add("model", nargs="?", metavar="RUN_OR_MODEL", help="a run, a pipeline folder or a Hub id; none with --fit-net")
+    add("--data", metavar="SOURCE", help="captioned pictures (default: what the run was trained on)")
+    add("--image-column", help="where a Hub data set has its pictures (default: the run's, or image)")
+    add("--caption-columns", nargs="+", metavar="COLUMN", help="where the captions are (default: the run's, or text)")
+    add("--holdout", type=float, help="share of the captions that was kept out (default: the run's, or 0.05)")
+    add("--out", type=Path, help="folder to write (default: RUN/evaluation)")
+    add("--steps", type=int, help="network evaluations per picture (default: the pipeline's)")
+    add("--guidance-scale", type=float, help="(default: the pipeline's)")
+    add("--seed", type=int, default=0, help="of the first picture of each set; the others count on (default: 0)")
+    add("--pictures", type=int, metavar="N", help="held-out captions to draw, spread evenly (default: all)")
+    add("--train-pictures", type=int, metavar="N", help="training captions to draw, spread evenly (default: 200)")
+    add("--batch-size", type=int, default=16, help="pictures drawn at once (default: 16)")
+    add("--quick", action="store_true", help="16 captions of each set, few resamples, no timing")
+    features = parser.add_argument_group("what judges the pictures")
+    add = features.add_argument
+    add("--features", nargs="+", default=[], metavar="NET",
+        help="vision models of transformers, as folders or Hub ids (DINOv2, CLIP, …), or "
+        "inception=FILE.safetensors")  # fmt: skip
+    add("--fit-net", action="store_true", help="fit the data set's own net on its training pictures first")
+    add("--net", type=Path, help="where the own net is (default: nets/<name of the data>)")
+    add("--net-epochs", type=int, help="times that it sees each training picture (default: 20)")
+    add("--net-text", default="minilm", metavar="ENCODER", help="what embeds its captions (default: minilm)")
+    sweep = parser.add_argument_group("guidance and steps")
+    add = sweep.add_argument
+    add("--sweep", action="store_true", help="try a grid of guidance scales and steps")
+    add("--sweep-guidance", nargs="+", type=float, metavar="SCALE", help="(default: 1 2 3 4 6)")
+    add("--sweep-steps", nargs="+", type=int, metavar="N", help="(default: 10 20 50)")
+    add("--sweep-pictures", type=int, metavar="N", help="captions of each set (default: 64)")
+    add("--write-defaults", action="store_true", help="write the best setting into the pipeline, as its defaults")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fit the net, evaluate the model, or both."""
+    import torch
+
+    if arguments.model is None and not arguments.fit_net:
+        raise ValueError("model: name a run or a pipeline folder to evaluate, or fit a net with --fit-net")
+    if arguments.write_defaults and not (arguments.sweep and arguments.model):
+        raise ValueError("--write-defaults: it writes what --sweep finds for a model; give both")
+    folder, home, config = find_model(arguments.model) if arguments.model else (None, None, None)
+    pictures = read_data(arguments, config)
+    net = arguments.net or Path("nets") / re.sub(r"[^\w.-]+", "-", Path(pictures.source).name)
+    if arguments.fit_net:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        fit(pictures, net, arguments, device)
+    if folder is not None and home is not None:
+        examine(folder, home, pictures, net, arguments)
+
+
+def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
+    """The pipeline's folder, where its evaluation is kept, and the run's resolved config, if it is of a run.
+
+    Raises:
+        FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
+    """
+    from ldm.evaluation.features import download
+    from ldm.training.checkpoint import checkpoints
+
+    path = Path(name)
+    if (path / "pipeline/model_index.json").exists():
+        folder, run = path / "pipeline", path
+    elif (path / "model_index.json").exists():
+        folder, run = path, path.resolve().parent
+    elif path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or path.parent.exists():
+        raise FileNotFoundError(
+            f"{path} is neither a run nor a pipeline folder: it has no pipeline/, no model_index.json"
+        )
+    else:
+        folder = run = download(name)
+    found = checkpoints(run / "checkpoints") if folder.name == "pipeline" else []
+    config = json.loads((found[-1] / "state.json").read_text("utf-8"))["config"] if found else None
+    of_run = folder.name == "pipeline"
+    home = (
+        (path if folder != path else path.parent) / "evaluation" if of_run else Path("runs") / f"{path.name}-evaluation"
+    )
+    return folder, home, config
+
+
+def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> CaptionedPictures:
+    """The captioned pictures, read as the run read them except for what was typed."""
+    from ldm.data.captioned import read_captioned
+    from ldm.training.config import DataConfig
+
+    known = config["data"] if config else {}
+    source = arguments.data or known.get("source")
+    if source is None:
+        raise ValueError("data: there is no run that says what it was trained on; name the pictures with --data")
+    reading = DataConfig(**known).reading() if known else {}
+    typed = {name: getattr(arguments, name) for name in ("image_column", "caption_columns", "holdout")}
+    return read_captioned(source, **{**reading, **{key: value for key, value in typed.items() if value is not None}})
+
+
+def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, device: Any) -> None:
+    """Fit the data set's own net and say how well it knows what it hasn't seen."""
+    from ldm.evaluation.contrastive import NetConfig
+    from ldm.evaluation.fit_net import EPOCHS, fit_net
+    from ldm.evaluation.summary import shares
+
+    config = NetConfig(text_encoder=arguments.net_text)
+    card = fit_net(pictures, net, device, config=config, epochs=arguments.net_epochs or EPOCHS)
+    print(f"fit on {card['n']} training pictures in {card['seconds']} s; {card['recall_on']} pictures:")
+    for direction, found in card["recall"].items():
+        print(f"  {direction}: {shares(found)}, by chance {found['chance']['top1']:.1%}, {found['chance']['top5']:.1%}")
+    print(f"the net is in {net}")
+
+
+def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:
+    """Load what is named, evaluate, and say what came out."""
+    from ldm.defaults import Defaults
+    from ldm.evaluation.contrastive import load_net, read_card
+    from ldm.evaluation.evaluate import FILE, QUICK, Plan, evaluate
+    from ldm.evaluation.features import load_space, pixel_space
+    from ldm.evaluation.subject import Settings, Subject
+    from ldm.evaluation.summary import summary
+    from ldm.pipeline import LDMPipeline
+
+    pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
+    subject = Subject(pipeline, folder)
+    spaces = [pixel_space(subject.size)]
+    spaces += [load_space(spec, subject.size, subject.device) for spec in arguments.features]
+    if read_card(net) is not None:
+        spaces.append(load_net(net, pictures, subject.size, subject.device))
+    if len(spaces) == 1:
+        print(
+            f"no feature net: there is none in {net} (fit it with --fit-net), and --features names none; "
+            "FID and its kin are left out, the rest is told in pixels"
+        )
+    defaults = pipeline.defaults
+    settings = Settings(
+        defaults.num_inference_steps if arguments.steps is None else arguments.steps,
+        defaults.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale,
+        arguments.seed,
+    )
+    typed: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+        "heldout_pictures": (arguments.pictures, int),
+        "train_pictures": (arguments.train_pictures, int),
+        "sweep_pictures": (arguments.sweep_pictures, int),
+        "sweep_guidance": (arguments.sweep_guidance, tuple),
+        "sweep_steps": (arguments.sweep_steps, tuple),
+    }
+    chosen = {name: kind(value) for name, (value, kind) in typed.items() if value is not None}
+    plan = dataclasses.replace(
+        QUICK if arguments.quick else Plan(), batch_size=arguments.batch_size, sweep=arguments.sweep, **chosen
+    )
+    out = arguments.out or home
+    report = evaluate(subject, pictures, spaces, settings, out, plan)
+    print(f"\n{summary(report)}\nall of it is in {out / FILE}")
+    if arguments.write_defaults:
+        Defaults(**report["sweep"]["best"]).save(folder)
+        print(f"these are now the defaults of {folder}")

@@ -1,0 +1,81 @@
+"""Which guidance scale and how many steps? A grid of both, each setting judged by retrieval and KID.
+
+Guidance trades variety for obedience and steps cost time, so there is no setting that is best at everything. The
+choice is made by three rules in turn, each of which keeps what can't be told from the best:
+
+    1. retrieval    top-5 recall within the Wilson interval of the best
+    2. KID          within one standard error of the smallest among those
+    3. cost         the fewest steps, then the smallest guidance scale
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.evaluation.subject import Settings
+
+GUIDANCE = (1.0, 2.0, 3.0, 4.0, 6.0)
+STEPS = (10, 20, 50)
+#: Settings => {"retrieval": {set: recall}, "kid": figure}.
+Judge = Callable[[Settings], dict[str, Any]]
+
+
+def sweep(judge: Judge, guidance: Sequence[float], steps: Sequence[int], seed: int) -> list[dict[str, Any]]:
+    """Judge every setting of the grid."""
+    return [
+        {"guidance_scale": scale, "steps": count, **judge(Settings(count, scale, seed))}
+        for count, scale in itertools.product(steps, guidance)
+    ]
+
+
+def choose(rows: Sequence[dict[str, Any]], on: str) -> dict[str, Any]:
+    """The setting that the three rules leave.
+
+    Args:
+        on: the set of captions whose retrieval counts.
+    """
+    best = max((row["retrieval"][on]["top5"] for row in rows), key=lambda figure: figure["value"])
+    obedient = [row for row in rows if row["retrieval"][on]["top5"]["value"] >= best["low"]]
+    smallest = min((row["kid"] for row in obedient), key=lambda figure: figure["value"])
+    most = smallest["value"] + smallest["standard_error"]
+    lifelike = [row for row in obedient if row["kid"]["value"] <= most]
+    chosen = min(lifelike, key=lambda row: (row["steps"], row["guidance_scale"]))
+    return {"guidance_scale": chosen["guidance_scale"], "num_inference_steps": chosen["steps"]}
+
+
+def table(rows: Sequence[dict[str, Any]], sets: Sequence[str]) -> str:
+    """The grid as text, a line a setting."""
+    heads = ["steps", "guidance", *(f"{name} top-{k}" for name in sets for k in (1, 5)), "KID x 1000"]
+    lines = ["  ".join(f"{head:>13}" for head in heads)]
+    for row in rows:
+        shares = [f"{row['retrieval'][name][f'top{k}']['value']:.1%}" for name in sets for k in (1, 5)]
+        kid = f"{1000 * row['kid']['value']:.2f}±{1000 * row['kid']['standard_error']:.2f}"
+        cells = [str(row["steps"]), f"{row['guidance_scale']:g}", *shares, kid]
+        lines.append("  ".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], on: str, path: Path) -> None:
+    """Retrieval and KID over the guidance scale, a line for each number of steps, with their intervals."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps a state and wants a screen
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for steps in sorted({row["steps"] for row in rows}):
+        line = sorted((row for row in rows if row["steps"] == steps), key=lambda row: row["guidance_scale"])
+        scales = [row["guidance_scale"] for row in line]
+        for panel, values in zip(
+            panels, ([row["retrieval"][on]["top5"] for row in line], [row["kid"] for row in line]), strict=True
+        ):
+            middle = [value["value"] for value in values]
+            below = [max(0.0, value["value"] - value["low"]) for value in values]
+            above = [max(0.0, value["high"] - value["value"]) for value in values]
+            panel.errorbar(scales, middle, [below, above], marker="o", capsize=2, label=f"{steps} steps")
+    for panel, name in zip(panels, (f"top-5 retrieval, {on} captions", "KID"), strict=True):
+        panel.set(xlabel="guidance scale", ylabel=name)
+        panel.grid(alpha=0.3)
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,257 @@
+"""`ldm evaluate`, from the command to the JSON file and what lies beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import road
+import tiny
+import torch
+from PIL import Image
+
+from ldm.cli import main
+from ldm.data.captioned import CaptionedPictures, read_captioned
+from ldm.evaluation.evaluate import QUICK, evaluate
+from ldm.evaluation.features import Space, pixel_space
+from ldm.evaluation.subject import Settings, Subject, consecutive, folder_sha256
+from ldm.pipeline import LDMPipeline
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline and a folder of pictures, two of them new compositions."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny.pipeline(folder / "text").save_pretrained(folder / "model")
+    road.draw_folder(folder / "data")
+    lines = (folder / "data/metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for i, row in enumerate(rows):
+        row["split"] = "heldout" if i % 4 == 0 else "train"
+        row["composition"] = i in (0, 4)
+    (folder / "data/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(home: Path, out: Path, *words: str) -> dict[str, Any]:
+    given = [str(home / "model"), "--data", str(home / "data"), "--out", str(out), "--net", str(home / "net")]
+    main(["evaluate", *given, "--quick", "--steps", "2", *words])
+    report: dict[str, Any] = json.loads((out / "evaluation.json").read_text("utf-8"))
+    return report
+
+
+# --- the whole road ------------------------------------------------------------------------------
+
+
+def test_the_report_holds_all_and_the_files_it_names(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(home / "model", model)
+    net = ["--fit-net", "--net-epochs", "1", "--net-text", str(home / "text"), "--net", str(tmp_path / "net")]
+    grid = ["--sweep", "--sweep-guidance", "1", "2", "--sweep-steps", "1", "--sweep-pictures", "4", "--write-defaults"]
+    out = tmp_path / "out"
+    words = ["--data", str(home / "data"), "--out", str(out), "--quick", "--steps", "2"]
+    main(["evaluate", str(model), *words, *net, *grid])
+    told = capsys.readouterr().out
+    report = json.loads((out / "evaluation.json").read_text("utf-8"))
+
+    card = json.loads((tmp_path / "net/net.json").read_text())
+    assert report["spaces"][1]["name"] == "own" and report["spaces"][1]["sha256"] == card["sha256"]
+    assert report["data"] | {"sha256": "", "source": ""} == {
+        "source": "", "sha256": "", "pictures": 24, "training": 18, "heldout": 6, "compositions": 2,
+    }  # fmt: skip
+    assert report["text_use"]["n"] == 6 and set(report["text_use"]["gaps"]) == {"shuffled", "null"}
+    for name, n in (("train", 16), ("heldout", 6)):
+        for space in ("pixels", "own"):
+            assert report["retrieval"][name]["drawn"][space]["top5"]["n"] == n
+            assert report["retrieval"][name]["ceiling"][space]["candidates"] == 24
+            assert report["memorization"][space][name]["verdict"] in ("copies", "some copies", "no sign of copies")
+        assert len(report["pictures"][name]) == n
+        for i, picture in enumerate(report["pictures"][name]):
+            assert picture["seed"] == i
+            assert Image.open(out / picture["drawn"]).size == Image.open(out / picture["real"]).size == (16, 16)
+            assert all((out / found["real"]).exists() for found in picture["nearest_training"].values())
+    found = report["retrieval"]["heldout"]["drawn"]["own"]
+    assert found["compositions"]["top1"]["n"] == 2 and found["others"]["top1"]["n"] == 4
+    assert set(report["distribution"]) == {"own"}  # the Fréchet distance of blurred pixels is nobody's figure
+    assert report["distribution"]["own"]["reference_n"] == 18
+    assert report["text_fit"]["heldout"]["own"]["shuffled"]["n"] == 6
+
+    best = report["sweep"]["best"]
+    assert len(report["sweep"]["rows"]) == 2 and best["num_inference_steps"] == 1
+    assert (out / report["sweep"]["plot"]).exists()
+    assert json.loads((model / "defaults.json").read_text()) == best
+    assert LDMPipeline.from_pretrained(model).defaults.guidance_scale == best["guidance_scale"]
+    assert "memorization in own" in told and "KID x 1000" in told
+
+
+def test_pictures_are_drawn_once_and_again_for_another_model(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    draw = Subject.draw
+
+    def counted(self: Subject, captions: Any, first: int, settings: Settings) -> Any:
+        calls.append(len(captions))
+        return draw(self, captions, first, settings)
+
+    monkeypatch.setattr(Subject, "draw", counted)
+    first = command(home, tmp_path)
+    assert sum(calls) == 22
+    paths = [tmp_path / picture["drawn"] for picture in first["pictures"]["heldout"]]
+    before = [np.asarray(Image.open(path)).astype(int) for path in paths]
+
+    calls.clear()
+    again = command(home, tmp_path)
+    assert not calls
+    assert again["pictures"] == first["pictures"] and again["retrieval"] == first["retrieval"]
+
+    paths[3].unlink()  # as if it had been interrupted
+    command(home, tmp_path)
+    assert calls == [1]
+    assert np.abs(np.asarray(Image.open(paths[3])).astype(int) - before[3]).max() <= 1  # a batch's rounding
+
+    calls.clear()
+    command(home, tmp_path, "--guidance-scale", "1")
+    assert sum(calls) == 22
+
+
+def test_a_pictures_seed_is_its_number(home: Path, tmp_path: Path) -> None:
+    """What the report calls seed draws that very picture with the pipeline alone."""
+    report = command(home, tmp_path, "--seed", "5", "--guidance-scale", "3")
+    pipe = LDMPipeline.from_pretrained(home / "model")
+    for picture in report["pictures"]["heldout"][:3]:
+        drawn = pipe(picture["caption"], num_inference_steps=2, guidance_scale=3.0, seed=picture["seed"]).images[0]
+        kept = np.asarray(Image.open(tmp_path / picture["drawn"])).astype(int)
+        assert np.abs(np.asarray(drawn).astype(int) - kept).max() <= 1
+
+
+# --- known models --------------------------------------------------------------------------------
+
+
+class Known(Subject):
+    """Draws by looking up: for each caption a real picture."""
+
+    def __init__(self, pipeline: Any, folder: Path, pictures: CaptionedPictures, answers: dict[str, str]) -> None:
+        super().__init__(pipeline, folder)
+        self.rows = {row.captions[0]: row for row in pictures}
+        self.answers = answers
+
+    def draw(self, captions: Any, first: int, settings: Settings) -> list[Image.Image]:
+        return [self.rows[self.answers.get(caption, caption)].image() for caption in captions]
+
+
+def examine_known(home: Path, out: Path, answers: dict[str, str]) -> dict[str, Any]:
+    pictures = read_captioned(home / "data", progress=False)
+    subject = Known(LDMPipeline.from_pretrained(home / "model"), home / "model", pictures, answers)
+    pixels = pixel_space(tiny.SIZE)
+    net = Space("net", "a hash", "none", "cosine", lambda x: x.flatten(1)[:, ::7])
+    return evaluate(subject, pictures, [pixels, net], Settings(1, 1.0), out, QUICK, say=lambda told: None)
+
+
+def test_a_model_that_draws_the_right_pictures_has_perfect_figures(home: Path, tmp_path: Path) -> None:
+    report = examine_known(home, tmp_path, {})
+    for name in ("train", "heldout"):
+        for found in report["retrieval"][name]["drawn"].values():
+            assert found["top1"]["value"] == 1
+    assert report["distribution"]["net"]["drawn"] == report["distribution"]["net"]["floor"]
+    for verdicts in report["memorization"].values():
+        assert verdicts["heldout"]["verdict"] == "no sign of copies"
+        assert verdicts["heldout"]["median_ratio"] == 1
+        assert verdicts["train"]["verdict"] == "copies"  # training pictures for training captions, to the pixel
+        assert verdicts["train"]["median_ratio"] == 0
+
+
+def test_a_model_that_answers_with_one_training_picture_is_found_out(home: Path, tmp_path: Path) -> None:
+    pictures = read_captioned(home / "data", progress=False)
+    only = pictures.train[0].captions[0]
+    report = examine_known(home, tmp_path, {row.captions[0]: only for row in pictures})
+    for space in ("pixels", "net"):
+        assert report["retrieval"]["heldout"]["drawn"][space]["top1"]["value"] == 0
+        assert report["memorization"][space]["heldout"]["verdict"] == "copies"
+    nearest = report["pictures"]["heldout"][0]["nearest_training"]["pixels"]
+    assert nearest["caption"] == only and nearest["distance"] == 0
+    drawn, floor = (report["distribution"]["net"][kind] for kind in ("drawn", "floor"))
+    assert drawn["recall"]["value"] == pytest.approx(1 / 18)  # that picture itself
+    assert floor["recall"]["value"] > 5 * drawn["recall"]["value"]
+
+
+def test_without_held_out_pictures_training_captions_stand_in(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "data", tmp_path / "data")
+    rows = [json.loads(line) for line in (home / "data/metadata.jsonl").read_text().splitlines()]
+    (tmp_path / "data/metadata.jsonl").write_text("".join(json.dumps({**r, "split": "train"}) + "\n" for r in rows))
+    shutil.copytree(home / "model", tmp_path / "model")
+    report = examine_known(tmp_path, tmp_path / "out", {})
+    assert report["text_use"]["on"] == "train" and report["memorization"] == {}
+    assert report["distribution"]["net"]["reference_n"] == 24 - 16  # the pictures that were not asked for
+
+
+# --- what it is told -----------------------------------------------------------------------------
+
+
+def test_a_run_brings_its_pipeline_data_and_split(home: Path, tmp_path: Path) -> None:
+    """The newest checkpoint's config says how the pictures were read: with its holdout, not the default."""
+    run = tmp_path / "run"
+    shutil.copytree(home / "model", run / "pipeline")
+    road.draw_folder(tmp_path / "data")  # no split column
+    config = {"data": {"source": str(tmp_path / "data"), "size": 16, "holdout": 0.5}}
+    for step, holdout in ((1, 0.1), (2, 0.5)):
+        config["data"]["holdout"] = holdout
+        checkpoint = run / "checkpoints" / f"step_{step:07d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "config": config}))
+    expected = len(read_captioned(tmp_path / "data", holdout=0.5, progress=False).heldout)
+    for named in (run, run / "pipeline"):
+        main(["evaluate", str(named), "--quick", "--steps", "1", "--net", str(home / "net")])
+        report = json.loads((run / "evaluation/evaluation.json").read_text("utf-8"))
+        assert report["data"]["heldout"] == expected > 4
+        shutil.rmtree(run / "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "model: name a run or a pipeline folder"),
+        (["no/such/run"], "no/such/run is neither a run nor a pipeline folder"),
+        (["{home}/model"], "data: there is no run that says what it was trained on"),
+        (
+            ["{home}/model", "--data", "{home}/data", "--write-defaults"],
+            "--write-defaults: it writes what --sweep finds",
+        ),
+        (["{home}/model", "--data", "{home}/data", "--features", "inception"], "features: inception needs its weights"),
+    ],
+)
+def test_errors_are_one_line(home: Path, words: list[str], told: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *[word.format(home=home) for word in words]])
+    assert str(stopped.value).startswith("error: ") and told in str(stopped.value)
+
+
+def test_only_the_networks_decide_which_model_it_is(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "model", tmp_path / "model")
+    before = folder_sha256(tmp_path / "model")
+    (tmp_path / "model/defaults.json").write_text('{"guidance_scale": 2}')
+    assert folder_sha256(tmp_path / "model") == before == folder_sha256(home / "model")
+    weights = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert folder_sha256(tmp_path / "model") != before
+
+
+def test_runs_of_consecutive_numbers() -> None:
+    assert consecutive([0, 1, 2, 5, 6, 9], 2) == [[0, 1], [2], [5, 6], [9]]
+
+
+def test_latents_are_what_the_pictures_are_decoded_from(home: Path) -> None:
+    pipe = LDMPipeline.from_pretrained(home / "model")
+    subject = Subject(pipe, home / "model")
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    expected = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    torch.testing.assert_close(subject.latents(pixels), expected)
+    assert torch.allclose(subject.schedule.alpha_bar.float(), pipe.scheduler.alphas_cumprod, atol=1e-6)

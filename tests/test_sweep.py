@@ -1,0 +1,121 @@
+"""Which setting the sweep chooses, and that a pipeline carries it to whoever draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from ldm.cli import main
+from ldm.defaults import Defaults
+from ldm.evaluation.intervals import share_figure
+from ldm.evaluation.sweep import choose, plot, sweep, table
+from ldm.pipeline import LDMPipeline
+
+
+def row(steps: int, scale: float, hits: int, kid: float, error: float = 0.01) -> dict[str, Any]:
+    found = {"top1": share_figure(hits // 2, 100), "top5": share_figure(hits, 100)}
+    figure = {"value": kid, "low": kid - 2 * error, "high": kid + 2 * error, "standard_error": error, "n": 100}
+    return {"steps": steps, "guidance_scale": scale, "retrieval": {"heldout": found}, "kid": figure}
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        # clearly better retrieval wins, whatever its KID
+        ([row(10, 1.0, 20, 0.1), row(50, 3.0, 80, 0.5)], (3.0, 50)),
+        # of equal retrieval the smaller KID
+        ([row(10, 1.0, 80, 0.5), row(50, 3.0, 82, 0.1)], (3.0, 50)),
+        ([row(10, 6.0, 82, 0.5), row(50, 3.0, 80, 0.1)], (3.0, 50)),
+        # of equal both the cheaper, then the milder
+        ([row(50, 3.0, 82, 0.100), row(10, 4.0, 80, 0.105), row(10, 2.0, 80, 0.107)], (2.0, 10)),
+        # a KID two errors away is not equal
+        ([row(50, 3.0, 82, 0.100), row(10, 4.0, 80, 0.120)], (3.0, 50)),
+    ],
+)
+def test_the_three_rules(rows: list[dict[str, Any]], chosen: tuple[float, int]) -> None:
+    for order in (rows, rows[::-1]):
+        assert tuple(choose(order, "heldout").values()) == chosen
+
+
+def test_every_setting_is_judged_once_told_and_plotted(tmp_path: Path) -> None:
+    tried = []
+
+    def judge(settings: Any) -> dict[str, Any]:
+        tried.append(settings)
+        return {key: row(1, 1, 50, 0.1)[key] for key in ("retrieval", "kid")}
+
+    rows = sweep(judge, (1.0, 3.0), (5, 10), seed=4)
+    assert sorted((s.steps, s.guidance_scale, s.seed) for s in tried) == [(5, 1, 4), (5, 3, 4), (10, 1, 4), (10, 3, 4)]
+    assert [(r["steps"], r["guidance_scale"]) for r in rows] == [(s.steps, s.guidance_scale) for s in tried]
+    lines = table(rows, ["heldout"]).splitlines()
+    assert len(lines) == 5 and all("50.0%" in line for line in lines[1:])
+    plot(rows, "heldout", tmp_path / "sweep.png")
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "sweep.png")))) > 10
+
+
+# --- the pipeline's defaults ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pipeline = tiny.pipeline(tmp_path / "text")
+    pipeline.defaults = Defaults(num_inference_steps=3, guidance_scale=4.5)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_a_pipeline_draws_with_its_own_defaults_unless_told(folder: Path) -> None:
+    pipe = LDMPipeline.from_pretrained(folder)
+    assert pipe.defaults == Defaults(3, 4.5)
+    own = np.asarray(pipe("red heart", seed=1).images[0])
+    same = np.asarray(pipe("red heart", seed=1, num_inference_steps=3, guidance_scale=4.5).images[0])
+    other = np.asarray(pipe("red heart", seed=1, guidance_scale=1.0).images[0])
+    assert (own == same).all()
+    assert (own != other).any()
+    stock = StableDiffusionPipeline.from_pretrained(folder)  # which doesn't mind the file
+    theirs = stock("red heart", num_inference_steps=3, guidance_scale=4.5, output_type="np")
+    ours = pipe("red heart", num_inference_steps=3, guidance_scale=4.5, output_type="np")
+    assert theirs.images.shape == ours.images.shape
+
+
+def test_the_command_draws_with_them(folder: Path, tmp_path: Path) -> None:
+    words = ["sample", str(folder), "cat", "--seed", "2"]
+    main([*words, "--out", str(tmp_path / "own.png")])
+    main([*words, "--steps", "3", "--guidance-scale", "4.5", "--out", str(tmp_path / "same.png")])
+    main([*words, "--steps", "4", "--out", str(tmp_path / "other.png")])
+    drawn = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("own", "same", "other")}
+    assert drawn["own"] == drawn["same"] != drawn["other"]
+
+
+def test_what_is_left_out_is_what_it_always_was(folder: Path, tiny_pipeline_folder: Path) -> None:
+    assert LDMPipeline.from_pretrained(tiny_pipeline_folder).defaults == Defaults(20, 3.0)
+    assert not (tiny_pipeline_folder / "defaults.json").exists()
+    (folder / "defaults.json").write_text('{"guidance_scale": 2}')
+    assert LDMPipeline.from_pretrained(folder).defaults == Defaults(20, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "expected JSON"),
+        ("[1]", "expected an object with num_inference_steps and guidance_scale"),
+        (json.dumps({"steps": 3}), "expected an object with num_inference_steps and guidance_scale"),
+        (json.dumps({"num_inference_steps": 2.5}), "num_inference_steps: expected a whole number"),
+        (json.dumps({"guidance_scale": True}), "guidance_scale: expected a number"),
+        ('{"guidance_scale": NaN}', "guidance_scale: expected a number"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(folder: Path, text: str, told: str) -> None:
+    (folder / "defaults.json").write_text(text)
+    with pytest.raises(ValueError, match=f"defaults.json: .*{told}|defaults.json: {told}"):
+        LDMPipeline.from_pretrained(folder)
