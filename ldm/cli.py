@@ -126,7 +126,7 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 
 def run_cache(arguments: argparse.Namespace) -> None:
-        from ldm.data.records import DamagedError, Kind, Records
+    from ldm.data.records import DamagedError, Kind, Records
     from ldm.data.rows import count
     from ldm.data.space import gib
 
