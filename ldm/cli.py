@@ -1,4 +1,4 @@
-"""The command line: `ldm data openmoji | ldm data check | ldm sample`.
+"""The command line: `ldm data openmoji | ldm data check | ldm sample | ldm evaluate`.
 
 What a command needs is imported when it runs: `ldm --help` doesn't wait for torch and diffusers.
 """
@@ -6,6 +6,7 @@ What a command needs is imported when it runs: `ldm --help` doesn't wait for tor
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,23 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of the first picture; the others count on (default: 0)")
     sample.add_argument("--columns", type=int, default=4, help="pictures in a row (default: 4)")
     sample.set_defaults(run=run_sample)
+
+    evaluate = command(
+        commands, "evaluate", "say how good a model is on pictures that it has not seen",
+        "ldm evaluate runs/demo/pipeline --data data/openmoji-demo --nll",
+    )  # fmt: skip
+    evaluate.add_argument("model", help="a pipeline folder (RUN/pipeline) or a Hub id")
+    evaluate.add_argument("--data", required=True, help="what it was trained on; its held-out pictures are asked about")
+    evaluate.add_argument(
+        "--holdout", type=float, default=0.05, help="share held out where no column says it, as trained (default: 0.05)"
+    )
+    evaluate.add_argument("--nll", action="store_true", help="bound the negative log-likelihood of their latents, by t")
+    evaluate.add_argument(
+        "--strata", type=int, default=50, help="timesteps asked of each picture for --nll; more vary less (default: 50)"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of timesteps and noise (default: 0)")
+    evaluate.add_argument("--out", type=Path, help="JSON file to write")
+    evaluate.set_defaults(run=run_evaluate)
     return parser
 
 
@@ -146,3 +164,21 @@ def run_sample(arguments: argparse.Namespace) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     captioned_grid(drawn.images, captions, columns=arguments.columns).save(arguments.out)
     print(f"{len(captions)} pictures are in {arguments.out}")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    from ldm.data.captioned import read_captioned
+    from ldm.evaluation.nll import nll_of_pipeline
+    from ldm.pipeline import LDMPipeline
+
+    if not arguments.nll:
+        raise ValueError("evaluate: say what to measure: --nll")
+    pipeline = LDMPipeline.from_pretrained(arguments.model).to_best_device()
+    pictures = read_captioned(arguments.data, holdout=arguments.holdout).heldout
+    if not len(pictures):
+        raise ValueError(f"--data: {arguments.data} has no held-out pictures; set --holdout as it was in training")
+    found = nll_of_pipeline(pipeline, pictures, most_strata=arguments.strata, seed=arguments.seed)
+    print(found.table())
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(found.to_dict(), indent=2) + "\n", "utf-8")
