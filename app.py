@@ -92,6 +92,8 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
     height, width = pipeline.edge("height"), pipeline.edge("width")
     small = max(height, width) <= SMALL
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
+    knows_text, makes_of = pipeline.tokenizer is not None, bool(pipeline.condition_channels)
+    title = "Draw with words" if knows_text else "Draw"
 
     def begin(request: gr.Request) -> dict[Any, Any]:
         stops.setdefault(request.session_hash, threading.Event())
@@ -103,6 +105,8 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
 
     def draw(
         text: str,
+        label: str | None,
+        picture: Any,
         unwanted: str,
         steps: int,
         scale: float,
@@ -116,7 +120,9 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
         first = secrets.randbelow(RANDOM_SEEDS) if surprise or number is None else number
         started = time.monotonic()
         arguments = {
-            "prompt": text,
+            "prompt": text if knows_text else None,
+            "class_label": label,
+            "condition": picture,
             "negative_prompt": unwanted or None,
             "num_inference_steps": steps,
             "guidance_scale": scale,
@@ -145,14 +151,20 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
         finally:
             stops.pop(request.session_hash, None)
 
-    with gr.Blocks(title="Draw with words", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(
-            f"# Draw with words\nA latent-diffusion model of {millions:.0f} million parameters. "
+            f"# {title}\nA latent-diffusion model of {millions:.0f} million parameters. "
             f"Its pictures are {width} × {height} pixels{', shown enlarged' if small else ''}."
         )
         with gr.Row():
             with gr.Column(scale=5):
-                prompt = gr.Textbox(label="Prompt", placeholder="What shall it draw?", autofocus=True, max_lines=4)
+                prompt = gr.Textbox(
+                    label="Prompt", placeholder="What shall it draw?", autofocus=True, max_lines=4, visible=knows_text
+                )
+                # what this model can't be told is not asked for
+                names = pipeline.labels.names if pipeline.labels else ()
+                label = gr.Dropdown([("any", None), *names], value=None, label="Class", visible=bool(names))
+                picture = gr.Image(type="pil", label="A picture to make it of", visible=makes_of)
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", scale=3)
                     stop = gr.Button("Stop", interactive=False, scale=1)
@@ -162,7 +174,7 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
                     gr.Examples(examples, prompt, label="It knows, for example", examples_per_page=24)
                 with gr.Accordion("Advanced settings", open=False):
                     settings = [
-                        gr.Textbox(label="Negative prompt", info="what to steer away from"),
+                        gr.Textbox(label="Negative prompt", info="what to steer away from", visible=knows_text),
                         gr.Slider(1, 100, 20, step=1, label="Steps", info="more are slower and finer"),
                         gr.Slider(1, 10, 3, step=0.5, label="Guidance scale", info="how strictly to follow the prompt"),
                         gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures"),
@@ -181,7 +193,7 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
         begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
         begun.then(
             draw,
-            inputs=[prompt, *settings, seed, surprise],
+            inputs=[prompt, label, picture, *settings, seed, surprise],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="draw",

@@ -19,6 +19,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -220,6 +221,36 @@ def test_the_page_needs_no_network(browser_page: Page, address: str) -> None:
     assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
 
 
+@pytest.fixture
+def page_of_classes(browser: Browser, tmp_path: Path) -> Iterator[tuple[Page, LDMPipeline]]:
+    """The page of a model that knows classes and no text."""
+    pipe = tiny.class_pipeline(tmp_path, ("food", "flags", "faces"))
+    _, url, _ = app.build_demo(pipe).launch(prevent_thread_lock=True, quiet=True, theme=app.THEME, css=app.CSS)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    try:
+        page.goto(url, wait_until="networkidle")
+        yield page, pipe
+    finally:
+        page.close()
+        gr.close_all(verbose=False)
+
+
+def test_a_model_that_knows_classes_asks_for_classes_alone(page_of_classes: tuple[Page, LDMPipeline]) -> None:
+    page, pipe = page_of_classes
+    expect(page.get_by_role("heading", name="Draw", exact=True)).to_be_visible()
+    for unasked in ("Prompt", "Negative prompt"):
+        expect(page.get_by_label(unasked, exact=True)).to_have_count(0)
+    page.get_by_text("Advanced settings").click()
+    fill(page, steps=3, count=1, seed=2)
+    page.get_by_label("Class", exact=True).click()
+    page.get_by_role("option", name="flags").click()
+    draw(page)
+    (found,) = shown(page, 1)
+    (drawn,) = pipe(class_label="flags", num_inference_steps=3, seed=2).images
+    assert found.std() > 5
+    assert np.abs(found - np.asarray(drawn)).max() == 0
+
+
 # --- behind the page -----------------------------------------------------------------------------------
 
 Draw = Callable[..., Iterator[dict[Any, Any]]]
@@ -232,7 +263,7 @@ def drawing(pipe: LDMPipeline) -> Draw:
 
     def draw(prompt: str = "cat", steps: int = 3, seed: int = 1, count: int = 1) -> Iterator[dict[Any, Any]]:
         request = gr.Request(session_hash=f"visitor {seed}")
-        return functions[0](prompt, "", steps, 3.0, count, seed, False, request)
+        return functions[0](prompt, None, None, "", steps, 3.0, count, seed, False, request)
 
     return draw
 

@@ -224,7 +224,7 @@ def _stop(*_: object) -> None:
 
 def test_pixels_read_on_the_way_are_the_same_as_latents_read_before(home: Path, tmp_path: Path) -> None:
     words = {"classifier_training__steps": 3, "data__flip": True}
-    cached, read = (train_classifier(recipe(home, tmp_path / c, data__cache=c, **words)) for c in ("memory", "off"))
+    cached, read = (train_classifier(recipe(home, tmp_path / c, data__cache=c, **words)) for c in ("auto", "off"))
     assert np.allclose(cached, read, rtol=1e-4) and len(set(cached)) == 3
 
 

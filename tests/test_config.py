@@ -102,6 +102,17 @@ def test_bad_values_name_their_key(word: str, key: str, capsys: pytest.CaptureFi
     assert key in refusal(capsys, word)
 
 
+@pytest.mark.parametrize(("word", "folder"), [("auto", Path("x/cache")), ("off", None), ("/c", Path("/c"))])
+def test_where_the_cache_is(word: str, folder: Path | None, tmp_path: Path) -> None:
+    """On the command line and in YAML, where a bare off is no text but false."""
+    (tmp_path / "recipe.yaml").write_text(f"run: x\ndata: {{cache: {word}}}\n")
+    typed = parse_config(["run=x", f"data.cache={word}"])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_dict(typed)))
+    for file in ("recipe.yaml", "again.yaml"):
+        assert parse_config(["--config", str(tmp_path / file)]) == typed
+    assert typed.cache_folder() == folder
+
+
 def test_ctrl_c_ends_a_run_with_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(config: Config) -> None:
         raise KeyboardInterrupt

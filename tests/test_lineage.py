@@ -24,7 +24,12 @@ from safetensors.torch import load_file
 from ldm import LDMPipeline
 from ldm.data.captioned import BadDataError, read_captioned
 from ldm.data.conditioned import ConditionedPictures
+from ldm.models.text import TextEncoder
+from ldm.models.vae import load_vae
+from ldm.training.caching import build_cache
 from ldm.training.config import Config
+from ldm.training.encoders import Encoders
+from ldm.training.samples import build_samples
 from train.train_ldm import main as train_ldm
 
 
@@ -187,21 +192,17 @@ def test_text_and_classes_together(home: Path, tmp_path: Path) -> None:
     assert not np.array_equal(red, blue) and not np.array_equal(red, neither)
 
 
-@pytest.mark.parametrize("cache", ["memory", "off"])
-def test_class_and_caption_are_dropped_together(home: Path, cache: str) -> None:
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_class_and_caption_are_dropped_together(home: Path, tmp_path: Path, cache: str) -> None:
     """Read from the very samples that training sees: the null class stands where the null caption does."""
-    from ldm.models.text import TextEncoder
-    from ldm.models.vae import load_vae
-    from ldm.training.samples import Cache, Encoders, build_samples
-
     config = config_of(
-        home, home, data__label_column="color", data__cache=cache, diffusion__caption_dropout=0.4, data__flip="true"
+        home, tmp_path, data__label_column="color", data__cache=cache, diffusion__caption_dropout=0.4, data__flip="true"
     )
     source = ConditionedPictures.read(read_captioned(home / "data", holdout=0, progress=False), "color", progress=False)
-    encoders = Encoders(load_vae(home / "vae"), TextEncoder.load(config.text))
-    samples = build_samples(
-        config, source, (4, 8, 8), Cache.build(source, encoders, config.data) if cache == "memory" else None
-    )
+    encoders = Encoders(lambda: load_vae(home / "vae"), lambda: TextEncoder.load(config.text))
+    folder = config.cache_folder()
+    stored = build_cache(config, folder, source.pictures, encoders, (4, 8, 8)) if folder else None
+    samples = build_samples(config, source, (4, 8, 8), stored)
     null_context = TextEncoder.load(config.text).encode([""])[0]
     dropped = []
     for n in range(60):
@@ -243,7 +244,7 @@ def test_a_model_that_makes_pictures_of_pictures(home: Path, tmp_path: Path) -> 
         ours("red cat")
 
 
-@pytest.mark.parametrize("cache", ["memory", "off"])
+@pytest.mark.parametrize("cache", ["auto", "off"])
 def test_cached_or_not_the_second_picture_is_the_same(home: Path, tmp_path: Path, cache: str) -> None:
     words = {"data__condition_column": "outline", "data__flip": "true", "loop__sample_every": 0, "loop__steps": 3}
     losses = train_ldm(config_of(home, tmp_path / cache, data__cache=cache, **words))

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import road
 import tiny
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import BertModel
 
 from ldm.data.captioned import read_captioned
+from ldm.data.records import DamagedError
 from ldm.models.text import TextEncoder
 from ldm.models.vae import build_vae, decode, encode, load_vae
 from ldm.training.config import Config
+from ldm.training.loop import Training
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
 
@@ -54,6 +62,9 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
     assert one != two  # summed in another order: if not a digit differed, the second process never ran
     assert np.allclose(one, two, rtol=2e-5, atol=0)
     assert max(one) / min(one) > 1.02  # and they are not all the same by triviality
+    for cache in (run / "cache" for run in run_of.values()):  # encoded once, not once by each
+        (manifest,) = cache.glob("posteriors-*/manifest.json")
+        assert json.loads(manifest.read_text("utf-8"))["records"] == 18
     weights = [load_file(run / "checkpoints/step_0000004/unet.safetensors") for run in run_of.values()]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-3)  # Adam: one lr step at most
@@ -68,6 +79,50 @@ def test_the_vae_and_its_judge_agree_in_one_process_and_two(home: Path, tmp_path
     assert len(one) == 5
     assert one != two
     assert np.allclose(one, two, rtol=1e-5, atol=0)
+
+
+WAITING = """
+import datetime, sys, time
+import torch
+from accelerate import PartialState
+from ldm.training import ranks
+
+state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=4))
+ranks.TICK_SECONDS = 0.5
+
+def work(tick):
+    assert state.process_index == 0
+    for _ in range(80 if sys.argv[1] == "works" else 5):
+        time.sleep(0.1)
+        tick()
+    if sys.argv[1] == "fails":
+        raise ValueError("on purpose")
+
+try:
+    ranks.while_others_wait(work)
+    print(f"rank {state.process_index} goes on", flush=True)
+except Exception as error:
+    print(f"rank {state.process_index}: {error}", flush=True)
+state.wait_for_everyone()
+state.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("how", ["works", "fails"])
+def test_ranks_wait_longer_than_a_collective_would(tmp_path: Path, how: str) -> None:
+    """Eight seconds of work where gloo gives a silent process up after four; and a failure that the others are told."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(road.ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "waiting.py"), how], env=environment, capture_output=True, text=True, timeout=180
+    )
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    if how == "works":
+        assert said == ["rank 0 goes on", "rank 1 goes on"], done.stderr[-2000:]
+    else:
+        assert said[0] == "rank 0: on purpose"
+        assert said[1].startswith("rank 1: rank 0 failed"), done.stderr[-2000:]
 
 
 def test_bad_data_end_the_command_with_a_list_and_no_traceback(home: Path, tmp_path: Path) -> None:
@@ -120,7 +175,7 @@ def test_perceptual_loss_says_what_it_lacks(home: Path, tmp_path: Path, monkeypa
         train_vae(road.recipe(home, run=str(tmp_path), vae_training__perceptual=0.5))
 
 
-@pytest.mark.parametrize("cache", ["memory", "off"])
+@pytest.mark.parametrize("cache", ["auto", "off"])
 def test_latents_of_another_scale_are_refused(home: Path, tmp_path: Path, cache: str) -> None:
     """A VAE in RUN/vae that was never normalized on these pictures."""
     torch.manual_seed(0)
@@ -164,10 +219,69 @@ def test_the_cache_changes_nothing(home: Path, tmp_path: Path) -> None:
     """Encoded once or encoded at every step: the same draws give the same losses."""
     cached, fresh = (
         train_ldm(config_of(home, tmp_path / cache, data__cache=cache, data__flip="true", loop__sample_every=0))
-        for cache in ("memory", "off")
+        for cache in ("auto", "off")
     )
     assert np.allclose(cached, fresh, rtol=1e-4)
     assert len(cached) == 6
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_the_encoders_are_in_memory_only_while_they_are_needed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    """Counted among all objects of the process, at every step: before, between and after pipelines are saved."""
+
+    def alive() -> set[int]:
+        return {id(o) for o in gc.get_objects() if isinstance(o, (AutoencoderKL, BertModel))}
+
+    before, found, step = alive(), [], Training.step
+
+    def looking(training: Training, *arguments: Any) -> Any:
+        found.append(len(alive() - before))
+        return step(training, *arguments)
+
+    monkeypatch.setattr(Training, "step", looking)
+    drawing = tmp_path / "run/samples/step_0000004.png"
+    train_ldm(config_of(home, tmp_path / "run", data__cache=cache, loop__checkpoint_every=2, loop__sample_every=4))
+    assert drawing.exists()
+    assert found == [0 if cache == "auto" else 2] * 6
+
+
+def test_a_second_start_encodes_nothing_and_new_rows_only_themselves(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pretrained VAE, whose scale is measured, too: once in a run, or every new picture would change all latents."""
+    shutil.copytree(home / "data", tmp_path / "data")
+    config = config_of(home, tmp_path / "run", data__source=str(tmp_path / "data"), data__holdout=0, loop__steps=1)
+    for said in ("24 pictures and 25 captions to encode", "all 24 pictures and their captions are in"):
+        train_ldm(config)
+        assert f"cache: {said}" in capsys.readouterr().out
+    Image.new("RGB", (tiny.SIZE, tiny.SIZE), "brown").save(tmp_path / "data/images/new.png")
+    with (tmp_path / "data/metadata.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"file_name": "images/new.png", "text": "red cat"}) + "\n")
+    train_ldm(config)
+    assert "cache: 1 picture and 0 captions to encode" in capsys.readouterr().out
+    # another run may use the same folder
+    train_ldm(road.replace(config, run=str(tmp_path / "b"), data={"cache": str(tmp_path / "run/cache")}))
+    assert not (tmp_path / "b/cache/posteriors").exists()
+
+
+def test_a_damaged_latent_stops_the_run_and_the_next_start_mends_it(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train_ldm(config_of(home, tmp_path / "whole"))
+    config = config_of(home, tmp_path / "run", loop__steps=3)
+    assert train_ldm(config) == whole[:3]
+    (records,) = (tmp_path / "run/cache").glob("posteriors-*/records.raw")
+    data = bytearray(records.read_bytes())
+    for start in range(0, len(data), len(data) // 18):  # one bit in every picture, or the next steps might miss it
+        data[start + 100] ^= 1
+    records.write_bytes(data)
+    config = road.replace(config, loop={"steps": 6})
+    with pytest.raises(DamagedError, match=r"records\.raw; give the same command again"):
+        train_ldm(config)
+    assert train_ldm(config) == whole[3:]
+    assert "is damaged; it is made anew" in capsys.readouterr().out
 
 
 def test_accumulation_changes_nothing(home: Path, tmp_path: Path) -> None:
@@ -227,7 +341,7 @@ def test_prompts_too_long_to_draw_are_refused_before_training(home: Path, tmp_pa
 def test_a_run_without_grids_still_leaves_a_pipeline(home: Path, tmp_path: Path) -> None:
     train_ldm(config_of(home, tmp_path, loop__steps=2, loop__sample_every=0, loop__checkpoint_every=0))
     assert (tmp_path / "pipeline/model_index.json").exists()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["pipeline", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["cache", "pipeline", "tensorboard"]
 
 
 def test_foreign_captions_are_refused(home: Path, tmp_path: Path) -> None:

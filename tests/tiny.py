@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from ldm.data.labels import Labels
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
 from ldm.models.text import TextConfig, TextEncoder
@@ -116,5 +117,23 @@ def pipeline(
     drawing = LDMPipeline.from_components(
         vae, text, unet.eval(), scheduler_config(schedule or NoiseSchedule.scaled_linear(), prediction)
     )
+    drawing.set_progress_bar_config(disable=True)
+    return drawing
+
+
+def class_pipeline(folder: Path, names: tuple[str, ...]) -> LDMPipeline:
+    """The same for a model that knows these classes, and no text."""
+    whole = pipeline(folder)
+    torch.manual_seed(3)
+    unet = build_unet(
+        UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
+        latent_shape=(whole.unet.config.in_channels, whole.unet.config.sample_size, whole.unet.config.sample_size),
+        context_dim=None,
+        classes=len(names) + 1,
+    )
+    drawing = LDMPipeline.from_components(
+        whole.vae, None, unet.eval(), scheduler_config(NoiseSchedule.scaled_linear(), "eps")
+    )
+    drawing.labels = Labels("kind", names)
     drawing.set_progress_bar_config(disable=True)
     return drawing

@@ -9,6 +9,7 @@ Stopped, it goes on from its newest checkpoint when the same command is given ag
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ldm.training.command_line import start
@@ -25,9 +26,11 @@ def main(config: Config) -> list[float]:
     from ldm.data.rows import count
     from ldm.models.classifier import build_classifier
     from ldm.models.vae import downsampling
-    from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples, encode_all, labelled_questions
+    from ldm.training.caching import build_cache
+    from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples, labelled_questions
     from ldm.training.device import build_accelerator
-    from ldm.training.latents import load_normalized
+    from ldm.training.encoders import Encoders
+    from ldm.training.latents import check_scale, load_normalized, measure_pretrained
     from ldm.training.objective import build_schedule
     from ldm.training.plain_loop import fit_plain
     from ldm.training.tracking import Tracker
@@ -48,7 +51,10 @@ def main(config: Config) -> list[float]:
     say(f"{labels.column}: {len(labels.names)} classes, the most frequent {frequent} with {share:.1%} of the pictures")
 
     # the frozen VAE, the process, and the classifier
-    vae = load_normalized(config, pictures.train, accelerator.device)
+    measure_pretrained(config, pictures.train, accelerator.device)
+    encoders = Encoders(partial(load_normalized, config, accelerator.device), lambda: None)
+    vae, _ = encoders.load()
+    check_scale(vae, pictures.train, data.size)
     schedule = build_schedule(config.diffusion)
     latent_size = data.size // downsampling(vae)
     latent_shape = (vae.config.latent_channels, latent_size, latent_size)
@@ -60,9 +66,10 @@ def main(config: Config) -> list[float]:
     )
 
     # what it learns from, and what it is asked on the way
-    posteriors = encode_all(pictures.train, vae, data, told) if data.cache == "memory" else None
-    samples = LabelledSamples(pictures.train, ids, data, config.seed, schedule.T, latent_shape, posteriors)
-    questions = labelled_questions(config, pictures.heldout, labels, vae, told)
+    questions = labelled_questions(config, pictures.heldout, labels, vae)
+    folder = config.cache_folder()
+    cache = build_cache(config, folder, pictures.train, encoders, latent_shape, "classifier") if folder else None
+    samples = LabelledSamples(pictures.train, ids, data, config.seed, schedule.T, latent_shape, cache)
 
     tracker = Tracker(Path(config.run), silent=not told)
     training = ClassifierTraining.prepare(config, accelerator, classifier, vae)
@@ -75,11 +82,11 @@ def main(config: Config) -> list[float]:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in answers.items())
             say(f"step {done}: held-out accuracy {shown}")
 
-    workers = data.workers if posteriors is None else 0
+    workers = data.workers if cache is None else 0
     losses = fit_plain(training, samples, tracker, workers=workers, at_checkpoint=save_and_ask)
     tracker.close()
-    folder = Path(config.run) / "classifier"
-    say(f"done: steer with: ldm sample MODEL PROMPT --classifier {folder} --class-label {labels.names[0]}")
+    example = f"--classifier {Path(config.run) / 'classifier'} --class-label {labels.names[0]}"
+    say(f"done: steer with: ldm sample MODEL PROMPT {example}")
     accelerator.end_training()
     return losses
 

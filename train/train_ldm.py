@@ -30,13 +30,15 @@ def main(config: Config) -> list[float]:
     from ldm.models.unet import build_unet, choose_attention, without_variance
     from ldm.models.vae import downsampling
     from ldm.pipeline import LDMPipeline
+    from ldm.training.caching import build_cache
     from ldm.training.captions import report_captions
     from ldm.training.device import build_accelerator
     from ldm.training.drawing import build_wishes
-    from ldm.training.latents import load_normalized, report_reconstruction
+    from ldm.training.encoders import Encoders
+    from ldm.training.latents import check_scale, load_normalized, measure_pretrained, report_reconstruction
     from ldm.training.loop import Training, fit
     from ldm.training.objective import build_schedule
-    from ldm.training.samples import Cache, Encoders, build_samples, fixed_questions
+    from ldm.training.samples import build_samples, fixed_questions
     from ldm.training.tracking import Tracker
 
     accelerator = build_accelerator(config.loop)
@@ -51,8 +53,10 @@ def main(config: Config) -> list[float]:
     )
 
     # the frozen encoders: pixels => latents, caption => context
-    encoders = Encoders(load_normalized(config, pictures.train, device), load_text(config.text, device))
-    vae, text = encoders.vae, encoders.text
+    measure_pretrained(config, pictures.train, device)
+    encoders = Encoders(partial(load_normalized, config, device), partial(load_text, config.text, device))
+    vae, text = encoders.load()
+    check_scale(vae, pictures.train, data.size)
     say(report_reconstruction(vae, pictures, data.size)[1])
     if text:
         say(report_captions(text, pictures))
@@ -77,15 +81,20 @@ def main(config: Config) -> list[float]:
         f"attention by {choose_attention(unet, device)}, {accelerator.mixed_precision} mixed precision on {device.type}"
     )
 
-    # what it learns from, what it is asked on the way, and what it draws
-    cache = Cache.build(source.train, encoders, data) if data.cache == "memory" else None
-    samples = build_samples(config, source.train, latent_shape, cache)
-    questions = fixed_questions(config, source.heldout, encoders)
+    # what it learns from, what it is asked on the way, and what it draws; encoded once, it needs the encoders no more
+    questions = fixed_questions(config, source.heldout, vae, text)
     wishes = build_wishes(config, source)
+    folder = config.cache_folder()
+    cache = build_cache(config, folder, source.train.all_pictures, encoders, latent_shape) if folder else None
+    samples = build_samples(config, source.train, latent_shape, cache)
+    del vae, text
+    if cache:
+        encoders.free()
 
     def build_pipeline(weights: dict[str, torch.Tensor]) -> LDMPipeline:
         averaged = new_unet().eval()
         averaged.load_state_dict(without_variance(weights, latent_shape[0]))
+        vae, text = encoders.load()
         how_to_draw = scheduler_config(schedule, diffusion.prediction)
         pipeline = LDMPipeline.from_components(vae, text, averaged.to(device), how_to_draw)
         pipeline.example_prompts = config.loop.prompts if text else ()
@@ -94,7 +103,7 @@ def main(config: Config) -> list[float]:
 
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     training = Training.prepare(config, accelerator, schedule, unet)
-    losses = fit(training, samples, questions, wishes, build_pipeline, tracker, None if cache else encoders)
+    losses = fit(training, samples, questions, wishes, build_pipeline, tracker, encoders)
     say(f'done: {run / "pipeline"} can be loaded; draw with: ldm sample {run / "pipeline"} "a prompt"')
     accelerator.end_training()
     return losses

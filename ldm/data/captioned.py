@@ -28,7 +28,7 @@ from PIL import Image, ImageColor
 from ldm.data import folders, hub_sets, shards
 from ldm.data.check import Drafts, gather, without_broken
 from ldm.data.pictures import BadPictureError, decode
-from ldm.data.rows import BadDataError, Finding, Problem, Split, Store, count, split_of
+from ldm.data.rows import BadDataError, Finding, Problem, Split, Stamp, Store, count, split_of
 
 __all__ = ["BadDataError", "CaptionedPictures", "Problem", "Row", "Split", "read_captioned", "split_of"]
 
@@ -62,10 +62,20 @@ class Row:
         except BadPictureError as error:
             raise BadDataError(f"{error}: {self.where}") from None
 
-    def image(self) -> Image.Image:
-        """The picture, upright, mode RGB. Raises BadDataError, naming the row, if it is broken."""
+    def stamp(self) -> Stamp | None:
+        """What tells without reading it whether the picture has changed. Raises BadDataError if it is gone."""
         try:
-            return decode(self.read(), self.background)
+            return self.store.stamp(self.locator)
+        except BadPictureError as error:
+            raise BadDataError(f"{error}: {self.where}") from None
+
+    def image(self, data: bytes | None = None) -> Image.Image:
+        """The picture, upright, mode RGB; `data` is the file, where it has been read already.
+
+        Raises BadDataError, naming the row, if it is broken.
+        """
+        try:
+            return decode(self.read() if data is None else data, self.background)
         except BadPictureError as error:
             raise BadDataError(f"{error}: {self.where}") from None
 

@@ -7,9 +7,10 @@ pictures.train.condition(0).image()          # the picture that row 0 names in i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -85,15 +86,28 @@ class ConditionedPictures:
         assert self.labels is not None
         return self.labels.ids(self.pictures)
 
+    @property
+    def all_pictures(self) -> Sequence[Row]:
+        """What there is to encode: the rows, and after them rows that read their second pictures."""
+        return Together(self) if self.condition_column else self.pictures
+
+    def condition_number(self, number: int) -> int:
+        """Where the second picture of row `number` stands in `all_pictures`."""
+        return len(self) + number
+
     def condition(self, number: int) -> Row:
-        """A row that reads the second picture of row `number`. Raises BadPictureError if there is none."""
+        """A row without captions that reads the second picture of row `number`.
+
+        Raises:
+            BadPictureError: if there is none.
+        """
         assert self.condition_column is not None
         row = self.pictures[number]
         if not isinstance(row.store, FolderStore):
             raise BadDataError(
                 f"{self.condition_column} names pictures; they can be read from folders only: {row.where}"
             )
-        return replace(row, locator=row.store.locate(row.extra.get(self.condition_column)))
+        return replace(row, captions=(), locator=row.store.locate(row.extra.get(self.condition_column)))
 
     def _check_conditions(self, column: str, progress: bool) -> None:
         columns = {name for row in self.pictures for name in row.extra}
@@ -109,3 +123,23 @@ class ConditionedPictures:
         without_broken(named, row.store, row.background, progress, problems)
         if problems:
             raise BadDataError.listing(problems, self.pictures.source, "Correct them, or leave these rows out.")
+
+
+@dataclass(frozen=True)
+class Together(Sequence[Row]):
+    """Rows, and after them rows that read their second pictures; each is made when it is asked for."""
+
+    source: ConditionedPictures
+
+    def __len__(self) -> int:
+        return 2 * len(self.source)
+
+    @overload
+    def __getitem__(self, key: int) -> Row: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Row]: ...
+    def __getitem__(self, key: int | slice) -> Row | list[Row]:
+        if isinstance(key, slice):
+            return [self[number] for number in range(*key.indices(len(self)))]
+        rows = len(self.source)
+        return self.source.pictures[key] if key < rows else self.source.condition(key - rows)

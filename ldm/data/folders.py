@@ -17,7 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from ldm.data.pictures import BadPictureError
-from ldm.data.rows import BadCaptionError, BadDataError, Finding, Found, Problem, clean, plain, require_columns
+from ldm.data.rows import (
+    BadCaptionError,
+    BadDataError,
+    Finding,
+    Found,
+    Problem,
+    Stamp,
+    clean,
+    file_stamp,
+    plain,
+    require_columns,
+)
 from ldm.data.tables import BadRow, read_table
 
 # Names that promise a picture. Those of formats that cannot be read are among them, so that they are reported.
@@ -98,6 +109,10 @@ class FolderStore:
                 return file.read()
         except OSError as error:
             raise BadPictureError(f"picture cannot be read ({error.strerror})") from None
+
+    def stamp(self, locator: str) -> Stamp:
+        """What changes when the file does. Raises BadPictureError like `read`."""
+        return file_stamp(self._resolve(locator))
 
     def holds(self, path: str) -> bool:
         """Whether an absolute path without links lies in the folder."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ldm.data.pictures import BadPictureError
-from ldm.data.rows import BadDataError, Finding, Found, plain, require_columns
+from ldm.data.rows import BadDataError, Finding, Found, Stamp, file_stamp, plain, require_columns
 
 
 class HubStore:
@@ -27,6 +27,7 @@ class HubStore:
         # downloaded, or lies in the data set's own folder, is opened.
         caches = [config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE, *([folder] if folder else [])]
         self._allowed = [os.path.realpath(cache) for cache in caches]
+        self._stamp = _stamp(pictures, column)
 
     def read(self, locator: int) -> bytes:
         """The bytes of a picture. Raises BadPictureError if the row has none."""
@@ -44,6 +45,18 @@ class HubStore:
                 return file.read()
         except OSError as error:
             raise BadPictureError(f"picture cannot be read ({error.strerror})") from None
+
+    def stamp(self, locator: int) -> Stamp | None:
+        """What changes when the data set's files do; None if its pictures lie elsewhere, or in memory."""
+        return None if self._stamp is None else (f"{self._stamp[0]} {locator}", self._stamp[1])
+
+
+def _stamp(pictures: Any, column: str) -> Stamp | None:
+    files = [file_stamp(os.path.realpath(file["filename"])) for file in pictures.cache_files]
+    chunks = pictures.data.column(column).chunks
+    if not files or any(chunk.field("bytes").null_count for chunk in chunks):
+        return None
+    return "\0".join([pictures._fingerprint, *(told for told, _ in files)]), max(changed for _, changed in files)
 
 
 def load(source: str, config: str | None, split: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -67,11 +68,19 @@ class BadCaptionError(ValueError):
     """A caption that cannot be used; the message says why, not where."""
 
 
+#: Text that differs if the file does, and when that last changed, in seconds since 1970.
+Stamp: TypeAlias = tuple[str, float]
+
+
 class Store(Protocol):
     """Where the bytes of the pictures lie. Can be pickled, and read from several threads."""
 
     def read(self, locator: Any) -> bytes:
         """The picture file at `locator`. Raises BadPictureError if it is not there or is no file."""
+        ...
+
+    def stamp(self, locator: Any) -> Stamp | None:
+        """What tells without reading it whether a picture has changed, None if nothing does. Raises BadPictureError."""
         ...
 
 
@@ -95,6 +104,13 @@ class Found:
 
 
 Finding: TypeAlias = Found | Problem
+
+
+def file_stamp(path: str) -> Stamp:
+    """A file's name and inode, size, and times of the last change of content and of anything (which nobody can set)."""
+    status = os.stat(path)
+    told = f"{path}\0{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return told, max(status.st_mtime, status.st_ctime)
 
 
 def split_of(caption: str, holdout: float) -> Split:

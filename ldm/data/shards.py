@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from ldm.data.folders import MAX_FILE_BYTES, MAX_TEXT_BYTES, PICTURES, caption_lines
 from ldm.data.pictures import BadPictureError
-from ldm.data.rows import BadDataError, Finding, Found, Problem, count, plain
+from ldm.data.rows import BadDataError, Finding, Found, Problem, Stamp, count, file_stamp, plain
 from ldm.data.tables import BadRow, json_row
 
 _SEVERAL = re.compile(r"[*?\[{]")
@@ -38,6 +38,15 @@ class ShardStore:
         if len(data) < size:
             raise BadPictureError("shard is truncated")
         return data
+
+    def stamp(self, locator: Sequence[int]) -> Stamp:
+        """What changes when the shard does. Raises BadPictureError if it is gone."""
+        shard, offset, size = locator
+        try:
+            told, changed = file_stamp(os.path.realpath(self.paths[shard]))
+        except OSError as error:
+            raise BadPictureError(f"shard cannot be read ({error.strerror})") from None
+        return f"{told} {offset} {size}", changed
 
 
 def is_pattern(source: str) -> bool:

@@ -57,7 +57,7 @@ class TextEncoder:
         self.model = model
 
     @classmethod
-    def load(cls, config: TextConfig) -> TextEncoder:
+    def load(cls, config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:
         """The encoder that the config names, frozen.
 
         Raises:
@@ -86,7 +86,7 @@ class TextEncoder:
                 f"{model.config.vocab_size}; is its vocabulary file missing?"
             )
         tokenizer.model_max_length = config.max_length  # what stock pipelines pad to
-        return cls(tokenizer, model.eval().requires_grad_(False))
+        return cls(tokenizer, model.eval().requires_grad_(False).to(device))
 
     @property
     def dim(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.cache import encode_pictures, load_pixels
+from ldm.data.cache import LatentCache, load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.data.labels import Labels
 from ldm.diffusion.guidance import classifier_loss
@@ -24,7 +24,7 @@ from ldm.models.vae import Posterior, encode
 from ldm.training.checkpoint import put_in_place, temporary_beside, whole_weights
 from ldm.training.config import ClassifierTrainingConfig, Config, DataConfig
 from ldm.training.draws import epoch_order, generator
-from ldm.training.latents import evenly
+from ldm.training.latents import evenly, pixel_batches
 from ldm.training.plain_loop import PlainTraining
 
 ASKED = 1024  # held-out pictures, at most: an accuracy is then known to 0.02
@@ -38,7 +38,7 @@ class LabelledSamples(Dataset[dict[str, Any]]):
         ids: the label of each picture.
         T: number of timesteps.
         latent_shape: (C, h, w).
-        posteriors: mean and std [N,F,C,h,w] of all pictures, as `encode_pictures` makes them.
+        cache: the pictures' posteriors.
     """
 
     pictures: CaptionedPictures
@@ -47,7 +47,7 @@ class LabelledSamples(Dataset[dict[str, Any]]):
     seed: int
     T: int
     latent_shape: tuple[int, int, int]
-    posteriors: tuple[Tensor, Tensor] | None
+    cache: LatentCache | None
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         epoch, position = divmod(n, len(self.pictures))
@@ -61,11 +61,11 @@ class LabelledSamples(Dataset[dict[str, Any]]):
             "eps": torch.randn(self.latent_shape, generator=rng),
             "posterior_noise": torch.randn(self.latent_shape, generator=rng),
         }
-        if self.posteriors is None:
+        if self.cache is None:
             row, data = self.pictures[number], self.data
             return sample | {"pixels": load_pixels(row, data.size, data.crop, (float(x), float(y)), flipped)}
-        mean, std = self.posteriors
-        return sample | {"mean": mean[number, int(flipped)], "std": std[number, int(flipped)]}
+        mean, std = self.cache.posterior(number, flipped)
+        return sample | {"mean": mean, "std": std}
 
 
 @dataclass
@@ -131,25 +131,15 @@ class ClassifierTraining(PlainTraining):
         self.accelerator.wait_for_everyone()
 
 
-def labelled_questions(
-    config: Config, heldout: CaptionedPictures, labels: Labels, vae: Any, progress: bool
-) -> LabelledLatents | None:
+@torch.no_grad()
+def labelled_questions(config: Config, heldout: CaptionedPictures, labels: Labels, vae: Any) -> LabelledLatents | None:
     """The held-out pictures' latents and labels with their fixed (t, eps); None if there are none to ask."""
     rows = evenly(heldout, ASKED)
     if not len(rows):
         return None
-    mean, _ = encode_all(rows, vae, replace(config.data, flip=False), progress)
+    mean = torch.cat(
+        [encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, vae.device, "asking")]
+    )
     ids = torch.from_numpy(labels.ids(rows)).to(vae.device)
     rng = generator(config.seed, "held out")
-    return LabelledLatents.fixed(mean[:, 0].to(vae.device), ids, config.diffusion.timesteps, rng)
-
-
-@torch.no_grad()
-def encode_all(pictures: CaptionedPictures, vae: Any, data: DataConfig, progress: bool) -> tuple[Tensor, Tensor]:
-    """Mean and std [N,F,C,h,w] of these pictures' posteriors, on the CPU."""
-
-    def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = encode(vae, pixels.to(vae.device))
-        return posterior.mean, posterior.std
-
-    return encode_pictures(pictures, encode_pixels, size=data.size, flip=data.flip, progress=progress)
+    return LabelledLatents.fixed(mean, ids, config.diffusion.timesteps, rng)

@@ -80,10 +80,12 @@ def start(main: Callable[[Config], object], description: str | None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from ldm.data.captioned import BadDataError
+    from ldm.data.filling import NoSpaceError
+    from ldm.data.records import DamagedError
 
     try:
         main(parse_config(description=description))
-    except BadDataError as error:
+    except (BadDataError, NoSpaceError, DamagedError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ldm.models.classifier import ClassifierConfig
@@ -38,8 +39,9 @@ class DataConfig:
         background: the color behind transparent pictures.
         holdout: share kept out of training, by a hash of the caption, where no column `split` says it.
         on_bad: stop at bad pictures and captions, or skip, count and list them.
-        cache: encode once and keep latents and context in memory, or encode anew each time ("off").
-            Random crops need "off".
+        cache: the folder that keeps what VAE and text encoder made of pictures and captions; "auto" is RUN/cache.
+            Runs can share one: things are found by their content and by the networks' weights. "off" keeps nothing
+            and encodes at every step; random crops need it.
         workers: processes that read pictures when the cache is off.
     """
 
@@ -56,7 +58,7 @@ class DataConfig:
     background: str = "white"
     holdout: float = 0.05
     on_bad: Literal["error", "skip"] = "error"
-    cache: Literal["memory", "off"] = "memory"
+    cache: str | Literal[False] = "auto"  # YAML reads a bare off as false
     workers: int = 2
 
     def __post_init__(self) -> None:
@@ -65,7 +67,9 @@ class DataConfig:
             raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}")
         check("data.holdout", self.holdout, at_least=0, below=1)
         check("data.workers", self.workers, at_least=0)
-        if self.crop == "random" and self.cache == "memory":
+        if not self.cache:
+            object.__setattr__(self, "cache", "off")
+        if self.crop == "random" and self.cache != "off":
             raise ValueError("data.crop: random crops can't be encoded once; set data.cache=off or data.crop=center")
 
     def reading(self) -> dict[str, Any]:
@@ -240,6 +244,12 @@ class Config:
     classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def cache_folder(self) -> Path | None:
+        """Where latents and contexts are kept; None if they aren't."""
+        if self.data.cache == "off":
+            return None
+        return Path(self.run) / "cache" if self.data.cache == "auto" else Path(str(self.data.cache))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

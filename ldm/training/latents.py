@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,18 +13,21 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.cache import load_pixels
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.captioned import CaptionedPictures, Row
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.rows import count
 from ldm.grid import captioned_grid
+from ldm.models.fingerprint import fingerprint
 from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normalize, psnr, to_pictures
 from ldm.training.config import Config
+from ldm.training.ranks import while_others_wait
 
 Pictures = TypeVar("Pictures", CaptionedPictures, ConditionedPictures)
 
 BATCH = 32
 MEASURED = 4096  # pictures; the mean of a channel is then known to well under a hundredth of its std
 CHECKED = 512
+SCALE_FILE = "vae_scale.json"  # in RUN
 STD_RANGE = (0.9, 1.1)
 
 
@@ -33,40 +37,82 @@ def evenly(pictures: Pictures, most: int) -> Pictures:
     return pictures.select(i * len(pictures) // chosen for i in range(chosen))
 
 
-def pixel_batches(pictures: CaptionedPictures, size: int, device: torch.device, doing: str) -> Iterator[Tensor]:
+def pixel_batches(pictures: Sequence[Row], size: int, device: torch.device, doing: str) -> Iterator[Tensor]:
     """The pictures, center crops, as pixels [<=32,3,size,size] on the device, with a progress bar."""
     for start in tqdm(range(0, len(pictures), BATCH), desc=doing, unit="batch", leave=False):
         rows = [pictures[i] for i in range(start, min(start + BATCH, len(pictures)))]
         yield torch.stack([load_pixels(row, size) for row in rows]).to(device)
 
 
-def load_normalized(config: Config, pictures: CaptionedPictures, device: torch.device) -> Any:
-    """The config's VAE, speaking latents of unit variance: the one in RUN/vae, or `vae`, measured on these pictures.
+def load_normalized(config: Config, device: torch.device) -> Any:
+    """The config's VAE, speaking latents of unit variance: the one in RUN/vae, or `vae`, scaled as it was measured.
 
     Raises:
-        ValueError: if there is neither, with the two ways out, or if its latents are not of unit variance here.
+        ValueError: if there is neither, with the two ways out.
     """
     trained = Path(config.run) / "vae"
     if config.vae is not None:
-        vae = load_vae(config.vae).to(device)
-        normalize_on(vae, pictures, config.data.size)
-    elif (trained / "config.json").exists():
-        vae = load_vae(trained).to(device)
-    else:
-        raise ValueError(
-            f"vae: there is none in {trained}; train one with: accelerate launch train/train_vae.py and the same "
-            "words as here, or name a pretrained one with vae=<folder or Hub id>"
-        )
-    check_scale(vae, pictures, config.data.size)
-    return vae
+        vae = load_vae(config.vae)
+        scale = read_scale(config, vae)
+        if scale is None:
+            raise ValueError(f"vae: {Path(config.run) / SCALE_FILE} is not about {config.vae}; start the run again")
+        normalize(vae, *scale)
+        return vae.to(device)
+    if (trained / "config.json").exists():
+        return load_vae(trained).to(device)
+    raise ValueError(
+        f"vae: there is none in {trained}; train one with: accelerate launch train/train_vae.py and the same "
+        "words as here, or name a pretrained one with vae=<folder or Hub id>"
+    )
 
 
-def measure_on(vae: Any, pictures: CaptionedPictures, size: int, most: int) -> tuple[Tensor, Tensor]:
+def measure_pretrained(config: Config, pictures: CaptionedPictures, device: torch.device) -> None:
+    """Measure the latents of `vae` on these pictures, once in a run, and keep their mean and std in RUN.
+
+    Measured anew at each start, the scale of a run's latents would change when pictures are added. Every rank must
+    call it; rank 0 measures.
+    """
+
+    def measured(tick: Callable[[], None]) -> None:
+        vae = load_vae(config.vae or "")
+        if read_scale(config, vae) is None:
+            told = scale_facts(config, vae)
+            mean, std = measure_on(vae.to(device), pictures, config.data.size, MEASURED, tick)
+            path = Path(config.run) / SCALE_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(f".{path.name}.new")
+            new.write_text(json.dumps({**told, "mean": mean.tolist(), "std": std.tolist()}, indent=2) + "\n", "utf-8")
+            new.rename(path)
+
+    if config.vae is not None:
+        while_others_wait(measured)
+
+
+def scale_facts(config: Config, vae: Any) -> dict[str, Any]:
+    """What the scale of a pretrained VAE's latents depends on."""
+    data = config.data
+    return {"vae": fingerprint(vae), "source": data.source, "size": data.size, "background": data.background}
+
+
+def read_scale(config: Config, vae: Any) -> tuple[Tensor, Tensor] | None:
+    """Mean and std of each latent channel, float64 [C], of a VAE as it was loaded, if this run has measured them."""
+    try:
+        told = json.loads((Path(config.run) / SCALE_FILE).read_text("utf-8"))
+        mean, std = (torch.tensor(told.pop(name), dtype=torch.float64) for name in ("mean", "std"))
+    except (OSError, ValueError, KeyError):
+        return None
+    return (mean, std) if told == scale_facts(config, vae) else None
+
+
+def measure_on(
+    vae: Any, pictures: CaptionedPictures, size: int, most: int, tick: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
     """Mean and std of each latent channel [C], over at most so many of these pictures."""
 
     def posteriors() -> Iterator[Posterior]:
         for pixels in pixel_batches(evenly(pictures, most), size, vae.device, "measuring latents"):
             yield encode(vae, pixels)
+            tick()
 
     return measure(posteriors())
 

@@ -29,9 +29,10 @@ from ldm.training.checkpoint import (
 )
 from ldm.training.config import Config, to_dict
 from ldm.training.drawing import Wish, draw_wishes
+from ldm.training.encoders import Encoders
 from ldm.training.learning_rate import learning_rate
 from ldm.training.objective import Objective, build_objective, build_timesteps
-from ldm.training.samples import Batch, Encoders, Samples, batches, numbers_of
+from ldm.training.samples import Batch, Samples, batches, numbers_of
 from ldm.training.tracking import Tracker
 
 #: U-Net weights on the CPU => the pipeline they make.
@@ -147,7 +148,7 @@ def fit(
     wishes: Sequence[Wish],
     build_pipeline: BuildPipeline,
     tracker: Tracker,
-    encoders: Encoders | None = None,
+    encoders: Encoders,
 ) -> list[float]:
     """Train from the newest checkpoint, or from the start, to the last step.
 
@@ -156,7 +157,7 @@ def fit(
         questions: held-out pictures, or None if there are none.
         wishes: what to draw on the way.
         build_pipeline: makes what is saved in RUN/pipeline and draws.
-        encoders: needed if the samples have no cache.
+        encoders: of the samples if they have no cache; else let go as soon as a pipeline is saved and has drawn.
     Returns:
         The loss of each step that this call trained, averaged over all processes.
     """
@@ -183,9 +184,9 @@ def fit(
         if saving:
             save_checkpoint(folder, done, to_dict(config), training.trainees, accelerator, loop.keep)
         if saving or drawing or done == loop.steps:
-            pipeline = export(training, build_pipeline)
-            if pipeline is not None and drawing and wishes:
-                tracker.picture("samples", done, draw_wishes(pipeline, wishes, config))
+            show(training, wishes, build_pipeline, tracker, done, drawing)
+            if samples.cache is not None:
+                encoders.free()
             accelerator.wait_for_everyone()
     tracker.close()
     return history
@@ -230,3 +231,17 @@ def export(training: Training, build_pipeline: BuildPipeline) -> Any:
     pipeline.save_pretrained(temporary)
     put_in_place(temporary, final)
     return pipeline
+
+
+def show(
+    training: Training,
+    wishes: Sequence[Wish],
+    build_pipeline: BuildPipeline,
+    tracker: Tracker,
+    done: int,
+    drawing: bool,
+) -> None:
+    """Save RUN/pipeline and, if asked, draw the wishes with it. Every rank must call it."""
+    pipeline = export(training, build_pipeline)
+    if pipeline is not None and drawing and wishes:
+        tracker.picture("samples", done, draw_wishes(pipeline, wishes, training.config))

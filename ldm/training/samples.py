@@ -7,17 +7,17 @@ worker processes meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.cache import LatentCache, choose_caption, load_pixels
+from ldm.data.captioned import Row
 from ldm.data.conditioned import ConditionedPictures
 from ldm.evaluation.heldout import HeldOut
 from ldm.models.conditioning import Conditioning
@@ -25,15 +25,8 @@ from ldm.models.text import TextEncoder
 from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.draws import Draw, draw, generator
-from ldm.training.latents import evenly
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The frozen networks; a model that knows no text has no text encoder."""
-
-    vae: Any
-    text: TextEncoder | None
+from ldm.training.encoders import Encoders
+from ldm.training.latents import BATCH, evenly, pixel_batches
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,11 @@ class Samples(Dataset[dict[str, Any]]):
     """Sample n of a run, for any n >= 0."""
 
     def __init__(
-        self, source: ConditionedPictures, data: DataConfig, chance: Callable[[int], Draw], cache: Cache | None = None
+        self,
+        source: ConditionedPictures,
+        data: DataConfig,
+        chance: Callable[[int], Draw],
+        cache: LatentCache | None = None,
     ) -> None:
         self.source = source
         self.data = data
@@ -72,56 +69,22 @@ class Samples(Dataset[dict[str, Any]]):
         sample: dict[str, Any] = {"u": drawn.u, "eps": drawn.eps, "posterior_noise": drawn.posterior_noise}
         if self.source.labels:
             sample["class"] = self.source.null_class if drawn.caption is None else self.source.class_ids[drawn.row]
-        if self.cache is not None:
-            return sample | self.cache.look_up(drawn.row, flip, caption)
-        load = partial(load_pixels, size=self.data.size, crop=self.data.crop, position=drawn.crop, flip=flip)
-        sample |= {"pixels": load(row), "caption": caption}
+        if self.cache is None:
+            load = partial(load_pixels, size=self.data.size, crop=self.data.crop, position=drawn.crop, flip=flip)
+            sample |= {"pixels": load(row), "caption": caption}
+            if self.source.condition_column:
+                sample["condition_pixels"] = load(self.source.condition(drawn.row))
+            return sample
+        sample["mean"], sample["std"] = self.cache.posterior(drawn.row, flip)
+        if self.cache.contexts is not None:
+            sample["context"] = self.cache.context(caption)
         if self.source.condition_column:
-            sample["condition_pixels"] = load(self.source.condition(drawn.row))
+            sample["channels"], _ = self.cache.posterior(self.source.condition_number(drawn.row), flip)
         return sample
 
 
-@dataclass(frozen=True)
-class Cache:
-    """What the encoders said of the pictures, and of the second pictures if there are any."""
-
-    pictures: LatentCache
-    conditions: LatentCache | None
-
-    @classmethod
-    def build(cls, source: ConditionedPictures, encoders: Encoders, data: DataConfig) -> Cache:
-        """Encode these pictures, their captions and their second pictures once."""
-
-        @torch.no_grad()
-        def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
-            posterior = encode(encoders.vae, pixels.to(encoders.vae.device))
-            return posterior.mean, posterior.std
-
-        build = partial(
-            LatentCache.build,
-            encode_pixels=encode_pixels,
-            size=data.size,
-            flip=data.flip,
-            progress=PartialState().is_main_process,
-        )
-        encode_captions = encoders.text.encode if encoders.text else None
-        conditions = None
-        if source.condition_column:
-            conditions = build([source.condition(i) for i in range(len(source))], encode_captions=None)
-        return cls(build(source.pictures, encode_captions=encode_captions), conditions)
-
-    def look_up(self, row: int, flip: bool, caption: str) -> dict[str, Tensor]:
-        """The posterior of a picture, the context of a caption, and the latents of a second picture."""
-        found = {"mean": self.pictures.mean[row, int(flip)], "std": self.pictures.std[row, int(flip)]}
-        if self.pictures.context is not None:
-            found["context"] = self.pictures.context[self.pictures.numbers[caption]]
-        if self.conditions is not None:
-            found["channels"] = self.conditions.mean[row, int(flip)]
-        return found
-
-
 def build_samples(
-    config: Config, source: ConditionedPictures, latent_shape: tuple[int, int, int], cache: Cache | None
+    config: Config, source: ConditionedPictures, latent_shape: tuple[int, int, int], cache: LatentCache | None
 ) -> Samples:
     """The samples of a run on these pictures."""
     chance = partial(
@@ -134,38 +97,44 @@ def build_samples(
     return Samples(source, config.data, chance, cache)
 
 
-def fixed_questions(config: Config, heldout: ConditionedPictures, encoders: Encoders) -> HeldOut | None:
+@torch.no_grad()
+def fixed_questions(config: Config, heldout: ConditionedPictures, vae: Any, text: TextEncoder | None) -> HeldOut | None:
     """The held-out pictures' latents and first captions with their fixed (t, eps); None if there are none to ask."""
     source = evenly(heldout, config.loop.evaluation_pictures)
     if not len(source):
         return None
-    cache = Cache.build(source, encoders, replace(config.data, flip=False))
-    captions = [row.captions[0] if row.captions else "" for row in source.pictures]
-    found = default_collate([cache.look_up(i, False, caption) for i, caption in enumerate(captions)])
-    device = encoders.vae.device
-    conditioning = Conditioning(
-        context=found.get("context"),
-        class_labels=torch.from_numpy(source.class_ids) if source.labels else None,
-        channels=found.get("channels"),
-    )
+
+    def latents(rows: Sequence[Row]) -> Tensor:
+        batches = pixel_batches(rows, config.data.size, vae.device, "asking")
+        return torch.cat([encode(vae, pixels).mean for pixels in batches])
+
+    context = channels = class_labels = None
+    if text:
+        captions = [row.captions[0] for row in source.pictures]
+        context = torch.cat([text.encode(captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)])
+    if source.labels:
+        class_labels = torch.from_numpy(source.class_ids).to(vae.device)
+    if source.condition_column:
+        channels = latents([source.condition(i) for i in range(len(source))])
+    conditioning = Conditioning(context, class_labels, channels)
     rng = generator(config.seed, "held out")
-    return HeldOut.fixed(found["mean"].to(device), conditioning.to(device), config.diffusion.timesteps, rng)
+    return HeldOut.fixed(latents(source.pictures), conditioning, config.diffusion.timesteps, rng)
 
 
-def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders | None) -> Batch:
-    """Collated samples => a batch on the device; VAE and text encoder are needed where there was no cache."""
+def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders) -> Batch:
+    """Collated samples => a batch on the device; they are encoded here where there was no cache."""
     here: dict[str, Any] = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "u" else value
         for name, value in collated.items()
     }
-    if encoders is not None:
+    if "pixels" in here:
+        vae, text = encoders.load()
         with torch.no_grad():
-            posterior = encode(encoders.vae, here["pixels"])
-        if encoders.text:
-            here["context"] = encoders.text.encode(here["caption"])
-        if "condition_pixels" in here:
-            with torch.no_grad():
-                here["channels"] = encode(encoders.vae, here["condition_pixels"]).mean
+            posterior = encode(vae, here["pixels"])
+            if "condition_pixels" in here:
+                here["channels"] = encode(vae, here["condition_pixels"]).mean
+        if text:
+            here["context"] = text.encode(here["caption"])
     else:
         posterior = Posterior(here["mean"], here["std"])
     return Batch(
@@ -202,10 +171,8 @@ def numbers_of(
     ]
 
 
-def batches(
-    samples: Samples, numbers: list[list[int]], device: torch.device, encoders: Encoders | None
-) -> Iterator[Batch]:
-    """The batches with these sample numbers, one after the other; samples without a cache need the encoders."""
+def batches(samples: Samples, numbers: list[list[int]], device: torch.device, encoders: Encoders) -> Iterator[Batch]:
+    """The batches with these sample numbers, one after the other; the encoders are asked only without a cache."""
     loader: DataLoader[dict[str, Any]] = DataLoader(
         samples,
         batch_sampler=numbers,

@@ -1,0 +1,37 @@
+"""What a network computes, in 32 hex digits: what was computed by another one must not be taken for its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fingerprint(network: nn.Module, *facts: Any) -> str:
+    """A hash of a network's class, config and weights, and of `facts`, as JSON holds them."""
+    config: Any = network.config
+    items = (config if isinstance(config, dict) else config.to_dict()).items()
+    # where a config was found and which version wrote it down changes nothing
+    config = {key: value for key, value in items if not key.startswith("_") and key != "transformers_version"}
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([type(network).__name__, config, facts], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        data = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"\n{name} {data.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_facts(tokenizer: Any) -> list[Any]:
+    """All that decides which tokens a caption becomes."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # what the last call left behind; padding and truncation to model_max_length are asked for in each
+        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), **tokenizer.init_kwargs}
+    sides = [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.special_tokens_map]
+    return [rules, sides, tokenizer.model_max_length]

@@ -1,0 +1,53 @@
+"""The latent cache of a run: built by rank 0 while the others wait, then opened by all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.data.cache import Builder, LatentCache, context_kind, posterior_kind
+from ldm.data.captioned import Row
+from ldm.models.vae import encode
+from ldm.training.config import Config
+from ldm.training.encoders import Encoders
+from ldm.training.ranks import while_others_wait
+
+
+def build_cache(
+    config: Config,
+    folder: Path,
+    pictures: Sequence[Row],
+    encoders: Encoders,
+    latent_shape: tuple[int, int, int],
+    name: str = "rows",
+) -> LatentCache:
+    """Encode what `folder` lacks of these pictures and captions, and open it. Every rank must call it.
+
+    Args:
+        name: of the table that says where in the stores each picture is; one for each sequence of pictures.
+    Raises:
+        NoSpaceError: if it doesn't fit on the disk.
+        BadDataError: if a picture can't be read.
+    """
+    vae, text = encoders.load()
+    data, table = config.data, Path(config.run) / "cache" / f"{name}.npy"
+    posteriors = posterior_kind(encoders.fingerprints["vae"], latent_shape, data.size, data.background)
+    contexts = None
+    if text is not None:
+        contexts = context_kind(encoders.fingerprints["text.encoder"], (text.tokenizer.model_max_length, text.dim))
+
+    @torch.no_grad()
+    def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = encode(vae, pixels.to(vae.device))
+        return posterior.mean, posterior.std
+
+    def build(tick: Callable[[], None]) -> None:
+        builder = Builder(folder, tick=tick)
+        captions = (contexts, text.encode) if text is not None and contexts is not None else None
+        builder.build(pictures, table, (posteriors, encode_pixels), captions, size=data.size, flip=data.flip)
+
+    while_others_wait(build)
+    return LatentCache.open(folder, table, posteriors, contexts)
