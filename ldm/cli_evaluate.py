@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 EXAMPLE = """ldm evaluate --data data/openmoji --fit-net              (its own judge alone, without a model)
   ldm evaluate runs/demo                                   (all figures, in runs/demo/evaluation)
   ldm evaluate runs/demo --quick                           (a short look)
+  ldm evaluate runs/demo --nll                             (the likelihood of held-out latents, by t)
   ldm evaluate runs/demo --sweep --write-defaults          (and the guidance scale and steps that suit the model)"""
 
 
@@ -35,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-pictures", type=int, metavar="N", help="training captions to draw, spread evenly (default: 200)")
     add("--batch-size", type=int, default=16, help="pictures drawn at once (default: 16)")
     add("--quick", action="store_true", help="16 captions of each set, few resamples, no timing")
+    likelihood = parser.add_argument_group("likelihood")
+    add = likelihood.add_argument
+    add("--nll", action="store_true", help="only bound the negative log-likelihood of held-out latents, by t")
+    add("--strata", type=int, default=50, help="timesteps asked of each picture; more vary less (default: 50)")
     features = parser.add_argument_group("what judges the pictures")
     add = features.add_argument
     add("--features", nargs="+", default=[], metavar="NET",
@@ -67,7 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.fit_net:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         fit(pictures, net, arguments, device)
-    if folder is not None and home is not None:
+    if folder is not None and home is not None and arguments.nll:
+        bound_likelihood(folder, arguments.out or home, pictures, arguments)
+    elif folder is not None and home is not None:
         examine(folder, home, pictures, net, arguments)
 
 
@@ -126,6 +133,20 @@ def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, d
     for direction, found in card["recall"].items():
         print(f"  {direction}: {shares(found)}, by chance {found['chance']['top1']:.1%}, {found['chance']['top5']:.1%}")
     print(f"the net is in {net}")
+
+
+def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:
+    """Bound the likelihood of the held-out latents, and say it by t."""
+    from ldm.evaluation.nll import nll_of_pipeline
+    from ldm.pipeline import LDMPipeline
+
+    if not len(pictures.heldout):
+        raise ValueError(f"--data: {pictures.source} has no held-out pictures; set --holdout as it was in training")
+    pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
+    found = nll_of_pipeline(pipeline, pictures.heldout, most_strata=arguments.strata, seed=arguments.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "nll.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", "utf-8")
+    print(f"{found.table()}\nall of it is in {out / 'nll.json'}")
 
 
 def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ what is asked
   heldout.py       the loss on held-out pictures at fixed (t, eps), by quarter of t
   text_use.py      what captions are worth to it: true, shuffled, none
   distribution.py  FID, KID, precision and recall, density and coverage, with their floor
+  nll.py           the bound on the likelihood of held-out latents, by t
+  accuracy.py      how often a classifier of noisy latents is right, by quarter of t
   retrieval.py     does it draw what was asked?
   memorization.py  does it draw, or copy?
   sweep.py         which guidance scale, how many steps

@@ -5,4 +5,5 @@ text.py   caption => context
 unet.py   x_t, t, context => prediction
 ema.py    a slow average of the U-Net's weights
 fingerprint.py   what a network computes, in 32 hex digits
+classifier.py  x_t, t => class
 """

@@ -15,7 +15,9 @@ samples.py        (seed, sample) => the tensors of a batch
 learning_rate.py  a function of the step
 drawing.py        what a run draws of itself
 loop.py           one step, one loop
-vae_loop.py       the same for the autoencoder
+plain_loop.py     the loop of those that draw nothing
+vae_loop.py       the autoencoder's step
+classifier_loop.py  the step of the classifier of noisy latents
 checkpoint.py     atomic save, resume
 tracking.py       scalars and pictures
 """
