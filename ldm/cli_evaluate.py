@@ -128,7 +128,8 @@ def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, d
     from ldm.evaluation.summary import shares
 
     config = NetConfig(text_encoder=arguments.net_text)
-    card = fit_net(pictures, net, device, config=config, epochs=arguments.net_epochs or EPOCHS)
+    epochs = EPOCHS if arguments.net_epochs is None else arguments.net_epochs
+    card = fit_net(pictures, net, device, config=config, epochs=epochs)
     print(f"fit on {card['n']} training pictures in {card['seconds']} s; {card['recall_on']} pictures:")
     for direction, found in card["recall"].items():
         print(f"  {direction}: {shares(found)}, by chance {found['chance']['top1']:.1%}, {found['chance']['top5']:.1%}")

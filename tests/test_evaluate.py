@@ -178,7 +178,7 @@ def test_a_model_that_answers_with_one_training_picture_is_found_out(home: Path,
     assert nearest["caption"] == only and nearest["distance"] == 0
     drawn, floor = (report["distribution"]["net"][kind] for kind in ("drawn", "floor"))
     assert drawn["recall"]["value"] == pytest.approx(1 / 18)  # that picture itself
-    assert floor["recall"]["value"] > 5 * drawn["recall"]["value"]
+    assert floor["recall"]["value"] > 0.3
 
 
 def test_without_held_out_pictures_training_captions_stand_in(home: Path, tmp_path: Path) -> None:

@@ -147,10 +147,10 @@ def test_a_pipelines_bound_is_that_of_its_parts(tmp_path: Path) -> None:
 def test_the_command_writes_a_table_and_json(
     tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = road.draw_folder(tmp_path / "data"), tmp_path / "new" / "nll.json"
+    data, out = road.draw_folder(tmp_path / "data"), tmp_path / "new"
     words = ["evaluate", str(tiny_pipeline_folder), "--data", str(data), "--nll"]
     main([*words, "--strata", "3", "--holdout", "0.5", "--out", str(out)])
-    told, written = capsys.readouterr().out, json.loads(out.read_text("utf-8"))
+    told, written = capsys.readouterr().out, json.loads((out / "nll.json").read_text("utf-8"))
     assert f"NLL {written['nats_per_dim']:.4f} ± {written['standard_error']:.4f} nats/dim of latents" in told
     assert "not of pixels" in told and "not of pixels" in written["meaning"]
     parts = sum(term["nats_per_dim"] for term in written["terms"]) + written["prior"]
