@@ -53,6 +53,9 @@ GROUPS = {
     "26BD": "activities",
     "1F511": "objects",
     "2648": "symbols",
+    # two whose first code point is of another group
+    "1F344-200D-1F7EB": "food-drink",
+    "1F441-200D-1F5E8": "smileys-emotion",
 }
 
 

