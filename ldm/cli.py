@@ -1,4 +1,4 @@
-"""The command line: `ldm data openmoji | ldm data check | ldm sample`.
+"""The command line: `ldm data openmoji | ldm data check | ldm data cache | ldm sample`.
 
 What a command needs is imported when it runs: `ldm --help` doesn't wait for torch and diffusers.
 """
@@ -62,6 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=run_check)
 
+    cache = command(
+        kinds, "cache", "say what a cache of latents holds and check every record; exits with 1 if any is damaged",
+        "ldm data cache runs/demo/cache",
+    )  # fmt: skip
+    cache.add_argument("folder", type=Path, help="RUN/cache, or what data.cache names")
+    cache.set_defaults(run=run_cache)
+
     sample = command(
         commands, "sample", "draw prompts into one captioned grid",
         'ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png --seed 7',
@@ -116,6 +123,33 @@ def run_check(arguments: argparse.Namespace) -> None:
         f"{arguments.source} is fine: {count(len(pictures), 'picture')}, {count(len(captions), 'different caption')}, "
         f"{count(len(pictures.heldout), 'picture')} held out"
     )
+
+
+def run_cache(arguments: argparse.Namespace) -> None:
+    from ldm.data.records import DamagedError, Kind, Records
+    from ldm.data.rows import count
+    from ldm.data.space import gib
+
+    stores = sorted(path.parent for path in arguments.folder.glob("*/manifest.json"))
+    if not stores:
+        raise ValueError(
+            f"{arguments.folder} holds no cache; expected RUN/cache of a run, or what its data.cache names"
+        )
+    broken = 0
+    for store in stores:
+        size = gib(sum(path.stat().st_size for path in store.iterdir()))
+        try:
+            records = Records(store, Kind.of(store))
+            bad = sum(1 for _ in records.damaged(progress=True))
+            facts = ", ".join(f"{key} {value}" for key, value in records.kind.what.items())
+            state = f"{count(bad, 'record')} damaged" if bad else "all whole"
+            print(f"{store.name}: {count(len(records), 'record')}, {size}, {state}; {facts}")
+        except DamagedError as damage:
+            bad = 1
+            print(f"{store.name}: {size}; {damage}")
+        broken += bool(bad)
+    if broken:
+        sys.exit("error: the next run that uses this cache encodes anew what is damaged")
 
 
 def run_sample(arguments: argparse.Namespace) -> None:

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data import contents as contents_module
-from ldm.data import filling
+from ldm.data import space
 from ldm.data.cache import Builder, LatentCache, context_kind, load_pixels, posterior_kind
 from ldm.data.captioned import BadDataError, CaptionedPictures, read_captioned
-from ldm.data.filling import NoSpaceError
 from ldm.data.records import to_keys
 from ldm.data.rows import Stamp
+from ldm.data.space import NoSpaceError
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.vae import VAEConfig, build_vae, encode
@@ -360,8 +360,8 @@ def test_a_damaged_hash_is_a_picture_to_read_again(lab: Lab, monkeypatch: pytest
 
 def test_too_small_a_disk_is_refused_before_anything_is_encoded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     total = 24 * (2 * 4 * 8 * 8 * 4) + 25 * (tiny.MAX_LENGTH * lab.text.dim * 4)
-    usage = filling.shutil.disk_usage(lab.folder)
-    monkeypatch.setattr(filling.shutil, "disk_usage", lambda path: usage._replace(free=total))  # not for the indices
+    usage = space.shutil.disk_usage(lab.folder)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage._replace(free=total))  # not for the indices
     with pytest.raises(NoSpaceError, match=r"24 pictures.*25 captions.*data\.cache=off"):
         lab.cache()
     assert (lab.pixels, lab.captions) == (0, 0)

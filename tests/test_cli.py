@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import road
 from PIL import Image
 
 import ldm
 from ldm.cli import main
+from ldm.data.filling import Writer
+from ldm.data.records import RECORDS, Kind, to_keys
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -88,3 +91,25 @@ def test_check_reports_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stopped:
         main(["data", "check", str(folder)])
     assert "red_heart.png" in str(stopped.value) and "blue_cat.png" in str(stopped.value)
+
+
+def test_cache_is_listed_and_every_record_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = Kind("posteriors", {"vae": "abc", "size": 64}, "<f4", (3,))
+    for number in (1, 2):
+        with Writer(tmp_path / f"store-{number}", kind) as writer:
+            writer.append(to_keys(b"a" * 16 + b"b" * 16), np.ones((2, 3), np.float32))
+    main(["data", "cache", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"store-{number}: 2 records, 0.0 MiB, all whole; vae abc, size 64" for number in (1, 2)
+    ]
+    records = tmp_path / "store-2" / RECORDS
+    data = bytearray(records.read_bytes())
+    data[-6] ^= 4
+    records.write_bytes(data)
+    for said in ("store-2: 2 records, 0.0 MiB, 1 record damaged; vae abc", "store-2: 0.0 MiB; record 1 is damaged"):
+        with pytest.raises(SystemExit, match="encodes anew what is damaged"):
+            main(["data", "cache", str(tmp_path)])
+        out = capsys.readouterr().out
+        assert said in out and "store-1: 2 records, 0.0 MiB, all whole" in out
+    with pytest.raises(SystemExit, match="holds no cache; expected RUN/cache"):
+        main(["data", "cache", str(tmp_path / "store-1")])

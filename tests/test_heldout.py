@@ -1,4 +1,4 @@
-"""The held-out loss and the latent cache against independent computations."""
+"""The held-out loss against independent computations."""
 
 from __future__ import annotations
 

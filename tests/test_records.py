@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data import filling
-from ldm.data.filling import NoSpaceError, Writer, check_space, fill
+from ldm.data import filling, space
+from ldm.data.filling import Writer, fill
 from ldm.data.records import MANIFEST, RECORDS, DamagedError, Keys, Kind, Records, to_keys
+from ldm.data.space import NoSpaceError, check_space
 
 ROOT = Path(__file__).parent.parent
 KIND = Kind("numbers", {"of": "a test"}, "<f4", (2, 3))
@@ -366,7 +367,7 @@ def test_a_small_disk_is_an_error_that_says_how_much_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(filling.shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**30, 2**30))
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**30, 2**30))
     check_space(tmp_path, {"3 pictures": 2**29, "1 caption": 2**29})
     with pytest.raises(NoSpaceError) as raised:
         check_space(tmp_path, {"3 pictures": 2**30, "1 caption": 2**29})

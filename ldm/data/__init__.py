@@ -3,5 +3,6 @@
 captioned.py   any source => checked rows (folders.py, tables.py, shards.py, hub_sets.py, check.py, rows.py)
 pictures.py    bytes => upright RGB => pixels
 openmoji.py    the embedded data set
-cache.py       posteriors and contexts, computed once
+cache.py       posteriors and contexts, computed once (records.py: the store; filling.py: adding to it; space.py:
+               room for it; contents.py: which pictures are new)
 """

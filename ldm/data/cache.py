@@ -26,10 +26,11 @@ from torch import Tensor
 
 from ldm.data.captioned import CaptionedPictures, Row
 from ldm.data.contents import CONTENTS, contents, hash_content
-from ldm.data.filling import Say, Tick, Writer, check_space, fill, gib, needed
+from ldm.data.filling import Say, Tick, Writer, fill, needed
 from ldm.data.pictures import Crop, to_pixels, to_square
 from ldm.data.records import Keys, Kind, Numbers, Records, to_keys
 from ldm.data.rows import BadDataError, count
+from ldm.data.space import check_space, gib
 
 #: pixels [B,3,H,W] => mean and std of the posterior, each [B,C,h,w].
 EncodePixels = Callable[[Tensor], tuple[Tensor, Tensor]]

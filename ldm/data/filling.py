@@ -2,7 +2,7 @@
 
 Records are appended and synced to disk; then a new index is written beside the old one, and the manifest that names
 it takes the old manifest's place by a rename. Until then the new records don't exist: what follows the last committed
-record is cut off by the next writer. Committed records are never moved, so others may read the store meanwhile.
+record is written over by the next writer. Committed records are never moved, so others may read the store meanwhile.
 
 A store that fails a check on opening is not thrown away: every record carries its key and sum, so the index is made
 anew from those that are whole, and only the lost ones are computed again.
@@ -15,7 +15,6 @@ import errno
 import fcntl
 import itertools
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -44,6 +43,7 @@ from ldm.data.records import (
     sync_folder,
     to_keys,
 )
+from ldm.data.space import NoSpaceError, no_space
 
 COMMIT_SECONDS = 30.0  # a killed process loses at most this much work
 LOCK = "lock"
@@ -51,10 +51,6 @@ LOCK = "lock"
 T = TypeVar("T")
 Say = Callable[[str], object]
 Tick = Callable[[], None]
-
-
-class NoSpaceError(OSError):
-    """The disk is too small for what is to be stored."""
 
 
 class Writer:
@@ -83,7 +79,6 @@ class Writer:
         except DamagedError as damage:
             self._mend(str(damage))
         self._file = (self.folder / RECORDS).open("r+b", buffering=0)
-        self._file.truncate(self.records * self.kind.record.itemsize)
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -257,26 +252,3 @@ def needed(writer: Writer, keys: Keys) -> int:
     """Bytes on disk that filling in these keys will take, three versions of the index at once included."""
     new = len(writer.missing(keys))
     return new and new * writer.kind.record.itemsize + 3 * (len(writer.keys) + new) * (KEY.itemsize + NUMBER.itemsize)
-
-
-def check_space(folder: Path, needs: dict[str, int]) -> None:
-    """Raise NoSpaceError unless what is needed, bytes by what for, fits on the disk."""
-    if sum(needs.values()) > shutil.disk_usage(folder).free:
-        raise NoSpaceError(no_space(folder, needs))
-
-
-def no_space(folder: Path, needs: dict[str, int]) -> str:
-    """What to say where bytes, by what they are for, don't fit."""
-    free = 0
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free
-    shares = ", ".join(f"{gib(size)} for {what}" for what, size in needs.items() if size)
-    return (
-        f"data.cache: {folder} needs {gib(sum(needs.values()))} more ({shares}), {gib(free)} are free; make room, set "
-        "data.cache=<folder on a larger disk>, or data.cache=off to store nothing and encode at every step"
-    )
-
-
-def gib(size: int) -> str:
-    """`1.25 GiB`, `3.1 MiB`."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

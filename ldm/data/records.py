@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 FORMAT = 1  # of these files
 KEY = np.dtype("S16")  # compares bytes like memcmp; an element read from an array loses trailing zeros, a slice doesn't
@@ -57,6 +58,15 @@ class Kind:
     what: dict[str, Any]
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> Kind:
+        """The kind that a store's manifest names. Raises DamagedError."""
+        try:
+            plain = json.loads((folder / MANIFEST).read_text("utf-8"))
+            return cls(plain["kind"], plain["what"], plain["dtype"], tuple(plain["shape"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DamagedError(f"{MANIFEST} is missing or damaged") from None
 
     @cached_property
     def digest(self) -> bytes:
@@ -220,9 +230,9 @@ class Records:
             )
         return copy
 
-    def damaged(self) -> Iterator[int]:
+    def damaged(self, progress: bool = False) -> Iterator[int]:
         """The numbers of the records whose sums are wrong; reads everything."""
-        for number in np.sort(self.numbers):
+        for number in tqdm(np.sort(self.numbers), f"checking {self.kind.name}", unit="record", disable=not progress):
             try:
                 self.read(int(number))
             except DamagedError:

@@ -4,4 +4,5 @@ vae.py    pixels  => latents => pixels
 text.py   caption => context
 unet.py   x_t, t, context => prediction
 ema.py    a slow average of the U-Net's weights
+fingerprint.py   what a network computes, in 32 hex digits
 """

@@ -80,8 +80,8 @@ def start(main: Callable[[Config], object], description: str | None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from ldm.data.captioned import BadDataError
-    from ldm.data.filling import NoSpaceError
     from ldm.data.records import DamagedError
+    from ldm.data.space import NoSpaceError
 
     try:
         main(parse_config(description=description))

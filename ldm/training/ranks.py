@@ -38,7 +38,7 @@ def while_others_wait(work: Callable[[Callable[[], None]], None]) -> None:
     if state.is_main_process:
         try:
             work(tick)
-        except BaseException:
+        except Exception:  # not Ctrl-C, which ends the others, too
             tell(FAILED)
             raise
         tell(DONE)
