@@ -10,6 +10,14 @@ samples.py        (seed, sample) => the tensors of a batch
 learning_rate.py  a function of the step
 loop.py           one step, one loop
 vae_loop.py       the same for the autoencoder
-checkpoint.py     atomic save, resume
+checkpoint.py     atomic save, verified resume
+trainee.py        what is trained, as plain tensors
+disk.py           folders that are whole or absent
+manifest.py       what a folder must hold, with hashes
+changes.py        which config keys may change on resume
+signals.py        SIGTERM, SIGINT, SIGUSR1
+peers.py          a lost rank ends the others
+health.py         numbers that are not numbers, losses that jump
+selfcheck.py      an exported pipeline is what was trained
 tracking.py       scalars and pictures
 """

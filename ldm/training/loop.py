@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,23 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.heldout import HeldOut, heldout_loss
 from ldm.grid import captioned_grid
 from ldm.models.ema import averaged, build_ema
-from ldm.training.checkpoint import (
-    Trainee,
-    averaged_weights,
-    put_in_place,
-    resume,
-    save_checkpoint,
-    temporary_beside,
-)
+from ldm.training.checkpoint import DISK_ERRORS, on_rank_0, resume, save_checkpoint
 from ldm.training.config import Config, to_dict
+from ldm.training.disk import put_in_place, temporary_beside
+from ldm.training.health import Watch, batch_of, mean_of_finite, telling, update
 from ldm.training.learning_rate import learning_rate
+from ldm.training.peers import Peers
 from ldm.training.samples import Batch, Samples, batches, numbers_of
+from ldm.training.selfcheck import PipelineMismatch, check_pipeline, quiet
+from ldm.training.signals import Noted, RunError, Stopped, noted
 from ldm.training.tracking import Tracker
+from ldm.training.trainee import Trainee, averaged_weights
 
 #: U-Net weights on the CPU => the pipeline they make.
 BuildPipeline = Callable[[dict[str, Tensor]], Any]
 
 DRAWN_AT_ONCE = 16
+STORED = 8  # samples in the batch that exported pipelines are asked
 
 
 @dataclass
@@ -93,22 +94,23 @@ class Training:
             min_snr_gamma=diffusion.min_snr_gamma,
         ).mean()
 
-    def step(self, step: int, parts: list[Batch]) -> Tensor:
-        """One optimizer step on the accumulated parts of this process's share; returns its mean loss, detached."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+    def step(self, step: int, parts: list[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the accumulated parts of this process's share.
+
+        Returns:
+            Its mean loss, detached, and 1.0 if the step was skipped because a gradient was not finite, else 0.0.
+        """
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(parts):
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet):
                 loss = self.loss(batch) / len(parts)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(telling(loss))
             total += loss.detach()
-        self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.optim.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        lr = self.learning_rate(step)
+        skipped = update(self.accelerator, self.unet, self.optimizer, lr, self.config.optim.clip)
         self.ema.step(self.unet.parameters())
-        return total
+        return total, skipped
 
     def heldout(self, questions: HeldOut) -> dict[str, float]:
         """The held-out loss of the averaged weights."""
@@ -117,6 +119,15 @@ class Training:
             losses = heldout_loss(self.predict, self.schedule, self.config.diffusion.prediction, questions)
         self.unet.train()
         return losses
+
+    @torch.no_grad()
+    def averaged_loss(self, batch: Batch) -> float:
+        """The loss of the averaged weights on a batch. Every rank must call it."""
+        self.unet.eval()
+        with averaged(self.unet, self.ema):
+            loss = float(self.loss(batch))
+        self.unet.train()
+        return loss
 
 
 def fit(
@@ -140,47 +151,81 @@ def fit(
     config, accelerator, loop = training.config, training.accelerator, training.config.loop
     folder = Path(config.run) / "checkpoints"
     trainees = {"unet": Trainee(training.unet, training.optimizer, training.ema)}
-    first = resume(folder, trainees, accelerator, loop.steps)
+    facts = {"pictures": len(samples.pictures)}
+    first = resume(folder, trainees, accelerator, loop.steps, to_dict(config), facts)
 
-    numbers = numbers_of(
-        first, loop.steps, loop.batch_size, loop.accumulation, accelerator.process_index, accelerator.num_processes
-    )
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    numbers = numbers_of(first, loop.steps, loop.batch_size, loop.accumulation, rank, processes)
     stream = batches(samples, numbers, accelerator.device, encoders)
-    losses: list[Tensor] = []
+    stored = next(batches(samples, [list(range(STORED))], accelerator.device, encoders))
+    watch = Watch(
+        accelerator,
+        tracker,
+        batch_of(config.seed, loop.batch_size, samples.pictures),
+        training.learning_rate,
+        max_skipped=loop.max_skipped,
+        spike=loop.spike,
+    )
     history: list[float] = []
-    bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, unit="step", desc="U-Net")
-    for step in bar:
-        losses.append(training.step(step, [next(stream) for _ in range(loop.accumulation)]))
-        done = step + 1
-        if due(done, loop.log_every, loop.steps):
-            history += log_losses(training, losses, done, bar, tracker)
-            losses = []
+
+    def save(done: int) -> None:
+        last = done == loop.steps or watch.signal != 0
+        save_checkpoint(folder, done, to_dict(config), trainees, accelerator, loop.keep, facts, must=last)
+
+    def show(done: int, signal: Noted) -> None:
+        """What follows a checkpoint; a run that was killed in it does it again."""
         if questions is not None and due(done, loop.evaluate_every, loop.steps):
             log_heldout(training, questions, done, bar, tracker)
-        saving, drawing = due(done, loop.checkpoint_every, loop.steps), due(done, loop.sample_every, loop.steps)
-        if saving:
-            save_checkpoint(folder, done, to_dict(config), trainees, accelerator, loop.keep)
-        if saving or drawing or done == loop.steps:
-            pipeline = export(training, build_pipeline)
+        drawing = due(done, loop.sample_every, loop.steps)
+        if drawing or due(done, loop.checkpoint_every, loop.steps) or done == loop.steps:
+            pipeline = export(training, build_pipeline, stored, done)
             if pipeline is not None and drawing and loop.prompts:
-                tracker.picture("samples", done, draw_prompts(pipeline, config))
-            accelerator.wait_for_everyone()
+                grid = draw_prompts(pipeline, config, signal)
+                if grid is not None:
+                    tracker.picture("samples", done, grid)
+        accelerator.wait_for_everyone()
+
+    bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, unit="step", desc="U-Net")
+    with noted() as signal, Peers(accelerator) as peers:
+        if first:
+            show(first, signal)
+        for step in bar:
+            loss, skipped = training.step(step, [next(stream) for _ in range(loop.accumulation)])
+            watch.hear(step, loss, skipped, signal.number)
+            done = step + 1
+            if due(done, loop.log_every, loop.steps) or watch.signal:
+                history += log_losses(training, watch, done, bar, tracker)
+            saving = due(done, loop.checkpoint_every, loop.steps)
+            if saving or watch.signal:
+                save(done)
+            if watch.signal:
+                peers.close()
+                accelerator.wait_for_everyone()
+                tracker.close()
+                raise Stopped(watch.signal, f"step {done} of {loop.steps} is saved in {folder}")
+            show(done, signal)
+        peers.close()
+        accelerator.wait_for_everyone()
     tracker.close()
     return history
 
 
-def log_losses(training: Training, losses: list[Tensor], done: int, bar: Any, tracker: Tracker) -> list[float]:
-    """Average the last steps' losses over all processes and tell them: one synchronization a line, none a step."""
-    loop = training.config.loop
-    mean: list[float] = training.accelerator.reduce(torch.stack(losses), "mean").tolist()
+def log_losses(training: Training, watch: Watch, done: int, bar: Any, tracker: Tracker) -> list[float]:
+    """Tell the losses since the last line; returns each of them, NaN and infinities of skipped steps included."""
+    losses = watch.take_losses()
     scalars = {
-        "loss": sum(mean) / len(mean),
         "lr": training.learning_rate(done - 1),
-        "images_per_second": (bar.format_dict["rate"] or 0.0) * loop.batch_size,
+        "images_per_second": (bar.format_dict["rate"] or 0.0) * training.config.loop.batch_size,
     }
+    if watch.skipped:
+        scalars["skipped"] = watch.skipped
+    mean = mean_of_finite(losses)
+    if mean is not None:
+        scalars["loss"] = mean
     tracker.scalars(done, scalars)
-    bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.1f} images/s")
-    return mean
+    told = "no step was finite" if mean is None else f"loss {mean:.4f}"
+    bar.set_postfix_str(f"{told}, {scalars['images_per_second']:.1f} images/s")
+    return losses
 
 
 def log_heldout(training: Training, questions: HeldOut, done: int, bar: Any, tracker: Tracker) -> None:
@@ -197,21 +242,56 @@ def due(done: int, every: int, steps: int) -> bool:
     return every > 0 and (done % every == 0 or done == steps)
 
 
-def export(training: Training, build_pipeline: BuildPipeline) -> Any:
-    """Save RUN/pipeline with the averaged weights; returns it on rank 0, None elsewhere. Every rank must call it."""
+def export(training: Training, build_pipeline: BuildPipeline, stored: Batch, done: int) -> Any:
+    """Save RUN/pipeline with the averaged weights; returns it on rank 0, None elsewhere. Every rank must call it.
+
+    A disk that is full costs this export, not the run, unless it is the last one.
+
+    Raises:
+        RunError: if what was written is not what was trained; the pipeline before it stays.
+    """
     weights = averaged_weights(training.unet, training.ema)
-    if not training.accelerator.is_main_process:
-        return None
-    pipeline = build_pipeline(weights)
+    expected = training.averaged_loss(stored)
     final = Path(training.config.run) / "pipeline"
-    temporary = temporary_beside(final)
-    pipeline.save_pretrained(temporary)
-    put_in_place(temporary, final)
-    return pipeline
+    built: list[Any] = []
+
+    @torch.no_grad()
+    def loss_of(unet: nn.Module) -> float:
+        return float(replace(training, unet=unet.eval()).loss(stored))
+
+    def write() -> int:
+        temporary = temporary_beside(final)
+        try:
+            pipeline = build_pipeline(weights)
+            with quiet():
+                pipeline.save_pretrained(temporary)
+                check_pipeline(temporary, pipeline, expected, loss_of, training.accelerator.mixed_precision)
+            put_in_place(temporary, final)
+            built.append(pipeline)
+        except PipelineMismatch as error:
+            raise RunError(
+                f"the pipeline of step {done}, left in {temporary}, is not what was trained: {error}. {final} is as "
+                "it was before; the checkpoint of this step is saved"
+            ) from error
+        except DISK_ERRORS as error:
+            told = f"the pipeline of step {done} could not be saved in {final}: {error}"
+            if done == training.config.loop.steps:
+                raise RunError(f"{told}; make room, then the same command tries again") from error
+            print(f"\nwarning: {told}; training goes on, and the one before it stays", file=sys.stderr)
+            return 0
+        return 1
+
+    on_rank_0(training.accelerator, write)
+    return built[0] if built else None
 
 
-def draw_prompts(pipeline: Any, config: Config) -> Image.Image:
-    """A grid of the config's prompts, always from the same noise."""
+def draw_prompts(pipeline: Any, config: Config, signal: Noted) -> Image.Image | None:
+    """A grid of the config's prompts, always from the same noise; None if a signal came meanwhile."""
+
+    def leave_if_asked(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = bool(signal)  # the stock way out: the steps that are left are passed over
+        return {}
+
     loop = config.loop
     pipeline.set_progress_bar_config(desc="drawing", leave=False)
     pictures: list[Image.Image] = []
@@ -221,6 +301,9 @@ def draw_prompts(pipeline: Any, config: Config) -> Image.Image:
             num_inference_steps=loop.num_inference_steps,
             guidance_scale=loop.guidance_scale,
             seed=config.seed + len(pictures),
+            callback_on_step_end=leave_if_asked,
         )
+        if signal:
+            return None
         pictures += drawn.images
     return captioned_grid(pictures, loop.prompts)

@@ -25,6 +25,7 @@ from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.draws import Draw, draw, generator
 from ldm.training.latents import evenly
+from ldm.training.signals import ignore_in_worker
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def batches(
         batch_sampler=numbers,
         num_workers=0 if samples.cache is not None else samples.data.workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_in_worker,
     )
     for collated in loader:
         yield to_batch(collated, device, encoders)

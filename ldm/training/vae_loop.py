@@ -22,12 +22,16 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.models.discriminator import PatchDiscriminator, fooling_loss, judge_loss
-from ldm.training.checkpoint import Trainee, resume, save_checkpoint
+from ldm.training.checkpoint import resume, save_checkpoint
 from ldm.training.config import Config, DataConfig, VAETrainingConfig, to_dict
-from ldm.training.draws import epoch_order, generator
+from ldm.training.draws import generator, row_of
+from ldm.training.health import Watch, batch_of, mean_of_finite, telling, update
 from ldm.training.learning_rate import learning_rate
+from ldm.training.peers import Peers
 from ldm.training.samples import numbers_of
+from ldm.training.signals import Stopped, ignore_in_worker, noted
 from ldm.training.tracking import Tracker
+from ldm.training.trainee import Trainee
 
 
 class Reconstruction(nn.Module):
@@ -53,8 +57,7 @@ class PixelSamples(Dataset[dict[str, Tensor]]):
         self.pictures, self.data, self.seed, self.latent_shape = pictures, data, seed, latent_shape
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        epoch, position = divmod(n, len(self.pictures))
-        row = self.pictures[int(epoch_order(self.seed, epoch, len(self.pictures))[position])]
+        row = self.pictures[row_of(self.seed, n, len(self.pictures))]
         rng = generator(self.seed, "vae sample", n)
         x, y, flip = torch.rand(3, generator=rng, dtype=torch.float64).tolist()
         pixels = load_pixels(row, self.data.size, self.data.crop, (x, y), self.data.flip and flip < 0.5)
@@ -112,8 +115,12 @@ class VAETraining:
         lpips = load_lpips(accelerator.device) if recipe.perceptual else None
         return cls(config, accelerator, trainees, lpips)
 
-    def step(self, step: int, pixels: Tensor, noise: Tensor) -> Tensor:
-        """One step of the VAE, and of its judge once there is one; returns the VAE's loss, detached."""
+    def step(self, step: int, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the VAE, and of its judge once there is one.
+
+        Returns:
+            The VAE's loss, detached, and 1.0 if a gradient was not finite, so that a network was left as it was.
+        """
         recipe = self.config.vae_training
         vae, judge = self.trainees["vae"], self.trainees.get("discriminator")
         judging = judge is not None and step >= recipe.adversarial_start
@@ -126,37 +133,43 @@ class VAETraining:
                 judge.module.requires_grad_(False)
                 loss = loss + recipe.adversarial * fooling_loss(judge.module(output))
                 judge.module.requires_grad_(True)
-        self.update(vae, loss, step)
+        skipped = self.update(vae, loss, step)
         if judge is not None and judging:
             with self.accelerator.autocast():
                 verdict = judge_loss(judge.module(pixels), judge.module(output.detach()))
-            self.update(judge, verdict, step)
-        return loss.detach()
+            skipped = torch.maximum(skipped, self.update(judge, verdict, step))
+        return loss.detach(), skipped
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
         recipe = self.config.vae_training
         return learning_rate(recipe.lr, step, recipe.steps, recipe.warmup, "cosine")
 
-    def update(self, trainee: Trainee, loss: Tensor, step: int) -> None:
-        """Back-propagate and step at this step's learning rate."""
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(trainee.module.parameters(), 1.0)
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad()
+    def update(self, trainee: Trainee, loss: Tensor, step: int) -> Tensor:
+        """Back-propagate and step at this step's learning rate; returns 1.0 if that was skipped, else 0.0."""
+        self.accelerator.backward(telling(loss))
+        return update(self.accelerator, trainee.module, trainee.optimizer, self.learning_rate(step), 1.0)
 
 
 def fit_vae(training: VAETraining, samples: PixelSamples, tracker: Tracker) -> list[float]:
     """Train from the newest checkpoint, or from the start, to the last step; returns the loss of each step trained."""
     config, accelerator, recipe = training.config, training.accelerator, training.config.vae_training
     folder = Path(config.run) / "vae_checkpoints"
-    first = resume(folder, training.trainees, accelerator, recipe.steps)
+    facts = {"pictures": len(samples.pictures)}
+    first = resume(folder, training.trainees, accelerator, recipe.steps, to_dict(config), facts, "vae")
     rank, processes = accelerator.process_index, accelerator.num_processes
     numbers = numbers_of(first, recipe.steps, recipe.batch_size, 1, rank, processes)
-    loader = DataLoader(samples, batch_sampler=numbers, num_workers=config.data.workers)
-    losses: list[Tensor] = []
+    loader = DataLoader(
+        samples, batch_sampler=numbers, num_workers=config.data.workers, worker_init_fn=ignore_in_worker
+    )
+    watch = Watch(
+        accelerator,
+        tracker,
+        batch_of(config.seed, recipe.batch_size, samples.pictures),
+        training.learning_rate,
+        max_skipped=config.loop.max_skipped,
+        spike=config.loop.spike,
+    )
     history: list[float] = []
     bar = tqdm(
         zip(range(first, recipe.steps), loader, strict=True),
@@ -165,18 +178,39 @@ def fit_vae(training: VAETraining, samples: PixelSamples, tracker: Tracker) -> l
         unit="step",
         desc="VAE",
     )
-    for step, batch in bar:
-        losses.append(
-            training.step(step, batch["pixels"].to(accelerator.device), batch["noise"].to(accelerator.device))
-        )
-        done = step + 1
-        if done % recipe.log_every == 0 or done == recipe.steps:
-            mean = accelerator.reduce(torch.stack(losses), "mean").tolist()
-            history, losses = history + mean, []
-            rate = (bar.format_dict["rate"] or 0.0) * recipe.batch_size
-            values = {"loss": sum(mean) / len(mean), "lr": training.learning_rate(step), "images_per_second": rate}
-            tracker.scalars(done, {f"vae/{name}": value for name, value in values.items()})
-            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
-        if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            save_checkpoint(folder, done, to_dict(config), training.trainees, accelerator, keep=1)
+    with noted() as signal, Peers(accelerator) as peers:
+        for step, batch in bar:
+            pixels, noise = (batch[name].to(accelerator.device) for name in ("pixels", "noise"))
+            watch.hear(step, *training.step(step, pixels, noise), signal.number)
+            done = step + 1
+            last = done == recipe.steps or watch.signal != 0
+            if done % recipe.log_every == 0 or last:
+                history += log_losses(training, watch, done, bar, tracker)
+            if done % recipe.checkpoint_every == 0 or last:
+                save_checkpoint(
+                    folder, done, to_dict(config), training.trainees, accelerator, config.loop.keep, facts, must=last
+                )
+            if watch.signal:
+                break
+        peers.close()
+        accelerator.wait_for_everyone()
+    if watch.signal:
+        tracker.close()
+        raise Stopped(watch.signal, f"step {done} of {recipe.steps} is saved in {folder}")
     return history
+
+
+def log_losses(training: VAETraining, watch: Watch, done: int, bar: Any, tracker: Tracker) -> list[float]:
+    """Tell the losses since the last line; returns each of them, NaN and infinities of skipped steps included."""
+    losses = watch.take_losses()
+    rate = (bar.format_dict["rate"] or 0.0) * training.config.vae_training.batch_size
+    values = {"lr": training.learning_rate(done - 1), "images_per_second": rate}
+    if watch.skipped:
+        values["skipped"] = watch.skipped
+    mean = mean_of_finite(losses)
+    if mean is not None:
+        values["loss"] = mean
+    tracker.scalars(done, {f"vae/{name}": value for name, value in values.items()})
+    told = "no step was finite" if mean is None else f"loss {mean:.4f}"
+    bar.set_postfix_str(f"{told}, {rate:.1f} images/s")
+    return losses
