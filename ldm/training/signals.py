@@ -8,7 +8,7 @@ checkpoint, and the program leaves at once. A second Ctrl-C always leaves at onc
 |---------|-----------|---------|
 | SIGINT  | 130       | Ctrl-C |
 | SIGTERM | 143       | the machine wants its place back |
-| SIGUSR1 | 75        | saved, start me again (EX_TEMPFAIL of sysexits.h); what a scheduler sends before the time is up |
+| SIGUSR1 | 75        | saved, start me again (EX_TEMPFAIL of sysexits.h); what schedulers send before the time is up |
 """
 
 from __future__ import annotations
