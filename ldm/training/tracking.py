@@ -31,7 +31,8 @@ class Tracker:
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"))
+            with self.tolerating("TensorBoard"):
+                self.board = SummaryWriter(str(run / "tensorboard"))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log named numbers at a step."""

@@ -170,7 +170,7 @@ def poison(bench: Bench, places: int | None) -> Figures:
         kind, plant = PLACES[name]
         words = {"loop__checkpoint_every": 1, "vae_training__checkpoint_every": 1, "loop__keep": 99}
         config = bench.world.recipe(
-            kind, bench.world.home / f"poison-{number}", loop__steps=8, vae_training__steps=8, loop__evaluate_every=0,
+            kind, bench.world.home / f"poison-{number}", loop__steps=7, vae_training__steps=7, loop__evaluate_every=0,
             loop__sample_every=0, **words,
         )  # fmt: skip
         with clean(config):
@@ -197,6 +197,7 @@ def poison(bench: Bench, places: int | None) -> Figures:
 
 def follow(kind: str) -> None:
     """Keep account of the step that is running."""
+    loop.export = lambda *args: None  # not what is examined here
     training = vae_loop.VAETraining if kind == "vae" else loop.Training
     original = training.step
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 #: drill => its size in the short form and in the full one; for damage the number of (file, damage) pairs, None for all
-SIZES = {"kills": (6, 200), "signals": (4, 50), "damage": (1, None), "lost_ranks": (1, 20), "disk": (3, 40),
+SIZES = {"kills": (6, 200), "signals": (4, 50), "damage": (1, None), "lost_ranks": (1, 20), "disk": (2, 24),
          "poison": (3, None)}  # fmt: skip
 #: What must be 0, wherever it is counted.
 ZERO = ("hangs", "errors", "losses that differ", "files that differ", "pipelines lost", "steps lost", "undetected",
