@@ -24,7 +24,8 @@ def one_bit(folder: Path, part: str) -> None:
     file = next((folder / part).glob("*.safetensors"))
     tensors = load_file(file)
     name = sorted(tensors)[0]
-    tensors[name].view(-1)[:1].mul_(1 + 2**-22)
+    first = tensors[name].view(-1)[:1]
+    first.copy_(torch.nextafter(first, first + 1))
     save_file(tensors, file, metadata={"format": "pt"})
 
 

@@ -112,10 +112,10 @@ def in_pixels(name: str, value: float, one: bool = False) -> Callable[[], None]:
         original = vae_loop.VAETraining.step
 
         def step(self: Any, n: int, pixels: Any, noise: Any) -> Any:
-            given = {"pixels": pixels, "noise": noise}
+            given: dict[str, Any] = {"pixels": pixels, "noise": noise}
             if n == STEP:
                 given[name] = spoil(given[name], value, one)
-            return original(self, n, **given)
+            return original(self, n, given["pixels"], given["noise"])
 
         vae_loop.VAETraining.step = step
 
