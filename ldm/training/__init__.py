@@ -18,6 +18,7 @@ changes.py        which config keys may change on resume
 signals.py        SIGTERM, SIGINT, SIGUSR1
 peers.py          a lost rank ends the others
 health.py         numbers that are not numbers, losses that jump
+export.py         RUN/pipeline
 selfcheck.py      an exported pipeline is what was trained
 tracking.py       scalars and pictures
 """
