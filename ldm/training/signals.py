@@ -13,10 +13,11 @@ checkpoint, and the program leaves at once. A second Ctrl-C always leaves at onc
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
@@ -34,7 +35,7 @@ class Stopped(SystemExit):
         saved: what was saved, in words.
     """
 
-    def __init__(self, number: int, saved: str = "nothing was lost") -> None:
+    def __init__(self, number: int, saved: str) -> None:
         super().__init__(EXIT_CODES[signal.Signals(number)])
         self.signal = signal.Signals(number)
         self.saved = saved
@@ -56,10 +57,11 @@ class Noted:
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """The handler outside of the loop."""
-    if number == signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise Stopped(number)
+    """The handler outside of the loop. It raises nothing: a destructor that it came up in would swallow it."""
+    with contextlib.suppress(OSError):
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: nothing was lost; the same command goes on from the newest checkpoint\n".encode())
+    os._exit(EXIT_CODES[signal.Signals(number)])
 
 
 def install() -> None:
@@ -68,7 +70,7 @@ def install() -> None:
         signal.signal(number, leave)
 
 
-@contextmanager
+@contextlib.contextmanager
 def noted() -> Iterator[Noted]:
     """Inside, signals are noted and change nothing else. One that came too late to be seen inside is obeyed after."""
     note = Noted()
