@@ -74,7 +74,8 @@ def test_room_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_kept_out_until_the_first_one_is_gone(tmp_path: Path) -> None:
-    hold = f"from pathlib import Path\nfrom ldm.training.disk import hold\nhold(Path({str(tmp_path)!r}))\n"
+    hold = "from pathlib import Path\nfrom ldm.training import disk\ndisk.PATIENCE = 0.3\n"
+    hold += f"disk.hold(Path({str(tmp_path)!r}))\n"
     words = [sys.executable, "-c", hold + "print('held', flush=True)\ninput()"]
     first = subprocess.Popen(words, cwd=road.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None and first.stdout.readline() == "held\n"

@@ -11,12 +11,14 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import IO
 
 from ldm.training.signals import RunError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+PATIENCE = 10.0  # seconds that a process which is just leaving is given
 _held: dict[Path, IO[str]] = {}
 
 
@@ -97,11 +99,16 @@ def hold(run: Path) -> None:
         return
     run.mkdir(parents=True, exist_ok=True)
     file = (run / ".lock").open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise RunError(f"run: another process is training in {run}; wait for it, or name another folder") from None
-        return  # a file system without locks
-    _held[run] = file
+    until = time.monotonic() + PATIENCE
+    while run not in _held:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file.close()  # a file system without locks
+            if time.monotonic() > until:
+                told = f"run: another process is training in {run}; wait for it, or name another folder"
+                raise RunError(told) from None
+            time.sleep(0.1)
+        else:
+            _held[run] = file
