@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.training.command_line import keys, parse_config, start
+from ldm.training.command_line import keys, parse_config
 from ldm.training.config import Config, to_dict
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -111,17 +111,6 @@ def test_where_the_cache_is(word: str, folder: Path | None, tmp_path: Path) -> N
     for file in ("recipe.yaml", "again.yaml"):
         assert parse_config(["--config", str(tmp_path / file)]) == typed
     assert typed.cache_folder() == folder
-
-
-def test_ctrl_c_ends_a_run_with_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(config: Config) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sys.argv", ["train_ldm.py"])
-    with pytest.raises(SystemExit) as stopped:
-        start(interrupted, "a description")
-    assert stopped.value.code == 130
-    assert "goes on from the newest checkpoint" in capsys.readouterr().err
 
 
 def test_every_key_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -297,7 +297,7 @@ def test_a_second_start_encodes_nothing_and_new_rows_only_themselves(
     Image.new("RGB", (tiny.SIZE, tiny.SIZE), "brown").save(tmp_path / "data/images/new.png")
     with (tmp_path / "data/metadata.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"file_name": "images/new.png", "text": "red cat"}) + "\n")
-    train_ldm(config)
+    train_ldm(road.replace(config, resume={"allow": ("pictures",)}))
     assert "cache: 1 picture and 0 captions to encode" in capsys.readouterr().out
 
 

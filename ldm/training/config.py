@@ -189,6 +189,9 @@ class LoopConfig:
         prompts: drawn every `sample_every` steps and at the end.
         guidance_scale, num_inference_steps: how they are drawn.
         evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
+        max_skipped: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
+        spike: a loss so many robust standard deviations above the running median is written to log.jsonl with the
+            pictures of its batch; 0 is never.
     """
 
     steps: int = 100_000
@@ -207,16 +210,29 @@ class LoopConfig:
     guidance_scale: float = 3.0
     num_inference_steps: int = 20
     evaluation_pictures: int = 64
+    max_skipped: int = 20
+    spike: float = 8.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "num_inference_steps"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "num_inference_steps", "max_skipped"):
             check(f"loop.{name}", getattr(self, name), at_least=1)
-        for name in ("threads", "sample_every", "evaluate_every", "checkpoint_every", "evaluation_pictures"):
+        for name in ("threads", "sample_every", "evaluate_every", "checkpoint_every", "evaluation_pictures", "spike"):
             check(f"loop.{name}", getattr(self, name), at_least=0)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"loop.batch_size: {self.batch_size} can't be divided into loop.accumulation={self.accumulation} parts"
             )
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    """What a stopped run may be resumed with.
+
+    Attributes:
+        allow: keys that may differ from the checkpoint's config although they change what is learned.
+    """
+
+    allow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +260,7 @@ class Config:
     classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def cache_folder(self) -> Path | None:
         """Where latents and contexts are kept; None if they aren't."""

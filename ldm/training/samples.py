@@ -28,6 +28,7 @@ from ldm.training.config import Config, DataConfig
 from ldm.training.draws import Draw, draw, generator
 from ldm.training.encoders import Encoders
 from ldm.training.latents import BATCH, evenly, pixel_batches
+from ldm.training.signals import ignore_in_worker
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def batches(samples: Samples, numbers: list[list[int]], device: torch.device, en
         batch_sampler=numbers,
         num_workers=0 if samples.cache is not None else samples.data.workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_in_worker,
     )
     for collated in loader:
         yield to_batch(collated, device, encoders)
