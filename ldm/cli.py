@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         'ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png --seed 7',
     )  # fmt: skip
     sample.add_argument("model", help="a pipeline folder (RUN/pipeline) or a Hub id")
-    sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    sample.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; nothing if the model knows no text")
     sample.add_argument(
         "--out", type=Path, default=Path("samples.png"), help="PNG file to write (default: samples.png)"
     )
@@ -87,7 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--negative-prompt", help="what to steer away from")
     sample.add_argument("--classifier", help="a classifier's folder (RUN/classifier) that steers towards --class-label")
-    sample.add_argument("--class-label", help="the class to steer towards")
+    sample.add_argument(
+        "--class-label", nargs="+", metavar="CLASS", help="one for all pictures or one each, of a model or classifier"
+    )
+    sample.add_argument("--condition", type=Path, metavar="FILE", help="the picture to make pictures of")
     sample.add_argument(
         "--classifier-scale", type=float, default=1.0, help="how strongly the classifier steers (default: 1)"
     )
@@ -165,6 +168,7 @@ def run_cache(arguments: argparse.Namespace) -> None:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
+    from ldm.data.pictures import decode
     from ldm.grid import captioned_grid
     from ldm.models.classifier import NoisyClassifier
     from ldm.pipeline import LDMPipeline
@@ -172,7 +176,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
     pipeline = LDMPipeline.from_pretrained(arguments.model).to_best_device()
     classifier = NoisyClassifier.load(arguments.classifier) if arguments.classifier else None
     drawn = pipeline(
-        arguments.prompts,
+        arguments.prompts or None,
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
         negative_prompt=arguments.negative_prompt,
@@ -181,9 +185,12 @@ def run_sample(arguments: argparse.Namespace) -> None:
         classifier=classifier,
         class_label=arguments.class_label,
         classifier_scale=arguments.classifier_scale,
+        condition=decode(arguments.condition.read_bytes()) if arguments.condition else None,
     )
     assert not isinstance(drawn, tuple)  # return_dict is True
-    captions = [prompt for prompt in arguments.prompts for _ in range(arguments.images_per_prompt)]
+    asked = len(drawn.images) // arguments.images_per_prompt
+    words = arguments.prompts or arguments.class_label or [""]
+    captions = [word for word in (words * asked)[:asked] for _ in range(arguments.images_per_prompt)]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     captioned_grid(drawn.images, captions, columns=arguments.columns).save(arguments.out)
     print(f"{len(captions)} pictures are in {arguments.out}")
