@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.batches import evenly, pixel_batches
 from ldm.data.cache import LatentCache, load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.data.labels import Labels
@@ -24,7 +25,6 @@ from ldm.models.vae import Posterior, encode
 from ldm.training.config import ClassifierTrainingConfig, Config, DataConfig
 from ldm.training.disk import put_in_place, temporary_beside
 from ldm.training.draws import generator, row_of
-from ldm.training.latents import evenly, pixel_batches
 from ldm.training.plain_loop import PlainTraining
 from ldm.training.trainee import whole_weights
 
@@ -137,9 +137,7 @@ def labelled_questions(config: Config, heldout: CaptionedPictures, labels: Label
     rows = evenly(heldout, ASKED)
     if not len(rows):
         return None
-    mean = torch.cat(
-        [encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, vae.device, "asking")]
-    )
+    mean = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "asking")])
     ids = torch.from_numpy(labels.ids(rows)).to(vae.device)
     rng = generator(config.seed, "held out")
     return LabelledLatents.fixed(mean, ids, config.diffusion.timesteps, rng)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from ldm.data.space import sync
 from ldm.training.signals import RunError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -38,7 +39,7 @@ def put_in_place(temporary: Path, final: Path) -> None:
     elif not exchange(temporary, final):
         final.rename(old_of(final))  # a folder can't be renamed onto another; `settle` repairs what is cut off here
         temporary.rename(final)
-    flush_entry(final.parent)
+    sync(final.parent)
     settle(final)
 
 
@@ -68,17 +69,8 @@ def exchange(one: Path, other: Path) -> bool:
 def flush(folder: Path) -> None:
     """Make every file and folder below, and `folder` itself, survive a power cut."""
     for path in folder.rglob("*"):
-        flush_entry(path)
-    flush_entry(folder)
-
-
-def flush_entry(path: Path) -> None:
-    """fsync one file or one folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.data.batches import evenly
 from ldm.data.conditioned import ConditionedPictures
 from ldm.grid import captioned_grid
 from ldm.training.config import Config
-from ldm.training.latents import evenly
 from ldm.training.signals import Noted
 
 DRAWN_AT_ONCE = 16
