@@ -88,7 +88,7 @@ def disk(bench: Bench, trials: int) -> Figures:
             with clean(config):
                 shutil.copytree(prepared.run, config.run)
                 if mounted:
-                    leave_free(place, 2 * size * trial // trials)
+                    leave_free(place, 7 * size * trial // (10 * trials))
                 before = without_asking if trial % 3 or not mounted else lambda: None
                 child = bench.world.train(kind, config, before=before if mounted else failing(1 + trial))
                 code = child.wait()
