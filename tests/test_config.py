@@ -92,6 +92,10 @@ def test_unknown_keys_in_a_file_name_the_nearest_key(
         ("diffusion.caption_dropout=1.5", "diffusion.caption_dropout"),
         ("diffusion.zero_terminal_snr=true", "diffusion.prediction"),
         ("diffusion.schedule=quadratic", "diffusion.schedule"),
+        ("data.caption_columns=[]", "text.encoder=null"),
+        ("diffusion.loss=l1 diffusion.variance=learned", "diffusion.loss"),
+        ("diffusion.loss=vlb diffusion.weighting=p2", "diffusion.weighting"),
+        ("unet.residual_resampling=true unet.transformer_layers=2", "unet.transformer_layers"),
         ("diffusion.min_snr_gamma=0", "diffusion.min_snr_gamma"),
         ("unet.channels=[32,64]", "unet.attention"),
         ("unet.channels=[32,64,65]", "unet.channels"),
@@ -99,7 +103,7 @@ def test_unknown_keys_in_a_file_name_the_nearest_key(
     ],
 )
 def test_bad_values_name_their_key(word: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert key in refusal(capsys, word)
+    assert key in refusal(capsys, *word.split())
 
 
 @pytest.mark.parametrize(("word", "folder"), [("auto", Path("x/cache")), ("off", None), ("/c", Path("/c"))])

@@ -262,6 +262,13 @@ class Config:
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
+    def __post_init__(self) -> None:
+        if self.text.encoder is not None and not self.data.caption_columns:
+            raise ValueError(
+                "data.caption_columns: a model that knows text needs captions; name their columns, or set "
+                "text.encoder=null"
+            )
+
     def cache_folder(self) -> Path | None:
         """Where latents and contexts are kept; None if they aren't."""
         if self.data.cache == "off":
