@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from ldm import cli_evaluate
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments (by default sys.argv's) name; exits with 1 and one line if it can't."""
-    parsed = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = build_parser().parse_args(words)
+    parsed.command = shlex.join(["ldm", *words])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
