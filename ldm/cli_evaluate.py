@@ -154,7 +154,7 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
     """Bound the likelihood of the held-out latents, and say it by t."""
     from ldm.evaluation.nll import nll_of_pipeline
     from ldm.evaluation.report import FILE, write_report
-    from ldm.evaluation.subject import folder_sha256
+    from ldm.models.fingerprint import model_sha256
     from ldm.pipeline import LDMPipeline
 
     if not len(pictures.heldout):
@@ -162,7 +162,7 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
     found = nll_of_pipeline(pipeline, pictures.heldout, most_strata=arguments.strata, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
-    told = {"model": folder_sha256(folder), **found.to_dict()}
+    told = {"model": model_sha256(pipeline), **found.to_dict()}
     (out / "nll.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
     print(f"{found.table()}\nall of it is in {out / 'nll.json'}")
     if (out / FILE).exists():
