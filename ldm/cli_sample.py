@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = """ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7       (one picture, with its recipe inside)
-  ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png         (a captioned grid)
-  ldm sample runs/demo/pipeline "red heart" "pizza" --each drawn           (a file for each)
-  ldm sample --like heart.png runs/demo/pipeline --out again.png           (the same picture again)"""
+EXAMPLE = """ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its recipe inside)
+  ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
+  ldm sample runs/demo/pipeline "red heart" "pizza" --each drawn       (a file for each)
+  ldm sample --like heart.png runs/demo/pipeline --out again.png       (the same picture again)"""
 MODELS = ("models/*/model_index.json", "runs/*/pipeline/model_index.json")  # where --like looks
 
 
@@ -120,10 +120,8 @@ def draw_again(arguments: argparse.Namespace) -> None:
     names = ("model", "scheduler", "classifier", "drawn_with")
     differ = [name for name in names if getattr(again, name) != getattr(wanted, name)]
     reasons = [f"{name}: {getattr(wanted, name)} then, {getattr(again, name)} now" for name in differ]
-    print(
-        f"drawn again in {out}, but not the same file\n  "
-        + "\n  ".join(reasons or ["another machine rounds otherwise"])
-    )
+    reasons = reasons or ["another machine rounds otherwise"]
+    print(f"drawn again in {out}, but not the same file\n  " + "\n  ".join(reasons))
 
 
 def load(named: str | None, sha256: str) -> tuple[Any, str]:
