@@ -253,9 +253,12 @@ def test_a_model_that_knows_classes_asks_for_classes_alone(page_of_classes: tupl
     for unasked in ("Prompt", "Negative prompt"):
         expect(page.get_by_label(unasked, exact=True)).to_have_count(0)
     page.get_by_text("Advanced settings").click()
+    page.wait_for_load_state("networkidle")  # inputs that are still being set up forget what is typed
     fill(page, steps=3, count=1, seed=2)
     page.get_by_label("Class", exact=True).click()
     page.get_by_role("option", name="flags").click()
+    page.keyboard.press("Tab")  # a dropdown tells what was chosen when it is left
+    expect(page.get_by_label("Class", exact=True)).to_have_value("flags")
     draw(page)
     (found,) = shown(page, 1)
     (drawn,) = pipe(class_label="flags", num_inference_steps=3, seed=2).images

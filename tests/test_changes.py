@@ -12,9 +12,11 @@ from ldm.training.config import Config, to_dict
 from ldm.training.signals import RunError
 
 
-def changed(*words: str, before: tuple[str, ...] = (), trained: str = "unet") -> dict[str, tuple[Any, Any]]:
+def changed(
+    *words: str, before: tuple[str, ...] = (), trained: str = "unet", done: int = 0
+) -> dict[str, tuple[Any, Any]]:
     old, new = (to_dict(parse_config(list(given))) for given in (before, [*before, *words]))
-    return differences(old, new, trained, {})
+    return differences(old, new, trained, {}, done)
 
 
 def test_every_known_key_exists() -> None:
@@ -67,6 +69,15 @@ def test_the_last_step_counts_where_the_learning_rate_depends_on_it() -> None:
     assert list(changed("vae_training.steps=7", trained="vae")) == ["vae_training.steps"]
 
 
+def test_a_cooldown_may_be_moved_until_it_has_begun() -> None:
+    before = ("loop.steps=100", "optim.cooldown=20")
+    assert changed("loop.steps=200", before=before, done=80) == {}
+    assert changed("loop.steps=95", "optim.cooldown=15", before=before, done=80) == {}
+    assert changed("loop.steps=200", "optim.cooldown=0", before=before, done=80) == {}
+    assert list(changed("loop.steps=200", before=before, done=81)) == ["loop.steps"]  # it has begun
+    assert list(changed("loop.steps=95", before=before, done=80)) == ["loop.steps"]  # it should have begun
+
+
 def test_the_vae_does_not_mind_what_it_does_not_read() -> None:
     assert changed("unet.layers=1", "loop.steps=3", "optim.lr=1", "vae=x", "loop.batch_size=8", trained="vae") == {}
     assert list(changed("vae_model.layers=2", trained="vae")) == ["vae_model.layers"]
@@ -76,14 +87,14 @@ def test_the_vae_does_not_mind_what_it_does_not_read() -> None:
 def test_a_key_that_the_older_version_did_not_know_counts_if_it_is_set() -> None:
     old, new = to_dict(Config()), to_dict(Config())
     del old["optim"]["clip"]
-    assert differences(old, new, "unet", {}) == {}
+    assert differences(old, new, "unet", {}, 0) == {}
     new["optim"]["clip"] = 2.0
-    assert differences(old, new, "unet", {}) == {"optim.clip": (1.0, 2.0)}
+    assert differences(old, new, "unet", {}, 0) == {"optim.clip": (1.0, 2.0)}
 
 
 def test_another_number_of_pictures_is_a_change() -> None:
     config = to_dict(Config())
-    found = differences(config, config, "unet", {"pictures": (18, 19)})
+    found = differences(config, config, "unet", {"pictures": (18, 19)}, 0)
     with pytest.raises(RunError, match="pictures: 18 => 19"):
         check_changes(found, (), "")
 

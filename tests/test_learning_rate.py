@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.training.config import OptimConfig
 from ldm.training.learning_rate import learning_rate
 
 
@@ -27,3 +28,18 @@ def test_both_are_multiplied() -> None:
     for step in range(10):
         whole = learning_rate(1.0, step, 10, 5, "cosine")
         assert whole == pytest.approx(min(1, (step + 1) / 5) * learning_rate(1.0, step, 10, 0, "cosine"))
+
+
+def test_a_cooldown_falls_over_the_last_steps_alone() -> None:
+    rates = [learning_rate(0.5, step, 100, 4, "constant", 16) for step in range(101)]
+    assert rates[:84] == [learning_rate(0.5, step, 1000, 4, "constant") for step in range(84)]
+    assert rates[84] == 0.5
+    assert rates[88] == pytest.approx(0.25)  # a quarter of 16 steps: 1 - 1/2
+    assert rates[93] == pytest.approx(0.125)  # nine sixteenths: 1 - 3/4
+    assert rates[100] == 0
+    assert rates[84:] == sorted(rates[84:], reverse=True)
+
+
+def test_a_cosine_has_no_cooldown() -> None:
+    with pytest.raises(ValueError, match=r"optim\.cooldown"):
+        OptimConfig(decay="cosine", cooldown=10)

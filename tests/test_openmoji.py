@@ -65,6 +65,21 @@ def test_groups_are_those_of_openmoji(drawings: list) -> None:  # type: ignore[t
     assert set(grouped.values()) == {*GROUPS.values(), "component"}
 
 
+# Read off the same annotations: what they say beside the name.
+DESCRIBED = {
+    "1F680": "rocket, space, travel and places",
+    "1F355": "pizza, cheese, slice, food and drink",
+    "1F1EF-1F1F5": "flag: Japan, flags",
+    "1F469-1F3FF-200D-1F692": "woman firefighter: dark skin tone, firetruck, people and body",
+}
+
+
+def test_the_longer_caption_is_name_keywords_and_group(drawings: list) -> None:  # type: ignore[type-arg]
+    described = {"-".join(drawing.codes): drawing.described for drawing in drawings}
+    assert {codes: described[codes] for codes in DESCRIBED} == DESCRIBED
+    assert sum(bool(drawing.keywords) for drawing in drawings) > 2000
+
+
 def test_every_name_is_used_once(drawings: list) -> None:  # type: ignore[type-arg]
     captions = [drawing.caption for drawing in drawings]
     assert 3800 < len(captions) < 4100
@@ -100,7 +115,10 @@ def test_folder_is_an_ordinary_captioned_folder(tmp_path: Path) -> None:
     assert len(pictures) == count == len(list((tmp_path / "images").glob("*.png")))
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text("utf-8").splitlines()]
     assert {row["text"] for row in rows if row["split"] == "heldout"} == {row.captions[0] for row in pictures.heldout}
-    assert all({"group", "composition"} <= row.extra.keys() for row in pictures)
+    assert all({"group", "composition", "keywords"} <= row.extra.keys() for row in pictures)
+    both = read_captioned(tmp_path, caption_columns=["text", "keywords"])
+    assert all(row.captions == (pictures[i].captions[0], row.captions[1]) for i, row in enumerate(both))
+    assert all(row.captions[1].startswith(row.captions[0]) for row in both)
     assert "CC BY-SA 4.0" in (tmp_path / "ATTRIBUTION.md").read_text("utf-8")
     assert all(row.image().size == (32, 32) for row in pictures)
 

@@ -5,7 +5,8 @@
 would bring:
 
     OUT/images/1F468-200D-1F692.png      `size` x `size`, on white
-    OUT/metadata.jsonl                   {"file_name": ..., "text": ..., "group": ..., "split": ..., "composition": ...}
+    OUT/metadata.jsonl                   {"file_name": ..., "text": ..., "keywords": ..., "group": ...,
+                                          "split": ..., "composition": ...}
     OUT/ATTRIBUTION.md                   license and source of the drawings
 """
 
@@ -16,7 +17,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,8 @@ from ldm.data.captioned import split_of
 Subset = Literal["all", "demo"]
 
 GROUPS_FILE = Path(__file__).with_name("emoji_groups.txt")
+KEYWORDS_FILE = Path(__file__).with_name("emoji_keywords.txt")
+MOST_KEYWORDS = 4  # more would not fit into the context beside a long name
 OUTSIDE = "extras-unicode"  # as OpenMoji calls what is in no group of Unicode's
 HOLDOUT = 0.05  # share of the captions kept out of training, by hash
 
@@ -67,19 +70,20 @@ License: [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)
 
 They were rasterized at {size} x {size} pixels on a white background; nothing else was changed.
 The captions are English short names from the Unicode CLDR, as the Python package `emoji` lists them;
-the groups are those of Unicode's emoji-test.txt.
+the keywords are the CLDR's, the groups those of Unicode's emoji-test.txt.
 Pictures that a model trained on this folder draws are derived from this work: keep this notice with them.
 """
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing of OpenMoji: where its SVG lies, its code points, its name, its group."""
+    """One drawing of OpenMoji: where its SVG lies, its code points, its name, its group, what else it is called."""
 
     svg: Path
     codes: tuple[str, ...]  # hexadecimal, without variation selectors
     caption: str
     group: str
+    keywords: tuple[str, ...] = ()
 
     @property
     def tones(self) -> tuple[str, ...]:
@@ -89,6 +93,11 @@ class Drawing:
     def base(self) -> tuple[str, ...]:
         """The code points without skin tones: which person, profession or gesture this is."""
         return tuple(code for code in self.codes if code not in TONES)
+
+    @property
+    def described(self) -> str:
+        """A second, longer caption: the name, its keywords, its group."""
+        return ", ".join((self.caption, *self.keywords[:MOST_KEYWORDS], self.group.replace("-", " and ")))
 
 
 def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
@@ -118,6 +127,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
             {
                 "file_name": file_name,
                 "text": drawing.caption,
+                "keywords": drawing.described,
                 "group": drawing.group,
                 "split": split_of(drawing.caption, HOLDOUT),
                 "composition": drawing.caption in compositions,
@@ -151,12 +161,13 @@ def find_drawings() -> list[Drawing]:
     names = {}
     for sequence, entry in emoji.EMOJI_DATA.items():
         names[code_points(sequence)] = entry["en"].strip(":")
-    group_of = read_groups()
+    group_of, keywords = read_groups(), read_keywords()
     drawings = []
     for svg in sorted(svgs.glob("*.svg")):
         codes = tuple(code for code in svg.stem.split("-") if code != "FE0F")
         if codes in names:
-            drawings.append(Drawing(svg, codes, cldr_name(names[codes], codes, names), group_of(codes)))
+            drawing = Drawing(svg, codes, cldr_name(names[codes], codes, names), group_of(codes))
+            drawings.append(replace(drawing, keywords=keywords.get(drawing.base, ())))
     return drawings
 
 
@@ -190,6 +201,12 @@ def read_groups() -> Callable[[tuple[str, ...]], str]:
         return written_out.get("+".join(codes)) or next(found, OUTSIDE)
 
     return group_of
+
+
+def read_keywords() -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Code points without skin tones => the CLDR's keywords that say more than the name does."""
+    lines = (line.partition(" ") for line in KEYWORDS_FILE.read_text("utf-8").splitlines() if line[0] != "#")
+    return {tuple(codes.split("-")): tuple(keywords.split(", ")) for codes, _, keywords in lines}
 
 
 def code_points(sequence: str) -> tuple[str, ...]:

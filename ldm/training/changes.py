@@ -88,7 +88,7 @@ def covers(names: Collection[str], key: str) -> bool:
 
 
 def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], trained: str, facts: Mapping[str, tuple[Any, Any]]
+    old: Mapping[str, Any], new: Mapping[str, Any], trained: str, facts: Mapping[str, tuple[Any, Any]], done: int
 ) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ and matter to what is trained ("unet", "vae" or "classifier"): key => (old, new).
 
@@ -97,16 +97,24 @@ def differences(
     Args:
         old, new: configs as nested dicts.
         facts: what the config does not say, name => (old, new): the number of pictures.
+        done: steps that were trained with the old config.
     """
     before, after, default = flat(old), flat(new), flat(to_dict(Config()))
     found = dict(facts)
     for key in dict.fromkeys([*before, *after]):
         was = before.get(key, default.get(key, ABSENT))
         found[key] = (was, after.get(key, ABSENT))
-    if before.get("optim.decay") == after.get("optim.decay") == "constant":
-        found.pop("loop.steps", None)  # without a decay the last step has no influence on those before it
+    if all(steady(config, done) for config in (before, after)):
+        for key in ("loop.steps", "optim.cooldown"):
+            found.pop(key, None)
     ignored = HARMLESS + UNREAD[trained]
     return {key: pair for key, pair in found.items() if pair[0] != pair[1] and not covers(ignored, key)}
+
+
+def steady(config: Mapping[str, Any], done: int) -> bool:
+    """Whether the steps done so far would have been the same with another last step: the rate has not begun to fall."""
+    last_steady = config.get("loop.steps", 0) - config.get("optim.cooldown", 0)
+    return config.get("optim.decay") == "constant" and (not config.get("optim.cooldown") or done <= last_steady)
 
 
 def check_changes(

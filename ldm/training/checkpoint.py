@@ -203,7 +203,7 @@ def resume(
     path = folder / f"step_{step:07d}"
     state = json.loads((path / "state.json").read_text("utf-8"))
     known = {name: (state["facts"].get(name), value) for name, value in (facts or {}).items()}
-    changed = differences(state["config"], config, trained, known)
+    changed = differences(state["config"], config, trained, known, step)
     rounding, allowed = check_changes(changed, config.get("resume", {}).get("allow", ()), path)
     if state["processes"] != accelerator.num_processes:
         rounding.append(f"processes {state['processes']} => {accelerator.num_processes}")

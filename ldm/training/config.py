@@ -152,6 +152,8 @@ class OptimConfig:
         lr: peak learning rate.
         warmup: steps over which it rises from zero.
         decay: then it stays, or falls to zero along a cosine by the last step.
+        cooldown: the last steps, over which a constant rate falls to zero. Until they begin, a stopped run may be given
+            more steps or fewer.
         betas, weight_decay: AdamW's.
         clip: largest global norm of the gradient.
         ema_decay: of the averaged weights, which are the ones that draw.
@@ -160,6 +162,7 @@ class OptimConfig:
     lr: float = 1e-4
     warmup: int = 500
     decay: Literal["constant", "cosine"] = "constant"
+    cooldown: int = 0
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -168,6 +171,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check("optim.lr", self.lr, above=0)
         check("optim.warmup", self.warmup, at_least=0)
+        check("optim.cooldown", self.cooldown, at_least=0)
+        if self.cooldown and self.decay != "constant":
+            raise ValueError(f"optim.cooldown: a rate that falls along a {self.decay} has none; set it to 0")
         check("optim.clip", self.clip, above=0)
         check("optim.ema_decay", self.ema_decay, at_least=0, below=1)
 

@@ -90,7 +90,7 @@ class Training:
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
         optim = self.config.optim
-        return learning_rate(optim.lr, step, self.config.loop.steps, optim.warmup, optim.decay)
+        return learning_rate(optim.lr, step, self.config.loop.steps, optim.warmup, optim.decay, optim.cooldown)
 
     def answer(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """All that the U-Net says, [B,C,h,w] or, with learned variance, [B,2C,h,w]; t may lie on the CPU."""
