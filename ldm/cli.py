@@ -1,4 +1,4 @@
-"""The command line: `ldm data openmoji | data check | data cache | sample | evaluate`.
+"""The command line: `ldm data openmoji | data check | data cache | sample | evaluate | export`.
 
 What a command needs is imported when it runs: `ldm --help` doesn't wait for torch and diffusers.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ldm
-from ldm import cli_evaluate, cli_sample
+from ldm import cli_evaluate, cli_export, cli_sample
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,6 +95,10 @@ def build_parser() -> Parser:
     evaluate = command(commands, "evaluate", "say how good a model is, in figures", cli_evaluate.EXAMPLE)
     cli_evaluate.add_arguments(evaluate)
     evaluate.set_defaults(run=cli_evaluate.run)
+
+    export = command(commands, "export", "leave a model in a folder of half the size", cli_export.EXAMPLE)
+    cli_export.add_arguments(export)
+    export.set_defaults(run=cli_export.run)
     return parser
 
 
