@@ -1,4 +1,4 @@
-"""The command line: `ldm data openmoji | data check | data cache | sample | evaluate`.
+"""The command line: `ldm data openmoji | data check | data cache | sample | evaluate | push`.
 
 What a command needs is imported when it runs: `ldm --help` doesn't wait for torch and diffusers.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ldm
-from ldm import cli_evaluate, cli_sample
+from ldm import cli_evaluate, cli_push, cli_sample
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,6 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = command(commands, "evaluate", "say how good a model is, in figures", cli_evaluate.EXAMPLE)
     cli_evaluate.add_arguments(evaluate)
     evaluate.set_defaults(run=cli_evaluate.run)
+
+    push = command(commands, "push", "share a model on the Hub, with a card that says how good it is", cli_push.EXAMPLE)
+    cli_push.add_arguments(push)
+    push.set_defaults(run=cli_push.run)
     return parser
 
 

@@ -119,7 +119,7 @@ class LDMPipeline(StableDiffusionPipeline):
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Save a folder that stock diffusers opens, with safetensors weights."""
         if kwargs.pop("push_to_hub", False):
-            raise ValueError("push_to_hub: save first, then call pipe.push_to_hub('user/name')")
+            raise ValueError("push_to_hub: save first, then call pipe.push_to_hub('user/name', license=…)")
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization: expected True; pickles can run any code")
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
@@ -133,6 +133,21 @@ class LDMPipeline(StableDiffusionPipeline):
             self.labels.save(index.parent / LABELS_FILE)
         if self.defaults != Defaults():
             self.defaults.save(index.parent)
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, license: str, data: str, data_license: str, **kwargs: Any
+    ) -> str:
+        """Upload weights, their fp16 variant and a model card to the Hub; returns the address.
+
+        Args:
+            repo_id: user/name; it is made if it isn't there.
+            license, data, data_license: of the weights; what they were trained on, and under which license.
+            **kwargs: evaluation (a folder of `ldm evaluate`), private, token, commit_message, create_pr.
+        """
+        from ldm import hub
+        from ldm.hub_card import Terms
+
+        return hub.push(self, repo_id, Terms(license, data, data_license), **kwargs)
 
     @property
     def condition_channels(self) -> int:
