@@ -161,7 +161,7 @@ def test_the_very_bytes_arrive_and_the_dry_run_shows_them(hub: Hub, run: Path, s
     assert {"README.md", "report.html", "evaluation.json", "gallery.png", "loss_by_t.png"} <= expected.keys()
     assert {"pictures/0.png", "unet/diffusion_pytorch_model.fp16.safetensors"} <= expected.keys()
     at(hub, f"from huggingface_hub import ModelCard; ModelCard.load({str(shared / 'README.md')!r}).validate()")
-    assert hub.cards == [expected["README.md"].decode()] * 2  # as it is committed, and by validate()
+    assert len(hub.cards) >= 2 and set(hub.cards) == {expected["README.md"].decode()}  # committed, and validate()
 
 
 def test_the_hubs_own_parser_reads_every_figure(run: Path, shared: Path) -> None:
