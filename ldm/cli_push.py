@@ -27,17 +27,17 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm import hub
     from ldm.cli_evaluate import find_model
     from ldm.hub_card import Terms
+    from ldm.models.fingerprint import model_sha256
     from ldm.pipeline import LDMPipeline
 
     terms = Terms(arguments.license, arguments.data, arguments.data_license)
     folder, home, config = find_model(arguments.model)
-    pipeline = LDMPipeline.from_pretrained(folder)
-    asked = arguments.evaluation or home
-    evaluation = hub.evaluation_of(pipeline, asked)
+    pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
+    evaluation = arguments.evaluation
+    if evaluation is None and hub.is_of(home, model_sha256(pipeline)):
+        evaluation = home
     if evaluation is None:
-        if arguments.evaluation:
-            raise ValueError(f"--evaluation: {asked} holds no evaluation of this very model; run ldm evaluate")
-        print(f"no figures: {asked} holds no evaluation of this very model (ldm evaluate makes one)")
+        print(f"no figures: {home} holds no evaluation of this very model (ldm evaluate makes one)")
     if arguments.dry_run:
         hub.write_model(pipeline, arguments.dry_run, arguments.repo_id, terms, evaluation, config)
         print(f"what would be uploaded to {arguments.repo_id} is in {arguments.dry_run}")

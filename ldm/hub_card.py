@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from ldm.hub_figures import figures, headline, limits
 
 
 @dataclass(frozen=True)
@@ -31,50 +32,12 @@ class Terms:
                 raise ValueError(f"{name}: expected some words, got nothing; it is never guessed")
 
 
-def figures(told: dict[str, Any], data: str) -> Iterator[Any]:
-    """All figures of an evaluation that have an interval, as the Hub's model-index holds them."""
-    from huggingface_hub import EvalResult
+@dataclass(frozen=True)
+class Drawn:
+    """A picture on the card: the words it was drawn from (none for a model that is told nothing) and its file."""
 
-    nets = {space["name"]: space["sha256"] for space in told["spaces"]}
-
-    def result(kind: str, name: str, split: str, found: dict[str, Any], **more: Any) -> Any:
-        args = {"n": found["n"], "low": found["low"], "high": found["high"], **more}
-        return EvalResult(
-            task_type="text-to-image", dataset_type="captioned-pictures", dataset_name=data, dataset_split=split,
-            metric_type=kind, metric_name=name, metric_value=found["value"], metric_args=args,
-        )  # fmt: skip
-
-    for split, retrieved in told["retrieval"].items():
-        for who in ("drawn", "ceiling"):
-            for space, found in retrieved[who].items():
-                for part in ("", "compositions", "others"):
-                    some = found.get(part) if part else found
-                    for top in ("top1", "top5") if some else ():
-                        words = f"Retrieval {top} in {space}, {who}{', ' + part if part else ''}"
-                        chance = found["chance"][top]
-                        judge = {"space": space, "space_sha256": nets[space]}
-                        yield result(f"retrieval_{top}", words, split, some[top], chance=chance, **judge)
-    for space, found in told["distribution"].items():
-        for who in ("drawn", "floor"):
-            for kind, one in found[who].items():
-                name = f"{kind.upper() if kind in ('fid', 'kid') else kind.capitalize()} in {space}, {who}"
-                reference = {"reference_n": found["reference_n"], "space": space, "space_sha256": nets[space]}
-                yield result(kind, name, found["on"], one, **reference)
-    for split, spaces in told["text_fit"].items():
-        for space, found in spaces.items():
-            for who, one in found.items():
-                if one:
-                    yield result("clip_score", f"CLIP score in {space}, {who}", split, one, space=space)
-    for kind, gap in told["text_use"]["gaps"].items():
-        for part, one in gap.items():
-            yield result("text_gap", f"Loss more with {kind} captions, {part}", told["text_use"]["on"], one)
-    for space, sets in told["memorization"].items():
-        for split, found in sets.items():
-            for who, one in found["near_copies"].items():
-                name = f"Near-copies in {space}, {who}"
-                yield result("near_copies", name, split, one, verdict=found["verdict"], space=space)
-    for split, found in told["reconstruction"].items():
-        yield result("psnr", "PSNR of reconstructions, dB", split, found["psnr_db"])
+    words: str
+    file: str
 
 
 def model_card(
@@ -82,25 +45,32 @@ def model_card(
     repo_id: str,
     terms: Terms,
     sha256: str,
-    drawn: list[tuple[str, str]],
+    drawn: list[Drawn],
     told: dict[str, Any] | None,
-    config: dict[str, Any] | None,
+    run: dict[str, Any],
 ) -> str:
-    """README.md: YAML for the Hub, words and pictures for people."""
+    """README.md: YAML for the Hub, words and pictures for people.
+
+    Args:
+        drawn: pictures, and besides them gallery.png.
+        told: evaluation.json, beside report.html and loss_by_t.png.
+        run: {"config": …, "step": …}, both None where they aren't known.
+    """
     from huggingface_hub import ModelCardData
 
     name = repo_id.split("/")[-1]
     measured = list(figures(told, terms.data)) if told else []
+    widget = [{"text": one.words, "output": {"url": one.file}} for one in drawn if pipeline.tokenizer is not None]
     data = ModelCardData(
         license=terms.license,
         library_name="diffusers",
-        pipeline_tag="text-to-image" if pipeline.tokenizer is not None else "unconditional-image-generation",
+        pipeline_tag=pipeline_tag(pipeline),
         tags=["latent-diffusion", "ldm"],
         model_name=name,
         eval_results=measured or None,
         training_data=terms.data,
         training_data_license=terms.data_license,
-        **({"widget": [{"text": prompt, "output": {"url": file}} for prompt, file in drawn]} if drawn else {}),
+        **({"widget": widget} if widget else {}),
     )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -108,21 +78,49 @@ def model_card(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    prompts = pipeline.example_prompts or ("a picture",)
+    size = pipeline.edge("height")
     body = environment.get_template("model_card.md").render(
         name=name,
         repo_id=repo_id,
         terms=terms,
-        size=pipeline.edge("height"),
-        parameters=sum(weight.numel() for weight in pipeline.unet.parameters()),
-        gallery="gallery.png" if drawn else "",
+        size=size,
+        parameters={part: count(getattr(pipeline, part)) for part in ("unet", "vae", "text_encoder")},
+        text_encoder=((run["config"] or {}).get("text") or {}).get("encoder"),
+        drawn=drawn,
         defaults=pipeline.defaults,
-        prompt=json.dumps(prompts[0], ensure_ascii=False),
+        stock=pipeline.labels is None and not pipeline.condition_channels,
+        call=call(pipeline),
         nothing="" if pipeline.tokenizer is not None else ", text_encoder=None, tokenizer=None",
+        headline=list(headline(told)) if told else [],
+        limits=list(limits(told, size)),
         figures=measured,
         evaluation=told,
-        loss="loss_by_t.png" if told else "",
         sha256=sha256,
-        config=json.dumps(config, indent=2, ensure_ascii=False) if config else "",
+        step=run["step"],
+        config=json.dumps(run["config"], indent=2, ensure_ascii=False) if run["config"] else "",
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+
+
+def count(network: Any) -> str:
+    """Its parameters, in millions."""
+    return "" if network is None else f"{sum(weight.numel() for weight in network.parameters()) / 1e6:.1f}"
+
+
+def pipeline_tag(pipeline: Any) -> str:
+    """The Hub's name of what it does."""
+    if pipeline.condition_channels:
+        return "image-to-image"
+    return "text-to-image" if pipeline.tokenizer is not None else "unconditional-image-generation"
+
+
+def call(pipeline: Any) -> str:
+    """The first arguments of a call, as Python."""
+    words = []
+    if pipeline.tokenizer is not None:
+        words.append(json.dumps((pipeline.example_prompts or ("a picture",))[0], ensure_ascii=False))
+    if pipeline.labels:
+        words.append(f"class_label={json.dumps(pipeline.labels.names[0], ensure_ascii=False)}")
+    if pipeline.condition_channels:
+        words.append('condition=Image.open("sketch.png")')
+    return ", ".join(words)
