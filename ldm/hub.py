@@ -130,7 +130,7 @@ def draw_gallery(pipeline: Any, folder: Path, sha256: str) -> list[Drawn]:
 def plot_loss(told: dict[str, Any], path: Path) -> None:
     """The held-out loss by quarter of t, with each kind of caption."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     panel = figure.subplots()
@@ -142,9 +142,10 @@ def plot_loss(told: dict[str, Any], path: Path) -> None:
     panel.set(
         xlabel="quarter of t", ylabel=f"{use['on'].replace('heldout', 'held-out')} loss (n = {use['n']})", yscale="log"
     )
-    for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.grid(alpha=0.3, which="both")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.grid(alpha=0.3)
     panel.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
