@@ -1,4 +1,4 @@
-"""The command line: `ldm data openmoji | data check | data cache | sample | evaluate | export`.
+"""The command line: `ldm data openmoji | data check | data cache | sample | evaluate | export | push`.
 
 What a command needs is imported when it runs: `ldm --help` doesn't wait for torch and diffusers.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ldm
-from ldm import cli_evaluate, cli_export, cli_sample
+from ldm import cli_evaluate, cli_export, cli_push, cli_sample
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,6 +99,10 @@ def build_parser() -> Parser:
     export = command(commands, "export", "leave a model in a folder of half the size", cli_export.EXAMPLE)
     cli_export.add_arguments(export)
     export.set_defaults(run=cli_export.run)
+
+    push = command(commands, "push", "share a model on the Hub, with a card that says how good it is", cli_push.EXAMPLE)
+    cli_push.add_arguments(push)
+    push.set_defaults(run=cli_push.run)
     return parser
 
 

@@ -36,6 +36,7 @@ from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
 from ldm.models.text import TextEncoder
 from ldm.models.vae import encode
+from ldm.saved import forget_calls, forget_loading
 from ldm.steering import ClassifierSteering, steered
 
 STOCK_ARGUMENTS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "kwargs"}
@@ -119,10 +120,12 @@ class LDMPipeline(StableDiffusionPipeline):
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Save a folder that stock diffusers opens, with safetensors weights."""
         if kwargs.pop("push_to_hub", False):
-            raise ValueError("push_to_hub: save first, then call pipe.push_to_hub('user/name')")
+            raise ValueError("push_to_hub: save first, then call pipe.push_to_hub('user/name', license=…)")
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization: expected True; pickles can run any code")
+        forget_calls(self.tokenizer)
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        forget_loading(Path(save_directory))
         index = Path(save_directory) / "model_index.json"
         stock = "StableDiffusionInstructPix2PixPipeline" if self.condition_channels else "StableDiffusionPipeline"
         content = {**json.loads(index.read_text("utf-8")), "_class_name": stock}
@@ -133,6 +136,32 @@ class LDMPipeline(StableDiffusionPipeline):
             self.labels.save(index.parent / LABELS_FILE)
         if self.defaults != Defaults():
             self.defaults.save(index.parent)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        license: str,
+        data: str,
+        data_license: str,
+        evaluation: str | PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Upload what `ldm push` does: weights, their fp16 variant and a model card; returns the address.
+
+        Args:
+            repo_id: user/name; it is made if it isn't there.
+            license, data, data_license: of the weights; what they were trained on, and under which license.
+            evaluation: a folder that `ldm evaluate` wrote of this very model, for the card's figures.
+            **kwargs: private, token, commit_message, create_pr.
+        Raises:
+            ValueError: if the pipeline isn't in float32, or the evaluation is another model's.
+        """
+        from ldm import hub
+        from ldm.hub_card import Terms
+
+        terms = Terms(license, data, data_license)
+        return hub.push(self, repo_id, terms, evaluation=Path(evaluation) if evaluation else None, **kwargs)
 
     @property
     def condition_channels(self) -> int:

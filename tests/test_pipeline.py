@@ -137,27 +137,6 @@ def test_what_training_knows_it_can_draw_comes_back_with_the_model(tmp_path: Pat
     assert LDMPipeline.from_pretrained(tmp_path / "again").example_prompts == ("red heart", "flag: Japan")
 
 
-def test_push_to_hub_uploads_the_stock_folder(pipe: LDMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers.utils import hub_utils
-
-    uploaded: dict[str, Any] = {}
-
-    def upload(self: Any, folder: str, repo_id: str, **kwargs: Any) -> None:
-        uploaded.update(repo=repo_id, index=json.loads((Path(folder) / "model_index.json").read_text("utf-8")))
-
-    class Card:
-        def save(self, path: str) -> None:
-            pass
-
-    monkeypatch.setattr(hub_utils, "create_repo", lambda name, **kwargs: type("Repo", (), {"repo_id": name}))
-    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: Card())
-    monkeypatch.setattr(hub_utils, "populate_model_card", lambda card: card)
-    monkeypatch.setattr(hub_utils.PushToHubMixin, "_upload_folder", upload)
-    pipe.push_to_hub("someone/hearts")
-    assert uploaded["repo"] == "someone/hearts"
-    assert uploaded["index"]["_class_name"] == "StableDiffusionPipeline"
-
-
 # --- loading -------------------------------------------------------------------------------------------
 
 

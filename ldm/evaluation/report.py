@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ def write_report(out: Path) -> Path:
     Raises:
         FileNotFoundError: without OUT/evaluation.json, or a picture that it names.
     """
+    unfinished = (out / PAGE).with_suffix(".new")
+    unfinished.write_text(render(out), "utf-8")
+    unfinished.rename(out / PAGE)
+    return out / PAGE
+
+
+def render(out: Path, told: Callable[[Any], Any] = lambda tree: tree) -> str:
+    """The page, of what lies in OUT, each JSON file seen through `told`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -43,18 +52,14 @@ def write_report(out: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"share": share, "figure": figure, "signed": signed, "flat": flat}
-    page = environment.get_template("report.html").render(view(out))
-    unfinished = (out / PAGE).with_suffix(".new")
-    unfinished.write_text(page, "utf-8")
-    unfinished.rename(out / PAGE)
-    return out / PAGE
+    return environment.get_template("report.html").render(view(out, told))
 
 
-def view(out: Path) -> dict[str, Any]:
+def view(out: Path, told: Callable[[Any], Any] = lambda tree: tree) -> dict[str, Any]:
     """All that the template shows."""
-    report = read(out / FILE)
-    run = read(out / run_record.FILE) if (out / run_record.FILE).exists() else None
-    nll = read(out / "nll.json") if (out / "nll.json").exists() else None
+    report = told(read(out / FILE))
+    run = told(read(out / run_record.FILE)) if (out / run_record.FILE).exists() else None
+    nll = told(read(out / "nll.json")) if (out / "nll.json").exists() else None
     if nll and nll.get("model") != report["model"]["sha256"]:
         nll = None  # another model's
     space = report["spaces"][-1]["name"]  # the net, where there is one
