@@ -23,6 +23,7 @@ from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.data.pictures import to_pixels, to_square
 from ldm.evaluation.retrieval import Metric
+from ldm.models.trust import find_model, trusted
 
 BATCH = 32
 BLURRED = 16  # edge to which the pixel space averages pictures
@@ -122,9 +123,10 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
     """A model of transformers: its image embedding (CLIP, SigLIP), class token (ViT, DINOv2) or mean (others)."""
     import transformers
 
-    folder = download(spec)
-    model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
-    model.to(device)
+    folder = find_model(spec)
+    with trusted(folder):
+        model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    model.eval().requires_grad_(False).to(device)
     edge, mean, std = _preprocessing(folder, spec)
     class_token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
 
@@ -146,7 +148,8 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
     digest = sha256_of(sorted(folder.glob("*.safetensors")))
     if not hasattr(model, "get_text_features"):
         return Space(spec, digest, resize, "cosine", embed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with trusted(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
     def embed_captions(captions: Sequence[str]) -> Tensor:
@@ -177,15 +180,6 @@ def _preprocessing(folder: Path, spec: str) -> tuple[int, Tensor, Tensor]:
     edge = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
     mean, std = (torch.tensor(said[key]).reshape(3, 1, 1) for key in ("image_mean", "image_std"))
     return int(edge), mean, std
-
-
-def download(spec: str) -> Path:
-    """A folder as it is; a Hub id => the folder of its snapshot, without other weights than safetensors."""
-    if Path(spec).is_dir():
-        return Path(spec)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(spec, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
 
 
 def sha256_of(files: Iterable[Path]) -> str:

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.models.trust import find_model, read_json, trusted
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -43,6 +45,9 @@ class VAEConfig:
     def __post_init__(self) -> None:
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"vae_model.channels: expected at least one positive width, got {list(self.channels)}")
+        for name in ("layers", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vae_model.{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,21 @@ def load_vae(name: str | Path) -> Any:
     Args:
         name: a folder (a VAE's own, or a pipeline's that has one in `vae/`) or a Hub id.
     Raises:
-        ValueError: if it holds another class of model.
+        ValueError: if it holds another class of model, or more than data (`ldm.models.trust`).
         OSError: if there is no such folder or id.
     """
     import diffusers
 
-    subfolder = "vae" if (Path(name) / "vae" / "config.json").exists() else None
-    config = diffusers.AutoencoderKL.load_config(name, subfolder=subfolder)
-    class_name = config.get("_class_name")
-    if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
-    vae = getattr(diffusers, class_name).from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+    folder = find_model(name)
+    if (folder / "vae" / "config.json").exists():
+        folder = folder / "vae"
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"vae: {name} has no config.json; expected a VAE's folder, or a pipeline's")
+    with trusted(folder):
+        class_name = read_json(folder / "config.json").get("_class_name")
+        if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
+        vae = getattr(diffusers, class_name).from_pretrained(folder, use_safetensors=True, local_files_only=True)
     return vae.eval().requires_grad_(False)
 
 

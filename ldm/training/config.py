@@ -62,7 +62,7 @@ class DataConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        check("data.size", self.size, at_least=8)
+        check("data.size", self.size, at_least=8, at_most=4096)
         if self.size % 8:
             raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}")
         check("data.holdout", self.holdout, at_least=0, below=1)
@@ -114,6 +114,8 @@ class VAETrainingConfig:
         check("vae_training.batch_size", self.batch_size, at_least=1)
         check("vae_training.lr", self.lr, above=0)
         check("vae_training.log_every", self.log_every, at_least=1)
+        for name in ("warmup", "l1", "mse", "gradient", "kl", "perceptual", "adversarial", "adversarial_start"):
+            check(f"vae_training.{name}", getattr(self, name), at_least=0)
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check("optim.lr", self.lr, above=0)
         check("optim.warmup", self.warmup, at_least=0)
+        check("optim.weight_decay", self.weight_decay, at_least=0)
+        for beta in self.betas:
+            check("optim.betas", beta, at_least=0, below=1)
         check("optim.clip", self.clip, above=0)
         check("optim.ema_decay", self.ema_decay, at_least=0, below=1)
 
@@ -213,6 +218,8 @@ class LoopConfig:
             check(f"loop.{name}", getattr(self, name), at_least=1)
         for name in ("threads", "sample_every", "evaluate_every", "checkpoint_every", "evaluation_pictures"):
             check(f"loop.{name}", getattr(self, name), at_least=0)
+        check("loop.threads", self.threads, at_most=4096)
+        check("loop.guidance_scale", self.guidance_scale, at_least=0, at_most=100)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"loop.batch_size: {self.batch_size} can't be divided into loop.accumulation={self.accumulation} parts"
@@ -244,6 +251,9 @@ class Config:
     classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        check("seed", self.seed, at_least=0)
 
     def cache_folder(self) -> Path | None:
         """Where latents and contexts are kept; None if they aren't."""
