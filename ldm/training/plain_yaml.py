@@ -34,6 +34,8 @@ def load(text: str, **_: Any) -> Any:
     try:
         _check(text)
         return _LOAD(text)
+    except (TypeError, ValueError) as error:  # a key that is no text, a number that is none
+        raise PlainYAMLError(f"is not understood ({str(error)[:80]})") from None
     except yaml.MarkedYAMLError as error:
         place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise PlainYAMLError(f"{error.problem or error.context}{place}") from None

@@ -1,4 +1,4 @@
-"""Configs and model folders made to do harm, or merely malformed: {kind: what}; `CANARY` names a file that payloads make.
+"""Configs and model folders made to do harm, or merely malformed: {kind: what is done and named}.
 
 Whatever runs one of the payloads creates that file, so that its absence proves that nothing ran.
 """
@@ -251,7 +251,6 @@ def pipelines(canary: Path, outside: Path) -> dict[str, tuple[Harm, str]]:
         "shape that doesn't fit": (write(numbers, weights({"a": {**four, "shape": [2**62, 8]}}, b"1234")), numbers),
         "unknown dtype": (write(numbers, weights({"a": {**four, "dtype": "EVIL"}}, b"1234")), numbers),
         "hidden bytes": (write(numbers, weights({"a": four}, b"1234" + evil)), numbers),
-        "weights of another network": (write(numbers, weights({"a": four}, b"1234")), "pipeline"),
         "shards elsewhere": (
             write(
                 "unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": "../../x.safetensors"}}'

@@ -243,7 +243,6 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": "\ud800"}),
     ("prompt", {"prompt": "cat " * 1000}),
     ("prompt", {"prompt": "x" * 10_000_000}),
-    ("prompt", {"prompt": "\u202e" * 1000}),
     ("prompt", {"prompt": "<script>alert(1)</script>" * 50}),
     ("negative_prompt", {"negative_prompt": "c\0t"}),
     ("negative_prompt", {"negative_prompt": "\udfff"}),
@@ -270,7 +269,7 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("seed", {"seed": 1.5}),
     ("seed", {"seed": "7"}),
     ("seed", {"seed": [1, 2, 3]}),
-    ("generator", {"generator": "evil"}),
+    ("generator", {"generator": "evil", "seed": None}),
     ("class_label", {"class_label": "food"}),
     ("condition", {"condition": "/etc/passwd"}),
     ("classifier_scale", {"classifier_scale": math.nan}),
@@ -296,7 +295,9 @@ def test_hostile_arguments_are_refused_before_the_network_runs(
     assert len(str(refused.value)) < 1000
 
 
-@pytest.mark.parametrize("prompt", ["\u202ecat", "<b>cat</b>", "../../cat", "%s{0}", "", "\U0001f408", "cat\n\tcat"])
+@pytest.mark.parametrize(
+    "prompt", ["\u202ecat", "\u202e" * 1000, "<b>cat</b>", "../../cat", "%s{0}", "", "\U0001f408", "cat\n\tcat"]
+)
 def test_strange_but_honest_prompts_are_drawn(prompt: str, pipe: LDMPipeline) -> None:
     assert pipe(prompt, num_inference_steps=1, seed=0).images[0].size == (tiny.SIZE, tiny.SIZE)
 
@@ -404,8 +405,6 @@ def test_the_page_serves_no_file_that_it_did_not_make(address: str, tiny_pipelin
     [
         {0: "c\0t"},
         {0: "x" * 1_000_000},
-        {0: ["cat"]},
-        {0: 5},
         {4: 10**9},
         {4: -5},
         {4: "many"},
