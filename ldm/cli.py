@@ -17,7 +17,10 @@ from ldm import cli_evaluate
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments (by default sys.argv's) name; exits with 1 and one line if it can't."""
-    parsed = build_parser().parse_args(arguments)
+    parsed, words = build_parser().parse_known_args(arguments)
+    if words and parsed.run is not run_doctor:  # whose words are those of the training scripts
+        build_parser().error(f"unrecognized arguments: {' '.join(words)}")
+    parsed.words = words
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
@@ -62,6 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the captions are (default: text)",
     )
     check.set_defaults(run=run_check)
+
+    doctor = command(
+        commands, "doctor", "say in a minute whether a recipe can train here: data, VAE, disk, time, learning; exits "
+        "with 1 on problems", "ldm doctor --config configs/demo.yaml data.source=my_pictures",
+    )  # fmt: skip
+    doctor.add_argument("--config", required=True, help="a recipe, as the training scripts take it")
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys that override it")
+    doctor.set_defaults(run=run_doctor)
 
     cache = command(
         kinds, "cache", "say what a cache of latents holds and check every record; exits with 1 if any is damaged",
@@ -135,6 +146,16 @@ def run_check(arguments: argparse.Namespace) -> None:
         f"{arguments.source} is fine: {count(len(pictures), 'picture')}, {count(len(captions), 'different caption')}, "
         f"{count(len(pictures.heldout), 'picture')} held out"
     )
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    from ldm.training.command_line import parse_config
+
+    config = parse_config(["--config", arguments.config, *arguments.overrides, *arguments.words])
+    from ldm.training.doctor import run
+
+    if any(found.state == "problem" for found in run(config)):
+        sys.exit(1)
 
 
 def run_cache(arguments: argparse.Namespace) -> None:
