@@ -1,6 +1,7 @@
 # Two commands set up a fresh machine with Python and make:
 #   make demo   a text-to-image model of a few hundred drawings, from nothing; leaves a grid and runs/demo/pipeline
 #   make test   what CI runs: lint, types, the rooms' walls, tests
+# and   make test-faults   the long form of tests/faults: hundreds of killed, damaged and poisoned trainings
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 TIME := $(PYTHON) benchmarks/stages.py time
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-faults lint clean
 
 demo: $(VENV)/installed
 	$(TIME) $(RUN)/stages.tsv data $(BIN)/ldm data openmoji data/openmoji-demo --size 64 --subset demo
@@ -21,6 +22,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/installed
+	$(BIN)/python tests/faults/run.py --full
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

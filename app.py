@@ -16,7 +16,8 @@ from typing import Any
 
 import gradio as gr
 
-from ldm import LDMPipeline
+from ldm import LDMPipeline, recipe
+from ldm.models.fingerprint import model_sha256
 
 DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")
 SMALL = 128  # pixels; smaller pictures are enlarged
@@ -95,6 +96,7 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
     height, width = pipeline.edge("height"), pipeline.edge("width")
     small = max(height, width) <= SMALL
     usual = pipeline.defaults
+    model = model_sha256(pipeline)
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
     knows_text, makes_of = pipeline.tokenizer is not None, bool(pipeline.condition_channels)
     title = "Draw with words" if knows_text else "Draw"
@@ -140,6 +142,8 @@ def build_demo(pipeline: LDMPipeline) -> gr.Blocks:
                         bar = f"<div class=bar><div style='width: {done / steps:.0%}'></div></div>"
                         yield {status: f"Step {done} of {steps}{bar}"}
                     else:
+                        asked = {key: value for key, value in arguments.items() if key != "num_images_per_prompt"}
+                        recipe.stamp(done, pipeline, model, **asked)
                         seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
                         told = f"Drawn in {time.monotonic() - started:.1f} s from {seeds}."
                         columns = 1 if count == 1 else 2 if count <= 4 else 3

@@ -5,11 +5,12 @@ Importing this costs nothing; `LDMPipeline` and what it needs (torch, diffusers,
 
 from typing import TYPE_CHECKING, Any
 
+from ldm.version import __version__
+
 if TYPE_CHECKING:
     from ldm.pipeline import LDMPipeline
 
 __all__ = ["LDMPipeline", "__version__"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ldm
-from ldm import cli_evaluate
+from ldm import cli_evaluate, cli_sample
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments (by default sys.argv's) name; exits with 1 and one line if it can't."""
-    parsed, words = build_parser().parse_known_args(arguments)
-    if words and parsed.run is not run_doctor:  # whose words are those of the training scripts
-        build_parser().error(f"unrecognized arguments: {' '.join(words)}")
-    parsed.words = words
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = build_parser().parse_args(words)
+    parsed.command = shlex.join(["ldm", *words])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
@@ -29,10 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ldm", description="A folder of captioned pictures in, a text-to-image model out."
-    )
+class Parser(argparse.ArgumentParser):
+    """Options may stand between the words of a command: ldm sample MODEL --steps 10 "red heart"."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        has_commands = any(action.nargs == argparse.PARSER for action in self._get_positional_actions())
+        if self._inside or has_commands:
+            return super().parse_known_args(args, namespace)
+        self._inside = True  # the next line comes back here
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="ldm", description="A folder of captioned pictures in, a text-to-image model out.")
     parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -81,31 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     cache.add_argument("folder", type=Path, help="RUN/cache, or what data.cache names")
     cache.set_defaults(run=run_cache)
 
-    sample = command(
-        commands, "sample", "draw prompts into one captioned grid",
-        'ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png --seed 7',
-    )  # fmt: skip
-    sample.add_argument("model", help="a pipeline folder (RUN/pipeline) or a Hub id")
-    sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
-    sample.add_argument(
-        "--out", type=Path, default=Path("samples.png"), help="PNG file to write (default: samples.png)"
-    )
-    sample.add_argument("--steps", type=int, help="network evaluations per picture (default: the pipeline's, or 20)")
-    sample.add_argument(
-        "--guidance-scale",
-        type=float,
-        help="how strictly to follow the prompt; 1 is off (default: the pipeline's, or 3)",
-    )
-    sample.add_argument("--negative-prompt", help="what to steer away from")
-    sample.add_argument("--classifier", help="a classifier's folder (RUN/classifier) that steers towards --class-label")
-    sample.add_argument("--class-label", help="the class to steer towards")
-    sample.add_argument(
-        "--classifier-scale", type=float, default=1.0, help="how strongly the classifier steers (default: 1)"
-    )
-    sample.add_argument("--images-per-prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
-    sample.add_argument("--seed", type=int, default=0, help="of the first picture; the others count on (default: 0)")
-    sample.add_argument("--columns", type=int, default=4, help="pictures in a row (default: 4)")
-    sample.set_defaults(run=run_sample)
+    sample = command(commands, "sample", "draw prompts: a picture, a captioned grid, or a folder", cli_sample.EXAMPLE)
+    cli_sample.add_arguments(sample)
+    sample.set_defaults(run=cli_sample.run)
 
     evaluate = command(commands, "evaluate", "say how good a model is, in figures", cli_evaluate.EXAMPLE)
     cli_evaluate.add_arguments(evaluate)
@@ -113,9 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def command(
-    group: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, example: str
-) -> argparse.ArgumentParser:
+def command(group: argparse._SubParsersAction[Parser], name: str, summary: str, example: str) -> Parser:
     """A subcommand whose help ends in an example."""
     return group.add_parser(
         name,
@@ -151,7 +142,7 @@ def run_check(arguments: argparse.Namespace) -> None:
 def run_doctor(arguments: argparse.Namespace) -> None:
     from ldm.training.command_line import parse_config
 
-    config = parse_config(["--config", arguments.config, *arguments.overrides, *arguments.words])
+    config = parse_config(["--config", arguments.config, *arguments.overrides])
     from ldm.training.doctor import run
 
     if any(found.state == "problem" for found in run(config)):
@@ -183,28 +174,3 @@ def run_cache(arguments: argparse.Namespace) -> None:
         broken += bool(bad)
     if broken:
         sys.exit("error: the next run that uses this cache encodes anew what is damaged")
-
-
-def run_sample(arguments: argparse.Namespace) -> None:
-    from ldm.grid import captioned_grid
-    from ldm.models.classifier import NoisyClassifier
-    from ldm.pipeline import LDMPipeline
-
-    pipeline = LDMPipeline.from_pretrained(arguments.model).to_best_device()
-    classifier = NoisyClassifier.load(arguments.classifier) if arguments.classifier else None
-    drawn = pipeline(
-        arguments.prompts,
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        negative_prompt=arguments.negative_prompt,
-        num_images_per_prompt=arguments.images_per_prompt,
-        seed=arguments.seed,
-        classifier=classifier,
-        class_label=arguments.class_label,
-        classifier_scale=arguments.classifier_scale,
-    )
-    assert not isinstance(drawn, tuple)  # return_dict is True
-    captions = [prompt for prompt in arguments.prompts for _ in range(arguments.images_per_prompt)]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    captioned_grid(drawn.images, captions, columns=arguments.columns).save(arguments.out)
-    print(f"{len(captions)} pictures are in {arguments.out}")

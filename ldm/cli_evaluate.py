@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Fit the net, evaluate the model, or both."""
     import torch
 
+    from ldm.evaluation.run_record import record_run
+
     if arguments.model is None and not arguments.fit_net:
         raise ValueError("model: name a run or a pipeline folder to evaluate, or fit a net with --fit-net")
     if arguments.write_defaults and not (arguments.sweep and arguments.model):
@@ -75,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     if folder is not None and home is not None and arguments.nll:
         bound_likelihood(folder, arguments.out or home, pictures, arguments)
     elif folder is not None and home is not None:
+        record_run(arguments.out or home, *run_of(folder), config)
         examine(folder, home, pictures, net, arguments)
 
 
@@ -105,6 +108,17 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
         (path if folder != path else path.parent) / "evaluation" if of_run else Path("runs") / f"{path.name}-evaluation"
     )
     return folder, home, config
+
+
+def run_of(folder: Path) -> tuple[Path | None, int | None]:
+    """The run that a pipeline folder belongs to, and the step of its newest checkpoint, as far as there are any."""
+    from ldm.training.checkpoint import checkpoints
+
+    if folder.name != "pipeline":
+        return None, None
+    run = folder.resolve().parent
+    found = checkpoints(run / "checkpoints")
+    return run, json.loads((found[-1] / "state.json").read_text("utf-8"))["step"] if found else None
 
 
 def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> CaptionedPictures:
@@ -139,6 +153,8 @@ def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, d
 def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:
     """Bound the likelihood of the held-out latents, and say it by t."""
     from ldm.evaluation.nll import nll_of_pipeline
+    from ldm.evaluation.report import FILE, write_report
+    from ldm.models.fingerprint import model_sha256
     from ldm.pipeline import LDMPipeline
 
     if not len(pictures.heldout):
@@ -146,16 +162,20 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
     found = nll_of_pipeline(pipeline, pictures.heldout, most_strata=arguments.strata, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "nll.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", "utf-8")
+    told = {"model": model_sha256(pipeline), **found.to_dict()}
+    (out / "nll.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
     print(f"{found.table()}\nall of it is in {out / 'nll.json'}")
+    if (out / FILE).exists():
+        print(f"and in {write_report(out)}")
 
 
 def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:
     """Load what is named, evaluate, and say what came out."""
     from ldm.defaults import Defaults
     from ldm.evaluation.contrastive import load_net, read_card
-    from ldm.evaluation.evaluate import FILE, QUICK, Plan, evaluate
+    from ldm.evaluation.evaluate import QUICK, Plan, evaluate
     from ldm.evaluation.features import load_space, pixel_space
+    from ldm.evaluation.report import FILE, PAGE
     from ldm.evaluation.subject import Settings, Subject
     from ldm.evaluation.summary import summary
     from ldm.pipeline import LDMPipeline
@@ -189,8 +209,8 @@ def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, ar
         QUICK if arguments.quick else Plan(), batch_size=arguments.batch_size, sweep=arguments.sweep, **chosen
     )
     out = arguments.out or home
-    report = evaluate(subject, pictures, spaces, settings, out, plan)
-    print(f"\n{summary(report)}\nall of it is in {out / FILE}")
+    report = evaluate(subject, pictures, spaces, settings, out, plan, command=arguments.command)
+    print(f"\n{summary(report)}\nall of it is in {out / FILE}, and to look at in {out / PAGE}")
     if arguments.write_defaults:
         Defaults(**report["sweep"]["best"]).save(folder)
         print(f"these are now the defaults of {folder}")

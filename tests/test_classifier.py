@@ -256,7 +256,7 @@ def test_the_command_steers(
     cases = {"plain": [], "off": [*steer, "--classifier-scale", "0"], "on": [*steer, "--classifier-scale", "90"]}
     for name, more in cases.items():
         ldm_command([*base, *more, "--out", str(tmp_path / f"{name}.png")])
-    plain, off, on = ((tmp_path / f"{name}.png").read_bytes() for name in ("plain", "off", "on"))
+    plain, off, on = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("plain", "off", "on"))
     assert plain == off != on
     with pytest.raises(SystemExit, match="error: class_label: the classifier knows no 'pink'"):
         ldm_command([*base, *steer[:-1], "pink", "--out", str(tmp_path / "x.png")])

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import road
+import tiny
 from PIL import Image
 
 import ldm
 from ldm.cli import main
 from ldm.data.filling import Writer
 from ldm.data.records import RECORDS, Kind, to_keys
+from ldm.grid import captioned_grid
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -63,6 +65,23 @@ def test_sample_draws_a_grid_that_depends_on_the_seed(tiny_pipeline_folder: Path
     grids = {name: (tmp_path / "new" / f"{name}.png").read_bytes() for name in ("a", "again", "other")}
     assert grids["a"] == grids["again"] != grids["other"]
     assert Image.open(tmp_path / "new/a.png").width > 3 * 128
+
+
+def test_sample_asks_a_model_for_what_it_knows(tmp_path: Path) -> None:
+    """Classes, one picture each; without any, the null class; a prompt is refused."""
+    pipe = tiny.class_pipeline(tmp_path, ("food", "flags"))
+    pipe.save_pretrained(tmp_path / "model")
+    words = ["sample", str(tmp_path / "model"), "--steps", "2", "--seed", "5", "--columns", "2"]
+    main([*words, "--out", str(tmp_path / "classes.png"), "--class-label", "flags", "food"])
+    drawn = pipe(class_label=["flags", "food"], num_inference_steps=2, seed=5).images
+    expected = captioned_grid(drawn, ["flags", "food"], columns=2)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "classes.png")), np.asarray(expected))
+    main([*words, "--out", str(tmp_path / "any.png"), "--images-per-prompt", "2"])
+    drawn = pipe(num_images_per_prompt=2, num_inference_steps=2, seed=5).images
+    expected = captioned_grid(drawn, ["", ""], columns=2)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "any.png")), np.asarray(expected))
+    with pytest.raises(SystemExit, match="error: prompt: this model knows no text"):
+        main([*words, "pizza"])
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from ldm.data.batches import pixel_batches
 from ldm.data.captioned import CaptionedPictures, read_captioned
 from ldm.evaluation.contrastive import CARD, WEIGHTS, NetConfig, contrastive_loss, load_net, load_text, mean_pooled
-from ldm.evaluation.features import pixel_batches
 from ldm.evaluation.fit_net import eight_bits, fit_net, known_captions
 from ldm.evaluation.retrieval import distances, ranks, same_caption
 

@@ -18,7 +18,8 @@ from ldm.cli import main
 from ldm.data.captioned import CaptionedPictures, read_captioned
 from ldm.evaluation.evaluate import QUICK, evaluate
 from ldm.evaluation.features import Space, pixel_space
-from ldm.evaluation.subject import Settings, Subject, consecutive, folder_sha256
+from ldm.evaluation.subject import Settings, Subject, consecutive
+from ldm.models.fingerprint import model_sha256
 from ldm.pipeline import LDMPipeline
 
 
@@ -232,16 +233,24 @@ def test_errors_are_one_line(home: Path, words: list[str], told: str) -> None:
     assert str(stopped.value).startswith("error: ") and told in str(stopped.value)
 
 
-def test_only_the_networks_decide_which_model_it_is(home: Path, tmp_path: Path) -> None:
+def test_only_what_draws_decides_which_model_it_is(home: Path, tmp_path: Path) -> None:
+    def known(folder: Path) -> str:
+        return model_sha256(LDMPipeline.from_pretrained(folder))
+
     shutil.copytree(home / "model", tmp_path / "model")
-    before = folder_sha256(tmp_path / "model")
+    before = known(tmp_path / "model")
     (tmp_path / "model/defaults.json").write_text('{"guidance_scale": 2}')
-    assert folder_sha256(tmp_path / "model") == before == folder_sha256(home / "model")
-    weights = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert folder_sha256(tmp_path / "model") != before
+    assert known(tmp_path / "model") == before == known(home / "model")
+    for file in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        weights = tmp_path / "model" / file
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        assert known(tmp_path / "model") != before
+        shutil.copy(home / "model" / file, weights)
+    scheduler = tmp_path / "model/scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    assert known(tmp_path / "model") != before
 
 
 def test_runs_of_consecutive_numbers() -> None:

@@ -104,7 +104,10 @@ def main(config: Config) -> list[float]:
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     training = Training.prepare(config, accelerator, schedule, unet)
     losses = fit(training, samples, questions, wishes, build_pipeline, tracker, encoders)
-    say(f'done: {run / "pipeline"} can be loaded; draw with: ldm sample {run / "pipeline"} "a prompt"')
+    words = (
+        ' "a prompt"' if config.text.encoder else f" --class-label {source.labels.names[0]}" if source.labels else ""
+    )
+    say(f"done: {run / 'pipeline'} can be loaded; draw with: ldm sample {run / 'pipeline'}{words}")
     accelerator.end_training()
     return losses
 

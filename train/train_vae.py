@@ -21,10 +21,12 @@ def main(config: Config) -> list[float]:
 
     from ldm.data.captioned import read_captioned
     from ldm.data.rows import count
-    from ldm.models.vae import build_vae, downsampling
+    from ldm.models.vae import build_vae, downsampling, load_vae
     from ldm.training.device import build_accelerator
+    from ldm.training.disk import put_in_place, temporary_beside
     from ldm.training.latents import normalize_on, reconstructions, report_reconstruction
     from ldm.training.plain_loop import fit_plain
+    from ldm.training.selfcheck import check_weights
     from ldm.training.tracking import Tracker
     from ldm.training.vae_loop import PixelSamples, VAETraining
 
@@ -54,7 +56,10 @@ def main(config: Config) -> list[float]:
     if accelerator.is_main_process:
         vae.eval().requires_grad_(False)
         normalize_on(vae, pictures.train, data.size)
-        vae.save_pretrained(run / "vae")
+        temporary = temporary_beside(run / "vae")
+        vae.save_pretrained(temporary)
+        check_weights("vae", vae.state_dict(), load_vae(temporary).state_dict())
+        put_in_place(temporary, run / "vae")
         psnr, sentence = report_reconstruction(vae, pictures, data.size)
         tracker.scalars(steps, {"vae/psnr": psnr})
         shown = pictures.heldout if len(pictures.heldout) else pictures.train

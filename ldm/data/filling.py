@@ -40,10 +40,9 @@ from ldm.data.records import (
     Records,
     locate,
     sum_of,
-    sync_folder,
     to_keys,
 )
-from ldm.data.space import NoSpaceError, no_space
+from ldm.data.space import NoSpaceError, no_space, sync
 
 COMMIT_SECONDS = 30.0  # a killed process loses at most this much work
 LOCK = "lock"
@@ -190,7 +189,7 @@ class Writer:
         new.rename(self.folder / manifest.index)
         _write(self.folder / "manifest.new", manifest.to_json(self.kind).encode())
         (self.folder / "manifest.new").rename(self.folder / MANIFEST)
-        sync_folder(self.folder)
+        sync(self.folder)
         # the index before this one stays for those who have just read the old manifest
         for name in sorted(before - {manifest.index}, key=lambda name: (self.folder / name).stat().st_mtime_ns)[:-1]:
             (self.folder / name).unlink()

@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import mmap
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -247,12 +246,3 @@ def _map(path: Path, size: int) -> mmap.mmap | bytes:
     if hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
     return mapped
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

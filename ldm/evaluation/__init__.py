@@ -20,4 +20,6 @@ what is said
   evaluate.py      all of them, in one JSON file
   intervals.py     a figure with its uncertainty
   summary.py       the same for people
+  report.py        and to look at, in one HTML file; report_charts.py and charts.py draw its curves
+  run_record.py    what is known of the run that made the model
 """

@@ -1,8 +1,10 @@
 """All questions at once, and one JSON file with all answers: OUT/evaluation.json.
 
     OUT/evaluation.json      the answers; paths in it are relative to OUT
+    OUT/report.html          the same to look at, in one file
     OUT/pictures/            what was drawn, kept and used again when the same is asked of the same model
     OUT/real/                the real pictures that it is shown beside
+    OUT/reconstructed/       what the autoencoder makes of these
     OUT/features/            the vectors of the real pictures, by space
     OUT/sweep.png            retrieval and KID over guidance scale and steps
 
@@ -28,11 +30,11 @@ from ldm.evaluation.features import Space, embed_all, pixels_of
 from ldm.evaluation.gallery import Asked, Gallery, fingerprint
 from ldm.evaluation.intervals import RESAMPLES, mean_figure
 from ldm.evaluation.machine import machine, timing
+from ldm.evaluation.report import FILE, write_report
 from ldm.evaluation.subject import Settings, Subject
 from ldm.evaluation.sweep import GUIDANCE, STEPS, choose, plot, sweep, table
 
 SCHEMA = 1
-FILE = "evaluation.json"
 SEED = 0  # of t, eps and the shuffled captions
 
 
@@ -73,13 +75,15 @@ def evaluate(
     out: Path,
     plan: Plan | None = None,
     say: Callable[[str], None] = print,
+    command: str | None = None,
 ) -> dict[str, Any]:
-    """Examine a model and write OUT/evaluation.json.
+    """Examine a model and write OUT/evaluation.json and OUT/report.html.
 
     Args:
         pictures: the whole data set, training and held-out pictures.
         spaces: the pixel space first, then the feature nets.
         settings: how it shall draw.
+        command: what was typed, for whoever wants to do it again.
     Returns:
         What the file holds.
     Raises:
@@ -97,6 +101,7 @@ def evaluate(
     say("the loss on fixed questions, with true, shuffled and null captions")
     report: dict[str, Any] = {
         "schema": SCHEMA,
+        "command": command,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(subject.device),
         "model": describe_model(subject),
@@ -109,11 +114,12 @@ def evaluate(
     paths = {asked.name: subject.draw_all(asked, settings, out, plan.batch_size) for asked in sets}
     drawn = {name: embed_all(spaces, map(pixels_of, examine.parts(some))) for name, some in paths.items()}
 
-    ranks, report["retrieval"], report["reconstruction"] = {}, {}, {}
+    ranks, psnrs, report["retrieval"], report["reconstruction"] = {}, {}, {}, {}
     for asked in sets:
         say(f"retrieval of {len(asked)} {asked.name} captions among {len(pictures)} real pictures")
         told, ranks[asked.name] = examine.retrieval(spaces, gallery, real, drawn[asked.name], asked)
-        values, back = examine.reconstruction(subject, spaces, gallery, asked)
+        values, back = examine.reconstruction(subject, spaces, gallery, asked, out)
+        psnrs[asked.name] = values.tolist()
         ceiling, _ = examine.retrieval(spaces, gallery, real, back, asked)
         report["retrieval"][asked.name] = {"drawn": told, "ceiling": ceiling}
         report["reconstruction"][asked.name] = {"psnr_db": mean_figure(values, plan.resamples)}
@@ -134,6 +140,8 @@ def evaluate(
                 "seed": settings.seed + i,
                 "drawn": paths[asked.name][i].relative_to(out).as_posix(),
                 "real": gallery.save(number, out),
+                "reconstructed": examine.reconstructed(number),
+                "psnr_db": psnrs[asked.name][i],
                 "rank": {space.name: int(ranks[asked.name][space.name][i]) for space in spaces},
                 "nearest_training": {
                     space.name: describe_neighbor(gallery, neighbors[space.name][asked.name], i, out)
@@ -151,6 +159,7 @@ def evaluate(
         report["timing"] = timing(subject, judged.captions[0], settings)
     report["seconds"] = round(time.perf_counter() - started, 1)
     write(report, out / FILE)
+    write_report(out)
     return report
 
 

@@ -19,7 +19,7 @@ from ldm.evaluation.retrieval import distances, ranks, recall, same_caption
 from ldm.evaluation.subject import Subject
 from ldm.evaluation.text_use import TextQuestions, derangement, measure_text_use
 from ldm.models.conditioning import Conditioning
-from ldm.models.vae import decode, psnr
+from ldm.models.vae import decode, psnr, to_pictures
 
 Vectors = dict[str, Tensor]  # by space
 
@@ -106,18 +106,31 @@ def copies(
     return told, found
 
 
-def reconstruction(subject: Subject, spaces: Sequence[Space], gallery: Gallery, asked: Asked) -> tuple[Tensor, Vectors]:
-    """PSNR [N] in dB of real pictures through the autoencoder and back, and the vectors of what comes back."""
+def reconstruction(
+    subject: Subject, spaces: Sequence[Space], gallery: Gallery, asked: Asked, out: Path
+) -> tuple[Tensor, Vectors]:
+    """PSNR [N] in dB of real pictures through the autoencoder and back, and the vectors of what comes back.
+
+    What comes back is kept, as out/reconstructed/<number>.png.
+    """
     values: list[Tensor] = []
     vectors: dict[str, list[Tensor]] = {space.name: [] for space in spaces}
+    (out / "reconstructed").mkdir(parents=True, exist_ok=True)
     for part in parts(asked.numbers):
         pixels = gallery.pixels(part)
         with torch.no_grad():
             back = decode(subject.pipeline.vae, subject.latents(pixels)).cpu()
         values.append(psnr(back, pixels))
+        for number, picture in zip(part, to_pictures(back), strict=True):
+            picture.save(out / reconstructed(number))
         for space in spaces:
             vectors[space.name].append(space.embed(back).float())
     return torch.cat(values), {name: torch.cat(some) for name, some in vectors.items()}
+
+
+def reconstructed(number: int) -> str:
+    """Where the reconstruction of the real picture at this place is kept, relative to out."""
+    return f"reconstructed/{number:06d}.png"
 
 
 def text_fit(

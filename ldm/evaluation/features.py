@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
-from tqdm import tqdm
 
-from ldm.data.cache import load_pixels
-from ldm.data.captioned import CaptionedPictures
 from ldm.data.pictures import to_pixels, to_square
 from ldm.evaluation.retrieval import Metric
 from ldm.models.trust import check_model_folder, find_model, loading
@@ -191,13 +188,6 @@ def sha256_of(files: Iterable[Path]) -> str:
             while block := opened.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def pixel_batches(pictures: CaptionedPictures, size: int, doing: str) -> Iterator[Tensor]:
-    """The pictures, center crops, as pixels [<=32,3,size,size], with a progress bar."""
-    for start in tqdm(range(0, len(pictures), BATCH), desc=doing, unit="batch", leave=False):
-        rows = [pictures[i] for i in range(start, min(start + BATCH, len(pictures)))]
-        yield torch.stack([load_pixels(row, size) for row in rows])
 
 
 def pixels_of(paths: Sequence[Path]) -> Tensor:

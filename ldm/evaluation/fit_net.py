@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 from tqdm import tqdm
 
+from ldm.data.batches import pixel_batches
 from ldm.data.captioned import CaptionedPictures
 from ldm.data.rows import count
 from ldm.evaluation.contrastive import (
@@ -24,7 +25,6 @@ from ldm.evaluation.contrastive import (
     mean_pooled,
     save_net,
 )
-from ldm.evaluation.features import pixel_batches
 from ldm.evaluation.gallery import fingerprint
 from ldm.evaluation.retrieval import distances, ranks, recall, same_caption
 

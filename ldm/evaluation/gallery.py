@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.data.batches import pixel_batches, spread
 from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
-from ldm.evaluation.features import Space, embed_all, pixel_batches
+from ldm.evaluation.features import Space, embed_all
 from ldm.models.vae import to_pictures
 
 REFERENCE = 10_000  # pictures that others are compared with; all pairs of them have to fit into memory
@@ -115,12 +116,6 @@ class Gallery:
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pictures(self.pixels([number]))[0].save(path)
         return relative
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most so many of `count` places, spread evenly."""
-    chosen = min(most, count)
-    return [i * count // chosen for i in range(chosen)]
 
 
 def fingerprint(pictures: CaptionedPictures) -> str:

@@ -18,6 +18,7 @@ from ldm.diffusion.prediction import DIFFUSERS_NAMES, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.gallery import Asked
 from ldm.models.conditioning import Conditioning, denoise
+from ldm.models.fingerprint import model_sha256
 from ldm.models.text import TextEncoder
 from ldm.models.vae import encode
 
@@ -46,7 +47,7 @@ class Subject:
             raise ValueError(f"{folder}: only models that are told a caption, and nothing else, can be evaluated")
         self.pipeline = pipeline
         self.folder = folder
-        self.sha256 = folder_sha256(folder)
+        self.sha256 = model_sha256(pipeline)
         self.text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
         self.schedule = NoiseSchedule(pipeline.scheduler.betas.double())
         names: dict[str, Prediction] = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
@@ -114,17 +115,3 @@ def consecutive(numbers: Sequence[int], most: int) -> list[list[int]]:
         else:
             runs.append([number])
     return runs
-
-
-def folder_sha256(folder: Path) -> str:
-    """The SHA-256 of a pipeline's weights and configs, by name; how it is drawn from by default doesn't change it."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")):
-        relative = path.relative_to(folder)
-        if len(relative.parts) == 1 and relative.name != "model_index.json":
-            continue  # example prompts, default settings, and whatever else lies beside the networks
-        digest.update(f"{relative.as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -35,3 +35,19 @@ def tokenizer_facts(tokenizer: Any) -> list[Any]:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), **tokenizer.init_kwargs}
     sides = [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.special_tokens_map]
     return [rules, sides, tokenizer.model_max_length]
+
+
+def model_sha256(pipeline: Any) -> str:
+    """Which model this is: the SHA-256, in 64 hex digits, of all that decides what a pipeline draws.
+
+    Its networks as they are in memory (the same weights in another dtype draw something else), its tokenizer and its
+    scheduler. Not where it lies, nor how it is drawn from by default.
+    """
+    parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
+    facts = [
+        [None if part is None else fingerprint(part) for part in parts],
+        None if pipeline.tokenizer is None else tokenizer_facts(pipeline.tokenizer),
+        type(pipeline.scheduler).__name__,
+        {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")},
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

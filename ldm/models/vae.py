@@ -118,7 +118,7 @@ def downsampling(vae: Any) -> int:
 
 def encode(vae: Any, pixels: Tensor) -> Posterior:
     """pixels [B,3,H,W] in [-1,1] => the posterior over scaled latents [B,C,H/f,W/f]."""
-    encoded = vae.encode(pixels.to(vae.dtype))
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
     if hasattr(encoded, "latent_dist"):
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
     else:  # AutoencoderTiny has no posterior

@@ -18,6 +18,15 @@ loop.py           one step, one loop
 plain_loop.py     the loop of those that draw nothing
 vae_loop.py       the autoencoder's step
 classifier_loop.py  the step of the classifier of noisy latents
-checkpoint.py     atomic save, resume
+checkpoint.py     atomic save, verified resume
+trainee.py        what is trained, as plain tensors
+disk.py           folders that are whole or absent
+manifest.py       what a folder must hold, with hashes
+changes.py        which config keys may change on resume
+signals.py        SIGTERM, SIGINT, SIGUSR1
+peers.py          a lost rank ends the others
+health.py         numbers that are not numbers, losses that jump
+export.py         RUN/pipeline
+selfcheck.py      an exported pipeline is what was trained
 tracking.py       scalars and pictures
 """

@@ -1,80 +1,43 @@
 """A checkpoint can be resumed; a pipeline can be drawn from. This file is about checkpoints.
 
     RUN/checkpoints/step_0001000/
-        unet.safetensors  unet.ema.safetensors  unet.optimizer.safetensors  state.json
+        unet.safetensors  unet.ema.safetensors  unet.optimizer.safetensors  state.json  manifest.json
 
-A checkpoint is written into a temporary folder and renamed into place, so a folder of that name is always
-whole. There is no random state in it: every random number is a function of (seed, n), see draws.py.
-Weights are gathered by torch's own `distributed.checkpoint.state_dict`, which gives the same names and full
-tensors with one process, DDP and FSDP. Safetensors and JSON only: a checkpoint can't run code.
+A checkpoint is written into a temporary folder, listed with sizes and hashes in its manifest, flushed to the disk and
+renamed into place; only then are older ones deleted. So a folder of that name is whole, and what a disk does to it
+later is found out. There is no random state in it: every random number is a function of (seed, n), see draws.py; the
+position in the data and the learning rate are functions of the step. In fp16 the gradient scaler's state is there too.
+Safetensors and JSON only: a checkpoint can't run code.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 
-from ldm.models.ema import averaged
+from ldm.training.changes import check_changes, differences, digest
+from ldm.training.disk import check_room, hold, put_in_place, temporary_beside
+from ldm.training.manifest import fault, write_manifest
+from ldm.training.signals import RunError
+from ldm.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers.training_utils import EMAModel
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the other ranks get nothing
-EVERYWHERE = StateDictOptions(full_state_dict=True)
-
-
-@dataclass
-class Trainee:
-    """A network or another thing that learns, with what steps it and its average if it has them."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer | None = None
-    ema: EMAModel | None = None
-
-
-def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A network's whole weights, on the CPU of rank 0. Every rank must call it."""
-    weights: dict[str, Any] = get_model_state_dict(module, options=WHOLE)
-    return {name: tensor.clone() for name, tensor in weights.items()}
-
-
-def averaged_weights(module: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
-    """The averaged weights, likewise."""
-    with averaged(module, ema):
-        return whole_weights(module)
-
-
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as flat names, "<weight>:exp_avg"; its learning rate is a function of the step."""
-    state: Any = get_optimizer_state_dict(module, optimizer, options=WHOLE)
-    moments = state.get("state", {})
-    return {f"{weight}:{key}": value for weight, values in moments.items() for key, value in values.items()}
-
-
-def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
-    optimizer.zero_grad()  # torch makes room for the moments by a step without gradients
-    state: Any = get_optimizer_state_dict(module, optimizer, options=EVERYWHERE)
-    for name, tensor in tensors.items():
-        weight, key = name.rsplit(":", 1)
-        state["state"].setdefault(weight, {})[key] = tensor
-    set_optimizer_state_dict(module, optimizer, state, options=EVERYWHERE)
+SMALL_FILES = 1 << 16  # bytes that a checkpoint takes besides its tensors, generously
+DISK_ERRORS = (OSError, SafetensorError)  # the second is how safetensors reports the first
+FAILED = -2
 
 
 def save_checkpoint(
@@ -84,78 +47,171 @@ def save_checkpoint(
     trainees: Mapping[str, Trainee],
     accelerator: Accelerator,
     keep: int,
-) -> None:
-    """Write folder/step_<step>/ and delete all but the newest `keep`. Every rank must call it."""
-    files: dict[str, dict[str, Tensor]] = {}
-    for name, trainee in trainees.items():
-        files[name] = whole_weights(trainee.module)
-        if trainee.optimizer is not None:
-            files[f"{name}.optimizer"] = optimizer_tensors(trainee.module, plain(trainee.optimizer))
-        if trainee.ema is not None:
-            files[f"{name}.ema"] = averaged_weights(trainee.module, trainee.ema)
-    if accelerator.is_main_process:
-        final = folder / f"step_{step:07d}"
-        temporary = temporary_beside(final)
-        for name, tensors in files.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
-        state = {"step": step, "config": config}
-        (temporary / "state.json").write_text(json.dumps(state, indent=2), "utf-8")
-        put_in_place(temporary, final)
+    facts: Mapping[str, Any] | None = None,
+    *,
+    must: bool = False,
+) -> bool:
+    """Write folder/step_<step>/, then delete all but the newest `keep`. Every rank must call it.
+
+    A disk that is full or fails is no reason to stop training: the checkpoints that are there stay, a warning says
+    what is wrong, and the next save may succeed.
+
+    Args:
+        facts: what the data are, besides the config; compared on resume.
+        must: nothing comes after this one, so that failing is an error.
+    Returns:
+        Whether it was written; the same on every rank.
+    Raises:
+        RunError: if a number in it is not finite, or if it could not be written and `must` is set.
+    """
+    files = {name: tensors for key, trainee in trainees.items() for name, tensors in trainee.tensors(key).items()}
+    scaler = getattr(accelerator, "scaler", None)
+    state = {
+        "step": step,
+        "processes": accelerator.num_processes,
+        "facts": dict(facts or {}),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "config": config,
+        "config_sha256": digest(config),
+    }
+
+    def write() -> int:
+        check_finite(files, step)
+        try:
+            write_checkpoint(folder, step, state, files)
+        except DISK_ERRORS as error:
+            told = f"step {step} could not be saved in {folder}: {error}"
+            if must:
+                raise RunError(f"{told}; make room, then the same command goes on from the one before") from error
+            print(f"\nwarning: {told}; training goes on, and the checkpoints before it stay", file=sys.stderr)
+            return 0
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        return 1
+
+    return on_rank_0(accelerator, write) == 1
 
 
-def temporary_beside(final: Path) -> Path:
-    """An empty folder to fill before it takes the name of `final`; a killed process leaves it, and nothing reads it."""
-    temporary = final.with_name(f".{final.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
+def on_rank_0(accelerator: Accelerator, action: Callable[[], int]) -> int:
+    """What rank 0's `action` returns, on every rank; if it raises a RunError, every rank does."""
+    outcome, raised = 0, None
+    if accelerator.is_main_process:
+        try:
+            outcome = action()
+        except RunError as error:
+            outcome, raised = FAILED, error
+    outcome = int(broadcast(torch.tensor(outcome, device=accelerator.device)))
+    if outcome == FAILED:
+        raise raised or RunError("rank 0 says why")
+    return outcome
 
 
-def put_in_place(temporary: Path, final: Path) -> None:
-    """Rename a filled folder to its final name, where it replaces the old one."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)  # a folder can't be renamed onto another
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+def check_finite(files: Mapping[str, dict[str, Tensor]], step: int) -> None:
+    """The last gate: steps with such gradients are skipped, but a step itself can overflow."""
+    for name, tensors in files.items():
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise RunError(
+                    f"step {step} is not saved, since it is not finite: {name}, {key}. The checkpoints before it stay; "
+                    "lower the learning rate, and allow that: optim.lr=… 'resume.allow=[optim.lr]'"
+                )
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any], files: Mapping[str, dict[str, Tensor]]) -> None:
+    """Commit folder/step_<step>/, or raise one of DISK_ERRORS and leave everything as it was."""
+    tensors = [tensor for group in files.values() for tensor in group.values()]
+    final = folder / f"step_{step:07d}"
+    temporary = temporary_beside(final)
+    try:
+        check_room(folder, sum(tensor.nbytes for tensor in tensors) + SMALL_FILES)
+        for name, group in files.items():
+            save_file({key: value.contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=2), "utf-8")
+        write_manifest(temporary)
+        put_in_place(temporary, final)
+    except DISK_ERRORS:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.json").exists())
+    """The committed checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,}", path.name)]
+    return sorted(found, key=number_of)
 
 
-def load_checkpoint(path: Path, trainees: Mapping[str, Trainee]) -> int:
+def number_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def load_checkpoint(path: Path, trainees: Mapping[str, Trainee], accelerator: Accelerator | None = None) -> int:
     """Put a checkpoint's state into networks, optimizers and averages; returns its step. Every rank must call it."""
     state = json.loads((path / "state.json").read_text("utf-8"))
     for name, trainee in trainees.items():
-        if trainee.ema is not None:
-            set_model_state_dict(trainee.module, dict(load_file(path / f"{name}.ema.safetensors")), options=EVERYWHERE)
-            trainee.ema.optimization_step = state["step"]
-            for shadow, parameter in zip(trainee.ema.shadow_params, trainee.module.parameters(), strict=True):
-                shadow.data.copy_(parameter.data)
-        set_model_state_dict(trainee.module, dict(load_file(path / f"{name}.safetensors")), options=EVERYWHERE)
-        if trainee.optimizer is not None:
-            moments = load_file(path / f"{name}.optimizer.safetensors")
-            load_optimizer_tensors(trainee.module, plain(trainee.optimizer), moments)
+        files = {file: load_file(path / f"{file}.safetensors") for file in trainee.files(name)}
+        trainee.load(name, files, state["step"])
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is not None and state["scaler"] is not None:
+        scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
-def resume(folder: Path, trainees: Mapping[str, Trainee], accelerator: Accelerator, steps: int) -> int:
-    """Load the newest checkpoint in `folder`, if there is one; returns the step to go on from."""
-    found = checkpoints(folder)
-    if not found:
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; broken ones are renamed, which one line each tells."""
+    for left in folder.glob(".step_*"):  # a killed process was writing or deleting it
+        shutil.rmtree(left, ignore_errors=True)
+    for path in reversed(checkpoints(folder)):
+        wrong = fault(path)
+        if wrong is None:
+            return path
+        aside = next(name for i in range(1, 1000) if not (name := path.with_name(f"{path.name}.broken-{i}")).exists())
+        path.rename(aside)
+        print(f"{path} is broken: {wrong}; set aside as {aside.name}")
+    return None
+
+
+def resume(
+    folder: Path,
+    trainees: Mapping[str, Trainee],
+    accelerator: Accelerator,
+    steps: int,
+    config: dict[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    trained: str = "unet",
+) -> int:
+    """Load the newest whole checkpoint in `folder`, if there is one; returns the step to go on from.
+
+    The run's folder is held from now on. Every rank must call it.
+
+    Args:
+        config: the run's, as nested dicts; `resume.allow` lists keys that may have changed.
+        facts: what the data are, besides the config.
+        trained: "unet" or "vae", which read different parts of the config.
+    Raises:
+        RunError: if the config differs where it matters, or another process trains in this folder.
+    """
+
+    def find() -> int:
+        hold(folder.parent)
+        found = newest(folder)
+        return -1 if found is None else number_of(found)
+
+    step = on_rank_0(accelerator, find)
+    if step < 0:
         return 0
-    step = load_checkpoint(found[-1], trainees)
-    accelerator.print(f"going on from {found[-1]}, step {step} of {steps}")
+    path = folder / f"step_{step:07d}"
+    state = json.loads((path / "state.json").read_text("utf-8"))
+    known = {name: (state["facts"].get(name), value) for name, value in (facts or {}).items()}
+    changed = differences(state["config"], config, trained, known)
+    rounding, allowed = check_changes(changed, config.get("resume", {}).get("allow", ()), path)
+    if state["processes"] != accelerator.num_processes:
+        rounding.append(f"processes {state['processes']} => {accelerator.num_processes}")
+    load_checkpoint(path, trainees, accelerator)
+    told = f"going on from {path}, step {step} of {steps}"
+    if allowed:
+        told += f"; allowed: {', '.join(allowed)}"
+    if rounding:
+        told += f"; not exact to the last bit, sums are taken in another order: {', '.join(rounding)}"
+    accelerator.print(told)
     return step
-
-
-def plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, if there is one."""
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner

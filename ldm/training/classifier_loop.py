@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.batches import evenly, pixel_batches
 from ldm.data.cache import LatentCache, load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.data.labels import Labels
@@ -21,11 +22,11 @@ from ldm.diffusion.timesteps import at_share
 from ldm.evaluation.accuracy import LabelledLatents, accuracy
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.vae import Posterior, encode
-from ldm.training.checkpoint import put_in_place, temporary_beside, whole_weights
 from ldm.training.config import ClassifierTrainingConfig, Config, DataConfig
-from ldm.training.draws import epoch_order, generator
-from ldm.training.latents import evenly, pixel_batches
+from ldm.training.disk import put_in_place, temporary_beside
+from ldm.training.draws import generator, row_of
 from ldm.training.plain_loop import PlainTraining
+from ldm.training.trainee import whole_weights
 
 ASKED = 1024  # held-out pictures, at most: an accuracy is then known to 0.02
 
@@ -50,8 +51,7 @@ class LabelledSamples(Dataset[dict[str, Any]]):
     cache: LatentCache | None
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        epoch, position = divmod(n, len(self.pictures))
-        number = int(epoch_order(self.seed, epoch, len(self.pictures))[position])
+        number = row_of(self.seed, n, len(self.pictures))
         rng = generator(self.seed, "classifier sample", n)
         u, x, y, flip = torch.rand(4, generator=rng, dtype=torch.float64)
         flipped = self.data.flip and float(flip) < 0.5
@@ -93,8 +93,8 @@ class ClassifierTraining(PlainTraining):
         """The classifier itself, out of what accelerate wraps it in."""
         return self.accelerator.unwrap_model(self.trainees["classifier"].module)  # type: ignore[no-any-return]
 
-    def step(self, step: int, batch: dict[str, Tensor]) -> Tensor:
-        """One step on a batch of `LabelledSamples`; returns its loss in nats, detached."""
+    def step(self, step: int, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """One step on a batch of `LabelledSamples`; the loss is in nats."""
         device = self.accelerator.device
         x0 = self.latents(batch).sample(batch["posterior_noise"].to(device))
         trainee, labels = self.trainees["classifier"], batch["label"].to(device)
@@ -102,8 +102,8 @@ class ClassifierTraining(PlainTraining):
             loss = classifier_loss(
                 trainee.module, self.classifier.schedule, x0, batch["t"], batch["eps"].to(device), labels
             ).mean()
-        self.update(trainee, loss, step)
-        return loss.detach()
+        skipped = self.update(trainee, loss, step)
+        return loss.detach(), skipped
 
     def latents(self, batch: dict[str, Tensor]) -> Posterior:
         """The posterior of each sample, on the device."""
@@ -137,9 +137,7 @@ def labelled_questions(config: Config, heldout: CaptionedPictures, labels: Label
     rows = evenly(heldout, ASKED)
     if not len(rows):
         return None
-    mean = torch.cat(
-        [encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, vae.device, "asking")]
-    )
+    mean = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "asking")])
     ids = torch.from_numpy(labels.ids(rows)).to(vae.device)
     rng = generator(config.seed, "held out")
     return LabelledLatents.fixed(mean, ids, config.diffusion.timesteps, rng)

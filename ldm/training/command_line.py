@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import sys
@@ -84,18 +85,33 @@ def nearest_key(message: str) -> str:
 
 
 def start(main: Callable[[Config], object], description: str | None) -> None:
-    """Parse the command line and run `main`; bad data and Ctrl-C end the program with words, not with a traceback."""
+    """Parse the command line and run `main`; errors that say what to do, and signals, end the program with words.
+
+    Exit codes: 0 done, 1 an error, 2 a wrong command line; 130 Ctrl-C, 143 SIGTERM, 75 SIGUSR1 (saved, start me
+    again); 76 another rank is gone (docs/reliability.md).
+    """
     # their warnings concern their own authors: no torchvision, a BERT where CLIP was expected
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from ldm.data.captioned import BadDataError
-    from ldm.data.records import DamagedError
-    from ldm.data.space import NoSpaceError
+    from ldm.training.signals import RunError, Stopped, install
 
+    install()
     try:
         main(parse_config(description=description))
-    except (BadDataError, NoSpaceError, DamagedError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)  # what shells give a program that Ctrl-C ended
+    except (ValueError, OSError, ModuleNotFoundError, RunError) as error:
+        leave_group()
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        way_out = "; make room, then the same command goes on from where it was" if full else ""
+        sys.exit(f"error: {error}{way_out}")
+    except Stopped as stopped:
+        leave_group()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{stopped.signal.name}: {stopped.saved}; the same command goes on from there", file=sys.stderr)
+        raise
+
+
+def leave_group() -> None:
+    """Take leave of the other ranks, if torch has been loaded and there are any."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -194,6 +194,9 @@ class LoopConfig:
         prompts: drawn every `sample_every` steps and at the end.
         guidance_scale, num_inference_steps: how they are drawn.
         evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
+        max_skipped: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
+        spike: a loss so many robust standard deviations above the running median is written to log.jsonl with the
+            pictures of its batch; 0 is never.
     """
 
     steps: int = 100_000
@@ -212,11 +215,13 @@ class LoopConfig:
     guidance_scale: float = 3.0
     num_inference_steps: int = 20
     evaluation_pictures: int = 64
+    max_skipped: int = 20
+    spike: float = 8.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "num_inference_steps"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "num_inference_steps", "max_skipped"):
             check(f"loop.{name}", getattr(self, name), at_least=1)
-        for name in ("threads", "sample_every", "evaluate_every", "checkpoint_every", "evaluation_pictures"):
+        for name in ("threads", "sample_every", "evaluate_every", "checkpoint_every", "evaluation_pictures", "spike"):
             check(f"loop.{name}", getattr(self, name), at_least=0)
         check("loop.threads", self.threads, at_most=4096)
         check("loop.guidance_scale", self.guidance_scale, at_least=0, at_most=100)
@@ -224,6 +229,17 @@ class LoopConfig:
             raise ValueError(
                 f"loop.batch_size: {self.batch_size} can't be divided into loop.accumulation={self.accumulation} parts"
             )
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    """What a stopped run may be resumed with.
+
+    Attributes:
+        allow: keys that may differ from the checkpoint's config although they change what is learned.
+    """
+
+    allow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -251,6 +267,14 @@ class Config:
     classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+
+    def __post_init__(self) -> None:
+        if self.text.encoder is not None and not self.data.caption_columns:
+            raise ValueError(
+                "data.caption_columns: a model that knows text needs captions; name their columns, or set "
+                "text.encoder=null"
+            )
 
     def __post_init__(self) -> None:
         check("seed", self.seed, at_least=0)

@@ -8,10 +8,11 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.data.batches import evenly
 from ldm.data.conditioned import ConditionedPictures
 from ldm.grid import captioned_grid
 from ldm.training.config import Config
-from ldm.training.latents import evenly
+from ldm.training.signals import Noted
 
 DRAWN_AT_ONCE = 16
 UNASKED = 8  # pictures in the grid of a model that isn't told anything, or that is told a picture
@@ -52,8 +53,13 @@ def wish_of(config: Config, rows: ConditionedPictures, number: int) -> Wish:
     return Wish(prompt or name or "", prompt, name, rows.condition(number).image())
 
 
-def draw_wishes(pipeline: Any, wishes: Sequence[Wish], config: Config) -> Image.Image:
-    """A grid of what was wished for."""
+def draw_wishes(pipeline: Any, wishes: Sequence[Wish], config: Config, signal: Noted) -> Image.Image | None:
+    """A grid of what was wished for; None if a signal came meanwhile."""
+
+    def leave_if_asked(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = bool(signal)  # the stock way out: the steps that are left are passed over
+        return {}
+
     pipeline.set_progress_bar_config(desc="drawing", leave=False)
     pictures: list[Image.Image] = []
     for start in range(0, len(wishes), DRAWN_AT_ONCE):
@@ -68,6 +74,9 @@ def draw_wishes(pipeline: Any, wishes: Sequence[Wish], config: Config) -> Image.
             num_inference_steps=config.loop.num_inference_steps,
             guidance_scale=config.loop.guidance_scale,
             seed=config.seed + start,
+            callback_on_step_end=leave_if_asked,
         )
+        if signal:
+            return None
         pictures += drawn.images
     return captioned_grid(pictures, [wish.caption for wish in wishes])

@@ -50,13 +50,18 @@ def epoch_order(seed: int, epoch: int, rows: int) -> Tensor:
     return torch.randperm(rows, generator=generator(seed, "epoch", epoch))
 
 
-def draw(seed: int, n: int, *, rows: int, latent_shape: tuple[int, int, int], caption_dropout: float) -> Draw:
-    """Everything that chance decides for sample n; each epoch visits every picture once."""
+def row_of(seed: int, n: int, rows: int) -> int:
+    """Which of so many pictures sample n shows; each epoch visits every picture once."""
     epoch, position = divmod(n, rows)
+    return int(epoch_order(seed, epoch, rows)[position])
+
+
+def draw(seed: int, n: int, *, rows: int, latent_shape: tuple[int, int, int], caption_dropout: float) -> Draw:
+    """Everything that chance decides for sample n."""
     rng = generator(seed, "sample", n)
     dropped, caption, x, y, flip, u = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
     return Draw(
-        row=int(epoch_order(seed, epoch, rows)[position]),
+        row=row_of(seed, n, rows),
         caption=None if dropped < caption_dropout else caption,
         crop=(x, y),
         flip=flip < 0.5,

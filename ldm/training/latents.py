@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import tqdm  # silent on all ranks but the first
 from PIL import Image
 from torch import Tensor
 
+from ldm.data.batches import evenly, pixel_batches
 from ldm.data.cache import load_pixels
-from ldm.data.captioned import CaptionedPictures, Row
-from ldm.data.conditioned import ConditionedPictures
+from ldm.data.captioned import CaptionedPictures
 from ldm.data.rows import count
 from ldm.grid import captioned_grid
 from ldm.models.fingerprint import fingerprint
@@ -22,26 +21,10 @@ from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normali
 from ldm.training.config import Config
 from ldm.training.ranks import while_others_wait
 
-Pictures = TypeVar("Pictures", CaptionedPictures, ConditionedPictures)
-
-BATCH = 32
 MEASURED = 4096  # pictures; the mean of a channel is then known to well under a hundredth of its std
 CHECKED = 512
 SCALE_FILE = "vae_scale.json"  # in RUN
 STD_RANGE = (0.9, 1.1)
-
-
-def evenly(pictures: Pictures, most: int) -> Pictures:
-    """At most so many of the pictures, spread evenly over all of them."""
-    chosen = min(most, len(pictures))
-    return pictures.select(i * len(pictures) // chosen for i in range(chosen))
-
-
-def pixel_batches(pictures: Sequence[Row], size: int, device: torch.device, doing: str) -> Iterator[Tensor]:
-    """The pictures, center crops, as pixels [<=32,3,size,size] on the device, with a progress bar."""
-    for start in tqdm(range(0, len(pictures), BATCH), desc=doing, unit="batch", leave=False):
-        rows = [pictures[i] for i in range(start, min(start + BATCH, len(pictures)))]
-        yield torch.stack([load_pixels(row, size) for row in rows]).to(device)
 
 
 def load_normalized(config: Config, device: torch.device) -> Any:
@@ -110,7 +93,7 @@ def measure_on(
     """Mean and std of each latent channel [C], over at most so many of these pictures."""
 
     def posteriors() -> Iterator[Posterior]:
-        for pixels in pixel_batches(evenly(pictures, most), size, vae.device, "measuring latents"):
+        for pixels in pixel_batches(evenly(pictures, most), size, "measuring latents"):
             yield encode(vae, pixels)
             tick()
 
@@ -143,7 +126,7 @@ def reconstruction_psnr(vae: Any, pictures: CaptionedPictures, size: int, most: 
     return torch.cat(
         [
             psnr(decode(vae, encode(vae, pixels).mean), pixels).cpu()
-            for pixels in pixel_batches(evenly(pictures, most), size, vae.device, "reconstructing")
+            for pixels in pixel_batches(evenly(pictures, most), size, "reconstructing")
         ]
     )
 

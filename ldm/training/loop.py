@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,28 @@ from accelerate.utils import tqdm
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler
+from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler, at_share
 from ldm.evaluation.heldout import by_quarter
 from ldm.evaluation.text_use import TextQuestions, measure_text_use
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged, build_ema
-from ldm.training.checkpoint import (
-    Trainee,
-    averaged_weights,
-    put_in_place,
-    resume,
-    save_checkpoint,
-    temporary_beside,
-)
+from ldm.training.checkpoint import resume, save_checkpoint
 from ldm.training.config import Config, to_dict
 from ldm.training.drawing import Wish, draw_wishes
 from ldm.training.encoders import Encoders
+from ldm.training.export import BuildPipeline, export
+from ldm.training.health import Watch, batch_of, mean_of_finite, telling, update
 from ldm.training.learning_rate import learning_rate
 from ldm.training.objective import Objective, build_objective, build_timesteps
+from ldm.training.peers import Peers
 from ldm.training.samples import Batch, Samples, batches, numbers_of
+from ldm.training.signals import Noted, Stopped, noted
 from ldm.training.tracking import Tracker
+from ldm.training.trainee import Trainee
 
-#: U-Net weights on the CPU => the pipeline they make.
-BuildPipeline = Callable[[dict[str, Tensor]], Any]
+STORED = 8  # samples in the batch that exported pipelines are asked
 
 
 @dataclass
@@ -105,10 +103,16 @@ class Training:
         losses = self.objective(lambda x_t, t: self.answer(x_t, t, batch.conditioning), batch.x0, t, batch.eps)
         return t, losses, weight.to(losses)
 
-    def step(self, step: int, parts: list[Batch]) -> Tensor:
-        """One optimizer step on the accumulated parts of this process's share; returns its mean loss, detached."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+    def prediction(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's prediction [B,C,h,w], without the variance if it is learned."""
+        return self.answer(x_t, t, conditioning)[:, : x_t.shape[1]]
+
+    def step(self, step: int, parts: list[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the accumulated parts of this process's share.
+
+        Returns:
+            Its mean loss, detached, and 1.0 if the step was skipped because a gradient was not finite, else 0.0.
+        """
         total = torch.zeros((), device=self.accelerator.device)
         seen = []
         for i, batch in enumerate(parts):
@@ -116,32 +120,43 @@ class Training:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet):
                 t, losses, weight = self.losses(batch)
                 loss = (weight * losses).mean() / len(parts)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(telling(loss))
             total += loss.detach()
             seen.append((t.to(losses.device), losses.detach()))
-        self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.optim.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        lr = self.learning_rate(step)
+        skipped = update(self.accelerator, self.unet, self.optimizer, lr, self.config.optim.clip)
         self.ema.step(self.unet.parameters())
-        if isinstance(self.timesteps, LossSecondMoment):
+        if isinstance(self.timesteps, LossSecondMoment) and not skipped.item():
             everyone = self.accelerator.gather(tuple(map(torch.cat, zip(*seen, strict=True))))
             self.timesteps.update(*(tensor.cpu() for tensor in everyone))
-        return total
+        return total, skipped
 
     @torch.no_grad()
     def heldout(self, questions: TextQuestions) -> dict[str, float]:
         """The held-out loss of the averaged weights, and by how much wrong captions and none raise it."""
         self.unet.eval()
         with averaged(self.unet, self.ema):
-            use = measure_text_use(
-                lambda x_t, *told: self.answer(x_t, *told)[:, : x_t.shape[1]],  # without the variance, if it is learned
-                self.schedule,
-                self.config.diffusion.prediction,
-                questions,
-            )
+            use = measure_text_use(self.prediction, self.schedule, self.config.diffusion.prediction, questions)
         self.unet.train()
         names = {"shuffled": "text_gap", "null": "null_gap"}
         return {**by_quarter(use.true), **{names[name]: float(gap.mean()) for name, gap in use.gaps().items()}}
+
+    def error(self, batch: Batch) -> Tensor:
+        """The plain squared error of the prediction on a batch, whatever is minimized; a scalar."""
+        t, kind = at_share(batch.u, self.schedule.T), self.config.diffusion.prediction
+        return diffusion_loss(
+            lambda x_t, t: self.prediction(x_t, t, batch.conditioning),
+            self.schedule, batch.x0, t, batch.eps, prediction=kind,
+        ).mean()  # fmt: skip
+
+    @torch.no_grad()
+    def averaged_error(self, batch: Batch) -> float:
+        """The error of the averaged weights on a batch. Every rank must call it."""
+        self.unet.eval()
+        with averaged(self.unet, self.ema):
+            error = float(self.error(batch))
+        self.unet.train()
+        return error
 
 
 def fit(
@@ -163,54 +178,105 @@ def fit(
         encoders: of the samples if they have no cache; else let go as soon as a pipeline is saved and has drawn.
     Returns:
         The loss of each step that this call trained, averaged over all processes.
+    Raises:
+        Stopped: by a signal, with this step saved.
+        RunError: if too many steps in a row were not finite, or what must be saved can't be.
     """
     config, accelerator, loop = training.config, training.accelerator, training.config.loop
-    folder = Path(config.run) / "checkpoints"
-    first = resume(folder, training.trainees, accelerator, loop.steps)
+    folder, facts = Path(config.run) / "checkpoints", {"pictures": len(samples.source)}
+    first = resume(folder, training.trainees, accelerator, loop.steps, to_dict(config), facts)
 
-    numbers = numbers_of(
-        first, loop.steps, loop.batch_size, loop.accumulation, accelerator.process_index, accelerator.num_processes
-    )
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    numbers = numbers_of(first, loop.steps, loop.batch_size, loop.accumulation, rank, processes)
     stream = batches(samples, numbers, accelerator.device, encoders)
-    losses: list[Tensor] = []
+    stored = next(batches(samples, [list(range(STORED))], accelerator.device, encoders))
+    watch = Watch(
+        accelerator,
+        tracker,
+        batch_of(config.seed, loop.batch_size, samples.source.pictures),
+        training.learning_rate,
+        max_skipped=loop.max_skipped,
+        spike=loop.spike,
+    )
     history: list[float] = []
-    bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, unit="step", desc="U-Net")
-    for step in bar:
-        losses.append(training.step(step, [next(stream) for _ in range(loop.accumulation)]))
-        done = step + 1
-        if due(done, loop.log_every, loop.steps):
-            history += log_losses(training, losses, done, bar, tracker)
-            losses = []
+
+    def save(done: int) -> None:
+        last = done == loop.steps or watch.signal != 0
+        save_checkpoint(folder, done, to_dict(config), training.trainees, accelerator, loop.keep, facts, must=last)
+
+    def show(done: int, signal: Noted) -> None:
+        """What follows a checkpoint; a run that was killed in it does it again."""
         if questions is not None and due(done, loop.evaluate_every, loop.steps):
             log_heldout(training, questions, done, bar, tracker)
-        saving, drawing = due(done, loop.checkpoint_every, loop.steps), due(done, loop.sample_every, loop.steps)
-        if saving:
-            save_checkpoint(folder, done, to_dict(config), training.trainees, accelerator, loop.keep)
-        if saving or drawing or done == loop.steps:
-            show(training, wishes, build_pipeline, tracker, done, drawing)
+        drawing = due(done, loop.sample_every, loop.steps)
+        if drawing or due(done, loop.checkpoint_every, loop.steps) or done == loop.steps:
+            save_and_draw(training, wishes if drawing else (), build_pipeline, stored, done, tracker, signal)
             if samples.cache is not None:
                 encoders.free()
             accelerator.wait_for_everyone()
+
+    bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, unit="step", desc="U-Net")
+    with noted() as signal, Peers(accelerator) as peers:
+        if first:
+            show(first, signal)
+        for step in bar:
+            loss, skipped = training.step(step, [next(stream) for _ in range(loop.accumulation)])
+            watch.hear(step, loss, skipped, signal.number)
+            done = step + 1
+            if due(done, loop.log_every, loop.steps) or watch.signal:
+                history += log_losses(training, watch, done, bar, tracker)
+            saving = due(done, loop.checkpoint_every, loop.steps)
+            if saving or watch.signal:
+                save(done)
+            if watch.signal:
+                peers.close()
+                accelerator.wait_for_everyone()
+                tracker.close()
+                raise Stopped(watch.signal, f"step {done} of {loop.steps} is saved in {folder}")
+            show(done, signal)
+        peers.close()
+        accelerator.wait_for_everyone()
     tracker.close()
     return history
 
 
-def log_losses(training: Training, losses: list[Tensor], done: int, bar: Any, tracker: Tracker) -> list[float]:
-    """Average the last steps' losses over all processes and tell them: one synchronization a line, none a step."""
-    loop = training.config.loop
-    mean: list[float] = training.accelerator.reduce(torch.stack(losses), "mean").tolist()
+def save_and_draw(
+    training: Training,
+    wishes: Sequence[Wish],
+    build_pipeline: BuildPipeline,
+    stored: Batch,
+    done: int,
+    tracker: Tracker,
+    signal: Noted,
+) -> None:
+    """Save RUN/pipeline and draw the wishes with it. Every rank must call it."""
+    pipeline = export(training, build_pipeline, stored, done)
+    if pipeline is not None and wishes:
+        grid = draw_wishes(pipeline, wishes, training.config, signal)
+        if grid is not None:
+            tracker.picture("samples", done, grid)
+
+
+def log_losses(training: Training, watch: Watch, done: int, bar: Any, tracker: Tracker) -> list[float]:
+    """Tell the losses since the last line; returns each of them, NaN and infinities of skipped steps included."""
+    losses = watch.take_losses()
     scalars = {
-        "loss": sum(mean) / len(mean),
         "lr": training.learning_rate(done - 1),
-        "images_per_second": (bar.format_dict["rate"] or 0.0) * loop.batch_size,
+        "images_per_second": (bar.format_dict["rate"] or 0.0) * training.config.loop.batch_size,
     }
+    if watch.skipped:
+        scalars["skipped"] = watch.skipped
+    mean = mean_of_finite(losses)
+    if mean is not None:
+        scalars["loss"] = mean
     tracker.scalars(done, scalars)
-    bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.1f} images/s")
-    return mean
+    told = "no step was finite" if mean is None else f"loss {mean:.4f}"
+    bar.set_postfix_str(f"{told}, {scalars['images_per_second']:.1f} images/s")
+    return losses
 
 
 def log_heldout(training: Training, questions: TextQuestions, done: int, bar: Any, tracker: Tracker) -> None:
-    """Tell the loss on the held-out pictures, in total and by quarter of t, and how much the captions matter."""
+    """Tell the loss on the held-out pictures, in total and by quarter of t."""
     heldout = training.heldout(questions)
     tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})
     if training.accelerator.is_main_process:
@@ -221,30 +287,3 @@ def log_heldout(training: Training, questions: TextQuestions, done: int, bar: An
 def due(done: int, every: int, steps: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens now; 0 is never."""
     return every > 0 and (done % every == 0 or done == steps)
-
-
-def export(training: Training, build_pipeline: BuildPipeline) -> Any:
-    """Save RUN/pipeline with the averaged weights; returns it on rank 0, None elsewhere. Every rank must call it."""
-    weights = averaged_weights(training.unet, training.ema)
-    if not training.accelerator.is_main_process:
-        return None
-    pipeline = build_pipeline(weights)
-    final = Path(training.config.run) / "pipeline"
-    temporary = temporary_beside(final)
-    pipeline.save_pretrained(temporary)
-    put_in_place(temporary, final)
-    return pipeline
-
-
-def show(
-    training: Training,
-    wishes: Sequence[Wish],
-    build_pipeline: BuildPipeline,
-    tracker: Tracker,
-    done: int,
-    drawing: bool,
-) -> None:
-    """Save RUN/pipeline and, if asked, draw the wishes with it. Every rank must call it."""
-    pipeline = export(training, build_pipeline)
-    if pipeline is not None and drawing and wishes:
-        tracker.picture("samples", done, draw_wishes(pipeline, wishes, training.config))

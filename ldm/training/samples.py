@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.batches import BATCH, evenly, pixel_batches
 from ldm.data.cache import LatentCache, choose_caption, load_pixels
 from ldm.data.captioned import Row
 from ldm.data.conditioned import ConditionedPictures
@@ -27,7 +28,7 @@ from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.draws import Draw, draw, generator
 from ldm.training.encoders import Encoders
-from ldm.training.latents import BATCH, evenly, pixel_batches
+from ldm.training.signals import ignore_in_worker
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def fixed_questions(
         return None
 
     def latents(rows: Sequence[Row]) -> Tensor:
-        batches = pixel_batches(rows, config.data.size, vae.device, "asking")
+        batches = pixel_batches(rows, config.data.size, "asking")
         return torch.cat([encode(vae, pixels).mean for pixels in batches])
 
     context = channels = class_labels = None
@@ -187,6 +188,7 @@ def batches(samples: Samples, numbers: list[list[int]], device: torch.device, en
         batch_sampler=numbers,
         num_workers=0 if samples.cache is not None else samples.data.workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_in_worker,
     )
     for collated in loader:
         yield to_batch(collated, device, encoders)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import json
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +23,71 @@ class Tracker:
         self.run = run
         self.silent = silent
         self.board: Any = None
+        self.told = False
         if silent:
             return
         run.mkdir(parents=True, exist_ok=True)
-        self.log = (run / "log.jsonl").open("a", encoding="utf-8")
+        cut_torn_line(run / "log.jsonl")
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"))
+            with self.tolerating("TensorBoard"):
+                self.board = SummaryWriter(str(run / "tensorboard"))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log named numbers at a step."""
         if self.silent:
             return
-        self.log.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self.log.flush()
+        self.line({"step": step, "time": round(time.time(), 3), **values})
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            with self.tolerating("TensorBoard"):
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+
+    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
+        """Log something that happened at a step: {"step": …, "event": name, …}."""
+        if not self.silent:
+            self.line({"step": step, "time": round(time.time(), 3), "event": name, **values})
+
+    def line(self, values: dict[str, Any]) -> None:
+        """Append a whole line to log.jsonl, or nothing."""
+        path = self.run / "log.jsonl"
+        with self.tolerating(path), path.open("ab", buffering=0) as log:
+            start, line = log.seek(0, 2), (json.dumps(values) + "\n").encode()
+            if log.write(line) != len(line):  # a disk that is nearly full takes a part
+                log.truncate(start)
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    @contextlib.contextmanager
+    def tolerating(self, what: object) -> Iterator[None]:
+        """What can't be written for want of room is told once; it is no reason to stop training."""
+        try:
+            yield
+        except OSError as error:
+            if not self.told:
+                print(f"\nwarning: {what} could not be written: {error}; training goes on", file=sys.stderr)
+            self.told = True
 
     def picture(self, name: str, step: int, picture: Image.Image) -> Path | None:
         """Save RUN/<name>/step_<step>.png and show it in TensorBoard; returns its path."""
         if self.silent:
             return None
         path = self.run / name / f"step_{step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-        if self.board:
-            self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        with self.tolerating(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            if self.board:
+                self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         return path
 
     def close(self) -> None:
-        if not self.silent:
-            self.log.close()
-            if self.board:
+        if self.board:
+            with self.tolerating("TensorBoard"):
                 self.board.close()
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop the end of a file after its last newline: a killed process was writing it."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)

@@ -21,7 +21,7 @@ from ldm.data.cache import load_pixels
 from ldm.data.captioned import CaptionedPictures
 from ldm.models.discriminator import PatchDiscriminator, fooling_loss, judge_loss
 from ldm.training.config import Config, DataConfig, VAETrainingConfig
-from ldm.training.draws import epoch_order, generator
+from ldm.training.draws import generator, row_of
 from ldm.training.plain_loop import PlainTraining
 
 
@@ -48,8 +48,7 @@ class PixelSamples(Dataset[dict[str, Tensor]]):
         self.pictures, self.data, self.seed, self.latent_shape = pictures, data, seed, latent_shape
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        epoch, position = divmod(n, len(self.pictures))
-        row = self.pictures[int(epoch_order(self.seed, epoch, len(self.pictures))[position])]
+        row = self.pictures[row_of(self.seed, n, len(self.pictures))]
         rng = generator(self.seed, "vae sample", n)
         x, y, flip = torch.rand(3, generator=rng, dtype=torch.float64).tolist()
         pixels = load_pixels(row, self.data.size, self.data.crop, (x, y), self.data.flip and flip < 0.5)
@@ -103,8 +102,8 @@ class VAETraining(PlainTraining):
     def recipe(self) -> VAETrainingConfig:
         return self.config.vae_training
 
-    def step(self, step: int, batch: dict[str, Tensor]) -> Tensor:
-        """One step of the VAE, and of its judge once there is one; returns the VAE's loss, detached."""
+    def step(self, step: int, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """One step of the VAE, and of its judge once there is one."""
         recipe, device = self.recipe, self.accelerator.device
         pixels, noise = batch["pixels"].to(device), batch["noise"].to(device)
         vae, judge = self.trainees["vae"], self.trainees.get("discriminator")
@@ -118,9 +117,9 @@ class VAETraining(PlainTraining):
                 judge.module.requires_grad_(False)
                 loss = loss + recipe.adversarial * fooling_loss(judge.module(output))
                 judge.module.requires_grad_(True)
-        self.update(vae, loss, step)
+        skipped = self.update(vae, loss, step)
         if judge is not None and judging:
             with self.accelerator.autocast():
                 verdict = judge_loss(judge.module(pixels), judge.module(output.detach()))
-            self.update(judge, verdict, step)
-        return loss.detach()
+            skipped = torch.maximum(skipped, self.update(judge, verdict, step))
+        return loss.detach(), skipped

@@ -1,0 +1,161 @@
+"""`ldm sample`: prompts in; a picture, a grid or a folder of pictures out. Single pictures carry their recipe."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its recipe inside)
+  ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
+  ldm sample runs/demo/pipeline "red heart" "pizza" --each drawn       (a file for each)
+  ldm sample --like heart.png runs/demo/pipeline --out again.png       (the same picture again)"""
+MODELS = ("models/*/model_index.json", "runs/*/pipeline/model_index.json")  # where --like looks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ldm sample`."""
+    add = parser.add_argument
+    add("model", nargs="?", help="a pipeline folder (RUN/pipeline) or a Hub id; --like finds it in models/ and runs/")
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; nothing if the model knows no text")
+    add("--out", type=Path, help="PNG file to write: the picture, or a grid of several (default: samples.png)")
+    add("--each", type=Path, metavar="FOLDER", help="write every picture into a file of its own")
+    add("--like", type=Path, metavar="PICTURE", help="draw a picture again by the recipe that it carries")
+    add("--steps", type=int, help="network evaluations per picture (default: the pipeline's, or 20)")
+    add("--guidance-scale", type=float,
+        help="how strictly to follow the prompt; 1 is off (default: the pipeline's, or 3)")  # fmt: skip
+    add("--negative-prompt", help="what to steer away from")
+    add("--classifier", help="a classifier's folder (RUN/classifier) that steers towards --class-label")
+    add("--class-label", nargs="+", metavar="CLASS",
+        help="the class to draw, or to steer towards; one for all pictures or one each")  # fmt: skip
+    add("--condition", type=Path, metavar="FILE", help="the picture to make pictures of")
+    add("--classifier-scale", type=float, default=1.0, help="how strongly the classifier steers (default: 1)")
+    add("--images-per-prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
+    add("--seed", type=int, default=0, help="of the first picture; the others count on (default: 0)")
+    add("--columns", type=int, default=4, help="pictures in a row (default: 4)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw."""
+    if arguments.like is not None:
+        draw_again(arguments)
+        return
+    if arguments.model is None:
+        raise ValueError("prompts: name a pipeline folder and what to draw, or a picture to draw again with --like")
+    draw(arguments)
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """Draw the prompts into a picture, a grid or a folder."""
+    from ldm import recipe
+    from ldm.arguments import one_each
+    from ldm.data.pictures import decode
+    from ldm.grid import captioned_grid
+    from ldm.models.classifier import NoisyClassifier
+    from ldm.models.fingerprint import model_sha256
+    from ldm.pipeline import LDMPipeline
+
+    pipeline = LDMPipeline.from_pretrained(arguments.model).to_best_device()
+    prompts, labels, count = arguments.prompts or [None], arguments.class_label or [None], arguments.images_per_prompt
+    asks = max(len(prompts), len(labels))
+    prompts, labels = one_each("prompts", prompts, asks), one_each("--class-label", labels, asks)
+    told: dict[str, Any] = {
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
+        "negative_prompt": arguments.negative_prompt,
+        "condition": decode(arguments.condition.read_bytes()) if arguments.condition else None,
+        "classifier": NoisyClassifier.load(arguments.classifier) if arguments.classifier else None,
+        "classifier_scale": arguments.classifier_scale,
+    }
+    out = arguments.out or (None if arguments.each else Path("samples.png"))
+    words = [prompt or label or "" for prompt, label in zip(prompts, labels, strict=True)]
+    captions = [word for word in words for _ in range(max(1, count))]
+    pictures: list[Any] = []
+    if arguments.each or len(captions) == 1:
+        model = model_sha256(pipeline)
+        for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
+            asked = {**told, "prompt": prompt, "class_label": label, "seed": arguments.seed + i * count}
+            drawn: Any = pipeline(**asked, num_images_per_prompt=count)
+            recipe.stamp(drawn.images, pipeline, model, **asked)
+            pictures += drawn.images
+    else:
+        asked = {**told, "prompt": arguments.prompts or None, "class_label": arguments.class_label}
+        drawn = pipeline(**asked, num_images_per_prompt=count, seed=arguments.seed)
+        pictures = drawn.images
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        if arguments.each:
+            recipe.save(picture, arguments.each / file_name(arguments.seed + i, caption))
+    if out is not None and len(pictures) == 1:
+        recipe.save(pictures[0], out)
+    elif out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        captioned_grid(pictures, captions, columns=arguments.columns).save(out)
+    where = " and ".join(str(place) for place in (arguments.each, out) if place is not None)
+    print(f"{len(pictures)} pictures are in {where}" if len(pictures) > 1 else f"the picture is in {where}")
+
+
+def draw_again(arguments: argparse.Namespace) -> None:
+    """Draw a picture by its recipe, and say whether it is the same and, if not, why."""
+    from ldm import recipe
+    from ldm.models.classifier import NoisyClassifier
+
+    if arguments.prompts:
+        raise ValueError("prompts: with --like the picture's recipe says what to draw; leave them out")
+    wanted = recipe.read(arguments.like)
+    if wanted.condition:
+        raise ValueError(f"{arguments.like}: it was made of another picture, which its recipe doesn't hold")
+    if bool(wanted.classifier) != bool(arguments.classifier):
+        use = "was steered by a classifier; name it" if wanted.classifier else "was drawn without one; leave it out"
+        raise ValueError(f"--classifier: {arguments.like} {use}")
+    pipeline, model = load(arguments.model, wanted.model)
+    steering: dict[str, Any] = {}
+    if wanted.classifier:
+        classifier = NoisyClassifier.load(arguments.classifier)
+        steering = {"classifier": classifier, "classifier_scale": wanted.classifier_scale}
+    asked = wanted.arguments()
+    drawn: Any = pipeline(**asked, **steering)
+    told = {key: value for key, value in asked.items() if key not in ("width", "height", "num_images_per_prompt")}
+    recipe.stamp(drawn.images, pipeline, model, **told, **steering)
+    out = arguments.out or Path("samples.png")
+    before = arguments.like.read_bytes()  # which --out may be about to replace
+    recipe.save(drawn.images[wanted.place], out)
+    if out.read_bytes() == before:
+        print(f"the same picture, byte for byte, is in {out}")
+        return
+    again = recipe.read(out)
+    names = ("model", "scheduler", "classifier", "drawn_with")
+    differ = [name for name in names if getattr(again, name) != getattr(wanted, name)]
+    reasons = [f"{name}: {getattr(wanted, name)} then, {getattr(again, name)} now" for name in differ]
+    reasons = reasons or ["another machine rounds otherwise"]
+    print(f"drawn again in {out}, but not the same file\n  " + "\n  ".join(reasons))
+
+
+def load(named: str | None, sha256: str) -> tuple[Any, str]:
+    """The pipeline that was named, or the one of this hash among models/ and runs/; and its hash.
+
+    Raises:
+        ValueError: if none was named and none of them has it.
+    """
+    from ldm.models.fingerprint import model_sha256
+    from ldm.pipeline import LDMPipeline
+
+    folders = [str(path.parent) for pattern in MODELS for path in sorted(Path().glob(pattern))]
+    for folder in [named] if named else folders:
+        pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
+        found = model_sha256(pipeline)
+        if found == sha256:
+            return pipeline, found
+        if named:
+            print(f"warning: {named} isn't the model that drew it (SHA-256 {found[:12]}…, "
+                  f"not {sha256[:12]}…), so it will draw another picture", file=sys.stderr)  # fmt: skip
+            return pipeline, found
+    tried = ", ".join(folders) or "there are no models"
+    raise ValueError(f"model: none in models/ and runs/ has the SHA-256 {sha256[:12]}… ({tried}); name the folder")
+
+
+def file_name(seed: int, caption: str | None) -> str:
+    """00007-red-heart.png."""
+    words = re.sub(r"[^\w]+", "-", caption or "", flags=re.ASCII).strip("-").lower()[:60]
+    return f"{seed:05d}-{words}.png" if words else f"{seed:05d}.png"

@@ -1,0 +1,106 @@
+"""Folders that are whole or absent, whatever happens to the process, the machine or the disk.
+
+A folder is filled beside its final name, flushed to the disk file by file, and swapped in by a single rename.
+What it replaces is deleted only after that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO
+
+from ldm.data.space import sync
+from ldm.training.signals import RunError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+PATIENCE = 10.0  # seconds that a process which is just leaving is given
+_held: dict[Path, IO[str]] = {}
+
+
+def temporary_beside(final: Path) -> Path:
+    """An empty folder to fill before it takes the name of `final`; a killed process leaves it, and nothing reads it."""
+    settle(final)
+    temporary = final.with_name(f".{final.name}.new")
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Flush a filled folder to the disk and give it its final name, where it replaces the old one."""
+    flush(temporary)
+    if not final.exists():
+        temporary.rename(final)
+    elif not exchange(temporary, final):
+        final.rename(old_of(final))  # a folder can't be renamed onto another; `settle` repairs what is cut off here
+        temporary.rename(final)
+    sync(final.parent)
+    settle(final)
+
+
+def settle(final: Path) -> None:
+    """Finish or undo what a killed process left around a folder's name."""
+    old = old_of(final)
+    if old.exists() and not final.exists():
+        old.rename(final)
+    for left in (old, final.with_name(f".{final.name}.new")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def old_of(final: Path) -> Path:
+    """Where a folder waits while another takes its name, on systems that can't exchange two names."""
+    return final.with_name(f".{final.name}.old")
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one atomic step (renameat2); False where the system or the file system can't."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    done: int = libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+    return done == 0
+
+
+def flush(folder: Path) -> None:
+    """Make every file and folder below, and `folder` itself, survive a power cut."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise an OSError (ENOSPC) if the disk that `folder` lies on has not so many bytes free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free", str(folder))
+
+
+def hold(run: Path) -> None:
+    """Keep other processes out of a run's folder until this one ends, however it ends.
+
+    Raises:
+        RunError: if another process has it.
+    """
+    if run in _held:
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / ".lock").open("w")
+    until = time.monotonic() + PATIENCE
+    while run not in _held:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file.close()  # a file system without locks
+            if time.monotonic() > until:
+                told = f"run: another process is training in {run}; wait for it, or name another folder"
+                raise RunError(told) from None
+            time.sleep(0.1)
+        else:
+            _held[run] = file

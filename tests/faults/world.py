@@ -1,0 +1,304 @@
+"""A tiny training to break: forked from a warm process, killed at will, compared with a run that nothing happened to.
+
+The process that imports this never runs a backward pass or starts a thread, so that it can fork: a child costs
+milliseconds where a fresh Python costs seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import road
+import tiny
+import torch
+import torch.utils.tensorboard
+from accelerate import Accelerator  # noqa: F401
+
+import ldm.pipeline  # noqa: F401
+from ldm.data.captioned import read_captioned
+from ldm.models.vae import VAEConfig, build_vae, normalize
+from ldm.training import caching, command_line, latents, loop, plain_loop, vae_loop
+from ldm.training.checkpoint import checkpoints, number_of
+from ldm.training.config import Config
+from ldm.training.manifest import fault, sha256
+from train import train_ldm, train_vae
+
+torch.set_num_threads(1)
+HANG = 240.0  # seconds after which a child counts as hanging
+STEPS, SAVE_EVERY = 9, 3
+PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "drawing")
+
+
+class Board:
+    """What a child is doing, in memory that it shares with its parent: the phase and the step that is running."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 16)
+
+    def write(self, phase: str | None = None, step: int | None = None) -> None:
+        if phase is not None:
+            self.memory[0:1] = bytes([PHASES.index(phase)])
+        if step is not None:
+            self.memory[8:16] = struct.pack("q", step)
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self.memory[0]]
+
+    @property
+    def step(self) -> int:
+        return int(struct.unpack("q", self.memory[8:16])[0])
+
+
+@dataclass
+class Child:
+    """A forked process."""
+
+    pid: int
+    said: Path
+    board: Board
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def ended(self) -> bool:
+        """Whether it is over, without taking its exit code."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def wait(self, most: float = HANG) -> int | None:
+        """Its exit code, -9 for SIGKILL, or None if it hung and had to be killed."""
+        until = time.monotonic() + most
+        while time.monotonic() < until:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        self.kill()
+        os.waitpid(self.pid, 0)
+        return None
+
+    @property
+    def words(self) -> str:
+        return self.said.read_text("utf-8", errors="replace")
+
+
+def fork(action: Callable[[], object], said: Path, board: Board | None = None, **environment: str) -> Child:
+    """Run `action` in a child whose output goes to a file; exits with 0, a SystemExit's code, or 99 for a traceback."""
+    board = board or Board()
+    board.write("start", 0)
+    said.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return Child(pid, said, board)
+    code = 99
+    try:
+        file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(environment)
+        watched(board)
+        action()
+        code = 0
+    except SystemExit as left:
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+        code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def watched(board: Board) -> None:
+    """Let the training say what it does."""
+
+    def announce(owner: Any, name: str, phase: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            board.write(phase)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                board.write("training")
+
+        setattr(owner, name, wrapper)
+
+    announce(caching, "build_cache", "cache")
+    announce(loop, "save_checkpoint", "saving")
+    announce(plain_loop, "save_checkpoint", "saving")
+    announce(loop, "export", "exporting")
+    announce(loop, "log_heldout", "evaluating")
+    announce(loop, "draw_wishes", "drawing")
+    for training in (loop.Training, vae_loop.VAETraining):
+        counted(training, board)
+
+
+def counted(training: Any, board: Board) -> None:
+    """Let a training say which step is running, from 1."""
+    original = training.step
+
+    def step(self: Any, step: int, *args: Any) -> Any:
+        board.write("training", step + 1)
+        return original(self, step, *args)
+
+    training.step = step
+
+
+class World:
+    """A folder of pictures, a text encoder and a VAE, and recipes that train on them for a second or two."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        child = fork(self.build, home / "said" / "building")  # accelerate's state is made at its first use, for good
+        assert child.wait() == 0, child.words
+
+    def build(self) -> None:
+        """Make what the trainings start from."""
+        home = self.home
+        road.draw_folder(home / "data")
+        tiny.save_text_encoder(home / "text", "bert", width=16)
+        torch.manual_seed(0)
+        pictures = read_captioned(home / "data", progress=False)
+        vae = build_vae(VAEConfig(channels=(16, 16), layers=1)).eval().requires_grad_(False)
+        normalize(vae, *latents.measure_on(vae, pictures, tiny.SIZE, 24))
+        vae.save_pretrained(home / "vae")
+
+    def recipe(self, kind: str, run: Path, **words: Any) -> Config:
+        """The config of one kind of training."""
+        shared: dict[str, Any] = {
+            "run": str(run),
+            "vae": str(self.home / "vae"),
+            "vae_model__channels": [16, 16],
+            "vae_training__steps": STEPS,
+            "vae_training__checkpoint_every": SAVE_EVERY,
+            "vae_training__log_every": 1,
+            "vae_training__adversarial": 0.1,
+            "vae_training__adversarial_start": 4,
+            "unet__channels": [32, 32],
+            "optim__decay": "cosine",
+            "loop__steps": STEPS,
+            "loop__log_every": 1,
+            "loop__checkpoint_every": SAVE_EVERY,
+            "loop__evaluate_every": 4,
+            "loop__sample_every": STEPS,
+            "loop__evaluation_pictures": 4,
+            "loop__prompts": ["red heart"],
+        }
+        kinds: dict[str, dict[str, Any]] = {
+            "cached": {"loop__accumulation": 2},
+            "workers": {"data__cache": "off", "data__workers": 2, "data__flip": "true"},
+            "vae": {"data__workers": 2},
+        }
+        return road.recipe(self.home, **{**shared, **kinds[kind], **words})
+
+    def train(
+        self, kind: str, config: Config, board: Board | None = None, before: Callable[[], object] = lambda: None,
+        **environment: str
+    ) -> Child:  # fmt: skip
+        """Fork a training as its command would run it, exit codes included; `before` may break something first."""
+        main = train_vae.main if kind == "vae" else train_ldm.main
+
+        def command() -> None:
+            before()
+            command_line.parse_config = lambda description: config
+            command_line.start(main, "")
+
+        rank = environment.get("RANK", "0")
+        return fork(command, self.home / "said" / f"{Path(config.run).name}-{rank}", board, **environment)
+
+    def train_two(self, kind: str, config: Config) -> list[Child]:
+        """The same in two processes with gloo, as torchrun would start them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared["ACCELERATE_USE_CPU"] = "true"
+        return [self.train(kind, config, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+
+
+def checkpoint_folder(kind: str, config: Config) -> Path:
+    return Path(config.run) / ("vae_checkpoints" if kind == "vae" else "checkpoints")
+
+
+def newest_step(kind: str, config: Config) -> int:
+    """The step of the newest checkpoint, 0 if there is none; a broken one is an error here."""
+    found = checkpoints(checkpoint_folder(kind, config))
+    for path in found:
+        assert fault(path) is None, (path, fault(path))
+    return number_of(found[-1]) if found else 0
+
+
+def losses(config: Config) -> list[tuple[int, str]]:
+    """Every logged (step, loss), in order, the loss as it is written, to the last digit."""
+    import json
+
+    rows = []
+    for line in (Path(config.run) / "log.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line, parse_float=str)
+        rows += [(row["step"], str(row[name])) for name in ("loss", "vae/loss") if name in row and "event" not in row]
+    return rows
+
+
+def hashes(kind: str, config: Config) -> dict[str, str]:
+    """The hashes of the last checkpoint's tensors and of what is handed on."""
+    last = checkpoints(checkpoint_folder(kind, config))[-1]
+    found = {path.name: sha256(path) for path in sorted(last.glob("*.safetensors"))}
+    result = "vae" if kind == "vae" else "pipeline/unet"
+    file = Path(config.run) / result / "diffusion_pytorch_model.safetensors"
+    return {**found, "step": last.name, result: sha256(file)}
+
+
+@dataclass
+class Reference:
+    """The run that nothing happened to."""
+
+    losses: dict[int, str]
+    hashes: dict[str, str]
+    seconds: float
+
+    def differing(self, config: Config) -> tuple[int, int]:
+        """How many logged losses differ from the reference's, and of how many; a step without a loss differs."""
+        found = losses(config)
+        wrong = sum(self.losses[step] != loss for step, loss in found)
+        return wrong + len(self.losses.keys() - {step for step, _ in found}), len(found)
+
+
+def reference(world: World, kind: str, processes: int = 1) -> Reference:
+    """Run it once without trouble."""
+    config = world.recipe(kind, world.home / f"reference-{kind}-{processes}")
+    start = time.monotonic()
+    children = [world.train(kind, config)] if processes == 1 else world.train_two(kind, config)
+    for child in children:
+        assert child.wait() == 0, child.words[-4000:]
+    return Reference(dict(losses(config)), hashes(kind, config), time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def clean(config: Config) -> Iterator[None]:
+    """Delete a run's folder afterwards: two hundred of them would fill the disk."""
+    import shutil
+
+    try:
+        yield
+    finally:
+        shutil.rmtree(config.run, ignore_errors=True)
