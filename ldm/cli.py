@@ -145,7 +145,7 @@ def run_doctor(arguments: argparse.Namespace) -> None:
     config = parse_config(["--config", arguments.config, *arguments.overrides])
     from ldm.training.doctor import run
 
-    if any(found.state == "problem" for found in run(config)):
+    if not run(config):
         sys.exit(1)
 
 

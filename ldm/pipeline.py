@@ -34,8 +34,9 @@ from ldm.data.pictures import to_pixels, to_square
 from ldm.defaults import Defaults
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
+from ldm.models.loading import load_networks, loading
 from ldm.models.text import TextEncoder
-from ldm.models.trust import check_index, check_model_folder, loading, read_json
+from ldm.models.trust import check_index, check_model_folder, read_json
 from ldm.models.vae import encode
 from ldm.steering import ClassifierSteering, steered
 
@@ -90,7 +91,8 @@ class LDMPipeline(StableDiffusionPipeline):
         Raises:
             FileNotFoundError: if a name that looks like a folder isn't a pipeline's.
             ValueError: for use_safetensors=False, since the other format, pickle, can run code; for an argument that
-                asks for a stranger's code; for a folder that holds more than data (`ldm.models.trust`).
+                asks for a stranger's code; for a folder that holds more than data (`ldm.models.trust`), or weights
+                of other networks than its configs'.
             OSError: if there is no such Hub id, or its weights aren't safetensors.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
@@ -98,13 +100,19 @@ class LDMPipeline(StableDiffusionPipeline):
         for name in ("custom_pipeline", "trust_remote_code", "use_flashpack", "use_onnx"):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name}: a pipeline holds data alone, and no code of its own is run")
+        for name in ("device_map", "quantization_config"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name}: networks are loaded whole, as they are; then move them with pipe.to(device)")
         folder = find_pipeline(pretrained_model_name_or_path, **kwargs)
         check_model_folder(folder)
+        index = read_json(folder / "model_index.json")
+        for part in ("text_encoder", "tokenizer"):
+            if index.get(part) == [None, None]:
+                kwargs.setdefault(part, None)  # diffusers wants to be told that a model knows no text
+        wanted = {name: value for name, value in index.items() if name not in kwargs}
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        kwargs |= load_networks(folder, wanted, kwargs.get("variant"), dtype)
         with loading(folder):
-            index = read_json(folder / "model_index.json")
-            for part in ("text_encoder", "tokenizer"):
-                if index.get(part) == [None, None]:
-                    kwargs.setdefault(part, None)  # diffusers wants to be told that a model knows no text
             pipeline: LDMPipeline = super().from_pretrained(str(folder), **{**kwargs, "local_files_only": True})
         if (folder / PROMPTS_FILE).exists():
             try:

@@ -1,7 +1,7 @@
 """Pictures that are in a data set twice, and held-out pictures that training has seen: a leak.
 
 Pictures are compared as thumbnails of 16 x 16 colors, which another size, format or quality hardly changes. Perceptual
-hashes of gray pictures (dHash, pHash) would take one drawing in two colors for the same.
+hashes (pHash, dHash) look at gray shapes, and take drawings for the same that differ in color: flags, skin tones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from ldm.data.captioned import CaptionedPictures, Row
+from ldm.data.captioned import Row
 from ldm.data.pictures import to_square
 
 EDGE = 16
@@ -33,18 +33,15 @@ class Pair:
         return f"{self.first.where} and {self.second.where}"
 
 
-def thumbnails(pictures: CaptionedPictures) -> npt.NDArray[np.float32]:
+def thumbnails(pictures: Sequence[Row]) -> npt.NDArray[np.float32]:
     """float32 [N, 16 * 16 * 3] in [0, 255], with a progress bar."""
     rows = tqdm(pictures, desc="looking for duplicates", unit="picture", leave=False)
     return np.stack([to_square(row.image(), EDGE).reshape(-1) for row in rows]).astype(np.float32)
 
 
-def duplicates(pictures: CaptionedPictures, small: npt.NDArray[np.float32]) -> tuple[list[Pair], list[Pair]]:
-    """Pairs within one split, and pairs of a training and a held-out picture; each row with its nearest earlier one.
-
-    Args:
-        small: of all rows, as `thumbnails` makes them.
-    """
+def duplicates(pictures: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs within one split, and pairs of a training and a held-out picture; each row with its nearest earlier one."""
+    small = thumbnails(pictures)
     within: list[Pair] = []
     across: list[Pair] = []
     splits = [row.split for row in pictures]
@@ -68,7 +65,16 @@ def _distances(some: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -
     return roots
 
 
+def alike(pairs: Sequence[Pair]) -> str:
+    """How alike these pairs are: `look the same`, `look nearly the same`, or how many of each."""
+    same = sum(pair.distance == 0 for pair in pairs)
+    if same in (0, len(pairs)):
+        return "look the same" if same else "look nearly the same"
+    return f"look the same ({same}) or nearly so ({len(pairs) - same})"
+
+
 def named(pairs: Sequence[Pair], most: int = 3) -> str:
-    """The first of these pairs, and how many more there are."""
-    more = f" and {len(pairs) - most} more" if len(pairs) > most else ""
-    return "; ".join(map(str, pairs[:most])) + more
+    """The first of these pairs, the most alike first, and how many more there are; a line each."""
+    first = sorted(pairs, key=lambda pair: pair.distance)[:most]
+    more = f"\nand {len(pairs) - most} more" if len(pairs) > most else ""
+    return "".join(f"\n{pair}" for pair in first) + more

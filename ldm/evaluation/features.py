@@ -20,7 +20,8 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from ldm.data.pictures import to_pixels, to_square
 from ldm.evaluation.retrieval import Metric
-from ldm.models.trust import check_model_folder, find_model, loading
+from ldm.models.loading import find_model, load_network, loading
+from ldm.models.trust import check_model_folder
 
 BATCH = 32
 BLURRED = 16  # edge to which the pixel space averages pictures
@@ -122,8 +123,8 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
 
     folder = find_model(spec)
     check_model_folder(folder)
-    with loading(folder):
-        model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    # a pooler's output is not read; classifiers' files have none
+    model = load_network(transformers.AutoModel, folder, unused=("pooler.",), whole=False)
     model.eval().requires_grad_(False).to(device)
     edge, mean, std = _preprocessing(folder, spec)
     class_token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import NoiseSchedule, gather, noise_config, schedule_from_config
-from ldm.models.trust import check_model_folder, loading, read_json
+from ldm.models.loading import load_network, loading
+from ldm.models.trust import check_model_folder, read_json
 
 SCHEDULE_FILE = "scheduler_config.json"
 MAX_LOG_SNR = 20.0  # where it is cut: infinite at zero terminal SNR
@@ -128,9 +129,7 @@ class NoisyClassifier(nn.Module):
         check_model_folder(folder)
         with loading(folder):
             schedule = schedule_from_config(read_json(folder / SCHEDULE_FILE))
-            network = ConvNextV2ForImageClassification.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True
-            )
+        network = load_network(ConvNextV2ForImageClassification, folder)
         return cls(network, schedule).eval().requires_grad_(False)
 
 

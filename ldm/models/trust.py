@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +40,6 @@ CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_co
              "quantization_config")  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 MAX_JSON_BYTES = 1 << 27  # the largest tokenizer.json of the known encoders is a tenth of it
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-
-
-def find_model(name: str | Path) -> Path:
-    """A folder as it is; a Hub id => the folder of its snapshot, which is downloaded without code and pickles.
-
-    Raises:
-        OSError: if there is no such folder or id.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", str(name)):
-        raise FileNotFoundError(f"there is no folder {str(name)[:200]!r}")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
-
-
-@contextmanager
-def loading(folder: Path) -> Iterator[None]:
-    """Inside, a library loads a folder that was checked; what goes wrong there becomes a ValueError that names it."""
-    try:
-        yield
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # a config that makes no network, weights of another one
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise ValueError(f"{folder}: its files make no model ({type(error).__name__}: {reason})") from error
 
 
 def check_model_folder(folder: str | Path) -> None:

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.models.trust import check_model_folder, find_model, loading, read_json
+from ldm.models.loading import find_model, load_network
+from ldm.models.trust import check_model_folder, read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -92,7 +93,7 @@ def load_vae(name: str | Path) -> Any:
     Args:
         name: a folder (a VAE's own, or a pipeline's that has one in `vae/`) or a Hub id.
     Raises:
-        ValueError: if it holds another class of model, or more than data (`ldm.models.trust`).
+        ValueError: if it holds another class of model, weights of another, or more than data (`ldm.models.trust`).
         OSError: if there is no such folder or id.
     """
     import diffusers
@@ -106,14 +107,18 @@ def load_vae(name: str | Path) -> Any:
     class_name = read_json(folder / "config.json").get("_class_name")
     if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
-    with loading(folder):
-        vae = getattr(diffusers, class_name).from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return vae.eval().requires_grad_(False)
+    return load_network(getattr(diffusers, class_name), folder).eval().requires_grad_(False)
 
 
 def downsampling(vae: Any) -> int:
     """How many pixels, along an edge, one latent stands for."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of pictures of so many pixels along an edge."""
+    edge = size // downsampling(vae)
+    return (int(vae.config.latent_channels), edge, edge)
 
 
 def encode(vae: Any, pixels: Tensor) -> Posterior:

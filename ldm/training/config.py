@@ -252,11 +252,14 @@ class Config:
         vae: a pretrained VAE, as a folder or a Hub id; null means the one that train_vae.py leaves in RUN/vae.
         vae_model: the autoencoder that train_vae.py builds.
         classifier: the classifier that train_classifier.py builds.
+        doctor: before a run's first step, see whether disk and memory are large enough, and take a few steps to see
+            how long they take and whether anything is learned. `ldm doctor` does that and more, and trains nothing.
     """
 
     run: str = "runs/ldm"
     seed: int = 0
     vae: str | None = None
+    doctor: bool = True
     data: DataConfig = field(default_factory=DataConfig)
     vae_model: VAEConfig = field(default_factory=VAEConfig)
     vae_training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
@@ -270,14 +273,12 @@ class Config:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def __post_init__(self) -> None:
+        check("seed", self.seed, at_least=0)
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(
                 "data.caption_columns: a model that knows text needs captions; name their columns, or set "
                 "text.encoder=null"
             )
-
-    def __post_init__(self) -> None:
-        check("seed", self.seed, at_least=0)
 
     def cache_folder(self) -> Path | None:
         """Where latents and contexts are kept; None if they aren't."""
