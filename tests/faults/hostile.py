@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 
 class Payload:
@@ -167,6 +171,29 @@ def weights(header: bytes | dict[str, Any], data: bytes = b"", length: int | Non
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
+def reweigh(path: str, change: Callable[[dict[str, Any]], object]) -> Harm:
+    """Change the tensors of a good safetensors file, which stays one."""
+
+    def harm(folder: Path) -> None:
+        tensors = load_file(folder / path)
+        change(tensors)
+        save_file(tensors, folder / path, {"format": "pt"})
+
+    return harm
+
+
+def one_less(tensors: dict[str, Any]) -> object:
+    return tensors.pop(min(tensors))
+
+
+def one_more(tensors: dict[str, Any]) -> None:
+    tensors["evil.weight"] = torch.zeros(1)
+
+
+def wider(tensors: dict[str, Any]) -> None:
+    tensors["conv_in.bias"] = torch.zeros(99)
+
+
 def pipelines(canary: Path, outside: Path) -> dict[str, tuple[Harm, str]]:
     """{kind: (what is done to a good pipeline folder, what the error must name)}; `outside` is a folder beside it."""
     index, unet, text = "model_index.json", "unet/config.json", "text_encoder/config.json"
@@ -261,6 +288,13 @@ def pipelines(canary: Path, outside: Path) -> dict[str, tuple[Harm, str]]:
             write("unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": "x.bin"}}'),
             "weight_map",
         ),
+        "weights of another network": (
+            lambda folder: shutil.copy(folder / "vae/diffusion_pytorch_model.safetensors", folder / numbers),
+            f"{numbers}: its weights are not those of the UNet2DConditionModel in config.json: it lacks conv_in.bias",
+        ),
+        "a weight is missing": (reweigh(numbers, one_less), f"{numbers}: its weights are not those of the UNet2DCondi"),
+        "a weight too many": (reweigh(numbers, one_more), "it holds evil.weight"),
+        "a weight of another shape": (reweigh(numbers, wider), "conv_in.bias"),
         "channels as text": (edit(unet, block_out_channels="evil"), "pipeline"),
         "negative channels": (edit(unet, block_out_channels=[-32, 64]), "pipeline"),
         "blocks by name": (edit(unet, down_block_types=["os.system", "x"]), "pipeline"),

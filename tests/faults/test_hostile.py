@@ -30,8 +30,9 @@ from hypothesis import strategies as st
 
 from ldm import LDMPipeline, cli
 from ldm.arguments import check_prompts
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.features import load_space
-from ldm.models.classifier import NoisyClassifier
+from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.trust import COMPONENTS, check_index, check_model_folder
 from ldm.models.vae import load_vae
@@ -158,7 +159,7 @@ def test_no_argument_lets_code_in(name: str, tiny_pipeline_folder: Path) -> None
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
-@pytest.mark.parametrize("kind", ["auto_map", "pickle", "link", "attention", "cut"])
+@pytest.mark.parametrize("kind", ["auto_map", "pickle", "link", "attention", "cut", "short"])
 def test_other_models_are_checked_by_the_same_hand(
     part: str, kind: str, canary: Path, outside: Path, tmp_path: Path, tiny_pipeline_folder: Path
 ) -> None:
@@ -173,6 +174,7 @@ def test_other_models_are_checked_by_the_same_hand(
         "link": hostile.link(file, outside / "secret"),
         "attention": hostile.edit("config.json", _attn_implementation="evil/kernel"),
         "cut": hostile.write("config.json", "{"),
+        "short": hostile.reweigh(file, hostile.one_less),
     }[kind](folder)
     loads: list[Any] = [lambda: load_vae(folder)]
     if part == "text_encoder":
@@ -191,6 +193,16 @@ def test_a_hostile_classifier_is_refused(canary: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "evil.Net"}}))
     (tmp_path / "evil.py").write_text(hostile.source(canary))
     with pytest.raises(ValueError, match="auto_map"):
+        NoisyClassifier.load(tmp_path)
+
+
+def test_a_classifier_without_all_of_its_weights_is_refused(tmp_path: Path) -> None:
+    whole = build_classifier(ClassifierConfig((8, 16), 1), latent_shape=(4, 8, 8), names=["a", "b"],
+                             schedule=NoiseSchedule.linear())  # fmt: skip
+    whole.save(tmp_path)
+    assert NoisyClassifier.load(tmp_path).names == ("a", "b")
+    hostile.reweigh("model.safetensors", hostile.one_less)(tmp_path)
+    with pytest.raises(ValueError, match=r"model.safetensors: its weights are not those .* it lacks classifier.bias"):
         NoisyClassifier.load(tmp_path)
 
 
@@ -325,7 +337,7 @@ def test_any_prompt_is_taken_or_refused_by_name(prompt: Any, pipe: LDMPipeline) 
         ["sample", "MODEL", "cat", "--images-per-prompt", "0"],
         ["sample", "MODEL", "cat", "--seed", "-1"],
         ["sample", "MODEL", "cat", "--seed", "9" * 5000],
-        ["sample", "MODEL", "cat", "--steps", "1", "--columns", "0"],
+        ["sample", "MODEL", "cat", "dog", "--steps", "1", "--columns", "0"],
         ["sample", "MODEL", "cat", "--classifier", "/etc"],
         ["sample", "MODEL", "cat", "--steps", "1", "--out", "/dev/null/x.png"],
         ["sample", "/etc", "cat"],
@@ -344,6 +356,8 @@ def test_any_prompt_is_taken_or_refused_by_name(prompt: Any, pipe: LDMPipeline) 
         ["data", "cache", "\0"],
         ["data", "openmoji", "/dev/null/out", "--size", "16"],
         ["data", "openmoji", "out", "--size", "-1"],
+        ["doctor", "--config", "/etc/passwd"],
+        ["doctor", "--config", "\0", "data.source=/dev/null"],
         ["evil"],
         [],
     ],
