@@ -40,6 +40,8 @@ CSS = """
 #status div.bar div {height: 100%; border-radius: 3px; background: var(--primary-500); transition: width .2s}
 @media (min-width: 800px) {#pictures {min-height: 512px}}
 """
+# what every launch of the page is given; it serves no folder, and takes no large file
+SERVING: dict[str, Any] = {"theme": THEME, "css": CSS, "allowed_paths": [], "max_file_size": "32mb"}
 
 
 class Stopped(Exception):
@@ -238,9 +240,8 @@ def main() -> None:
             server_name=arguments.host,
             server_port=arguments.port,
             share=arguments.share,
-            theme=THEME,
-            css=CSS,
             footer_links=[],
+            **SERVING,
         )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
+
+MAX_CHARACTERS = 20_000  # a limit before the tokenizer's own, which takes time to find out
+# what no tokenizer has learned: control characters that are not white space, and surrogates without a partner
+_UNREADABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 def check_known(given: Iterable[str], known: frozenset[str]) -> None:
@@ -32,6 +37,12 @@ def check_prompts(name: str, prompts: Any, tokenizer: Any) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{name}: expected texts, got {type(text).__name__} {text!r}")
+        if found := _UNREADABLE.search(text):
+            raise ValueError(f"{name}: holds U+{ord(found.group()):04X}, which is no character of a text")
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(
+                f"{name}: expected at most {MAX_CHARACTERS:,} characters, got {len(text):,}; use fewer words"
+            )
         length, most = len(tokenizer(text, verbose=False).input_ids), tokenizer.model_max_length
         if length > most:
             shown = text if len(text) <= 40 else text[:40] + "…"

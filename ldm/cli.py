@@ -81,6 +81,14 @@ def build_parser() -> Parser:
     )
     check.set_defaults(run=run_check)
 
+    doctor = command(
+        commands, "doctor", "say in a minute whether a recipe can train here: data, VAE, disk, time, learning; exits "
+        "with 1 on problems", "ldm doctor --config configs/demo.yaml data.source=my_pictures",
+    )  # fmt: skip
+    doctor.add_argument("--config", required=True, help="a recipe, as the training scripts take it")
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys that override it")
+    doctor.set_defaults(run=run_doctor)
+
     cache = command(
         kinds, "cache", "say what a cache of latents holds and check every record; exits with 1 if any is damaged",
         "ldm data cache runs/demo/cache",
@@ -137,6 +145,16 @@ def run_check(arguments: argparse.Namespace) -> None:
         f"{arguments.source} is fine: {count(len(pictures), 'picture')}, {count(len(captions), 'different caption')}, "
         f"{count(len(pictures.heldout), 'picture')} held out"
     )
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    from ldm.training.command_line import parse_config
+
+    config = parse_config(["--config", arguments.config, *arguments.overrides])
+    from ldm.training.doctor import run
+
+    if not run(config):
+        sys.exit(1)
 
 
 def run_cache(arguments: argparse.Namespace) -> None:

@@ -87,7 +87,7 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
     Raises:
         FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
     """
-    from ldm.evaluation.features import download
+    from ldm.pipeline import find_pipeline
     from ldm.training.checkpoint import checkpoints
 
     path = Path(name)
@@ -100,7 +100,7 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
             f"{path} is neither a run nor a pipeline folder: it has no pipeline/, no model_index.json"
         )
     else:
-        folder = run = download(name)
+        folder = run = find_pipeline(name)
     found = checkpoints(run / "checkpoints") if folder.name == "pipeline" else []
     config = json.loads((found[-1] / "state.json").read_text("utf-8"))["config"] if found else None
     of_run = folder.name == "pipeline"

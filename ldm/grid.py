@@ -14,6 +14,8 @@ def captioned_grid(
     """Lay pictures out in rows of `columns`, each drawn `edge` pixels wide over its caption in two lines."""
     if len(pictures) != len(captions) or not pictures:
         raise ValueError(f"captioned_grid: expected a caption per picture, got {len(captions)} and {len(pictures)}")
+    if columns < 1:
+        raise ValueError(f"columns: expected at least 1, got {columns}")
     gap, size = edge // 16, max(9, edge // 10)
     font = ImageFont.load_default(size)
     text_height = round(2.6 * size)

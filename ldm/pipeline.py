@@ -34,7 +34,9 @@ from ldm.data.pictures import to_pixels, to_square
 from ldm.defaults import Defaults
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
+from ldm.models.loading import load_networks, loading
 from ldm.models.text import TextEncoder
+from ldm.models.trust import check_index, check_model_folder, read_json
 from ldm.models.vae import encode
 from ldm.saved import forget_calls, forget_loading
 from ldm.steering import ClassifierSteering, steered
@@ -89,24 +91,35 @@ class LDMPipeline(StableDiffusionPipeline):
 
         Raises:
             FileNotFoundError: if a name that looks like a folder isn't a pipeline's.
-            ValueError: for use_safetensors=False; the other format, pickle, can run code.
+            ValueError: for use_safetensors=False, since the other format, pickle, can run code; for an argument that
+                asks for a stranger's code; for a folder that holds more than data (`ldm.models.trust`), or weights
+                of other networks than its configs'.
             OSError: if there is no such Hub id, or its weights aren't safetensors.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors: expected True; other weights are pickles, which can run any code")
-        folder = Path(pretrained_model_name_or_path).expanduser()
-        is_hub_id = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
-        if not is_hub_id and not (folder / "model_index.json").exists():
-            hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline/model_index.json").exists() else ""
-            raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
-        if (folder / "model_index.json").exists():
-            index = json.loads((folder / "model_index.json").read_text("utf-8"))
-            for part in ("text_encoder", "tokenizer"):
-                if index.get(part) == [None, None]:
-                    kwargs.setdefault(part, None)  # diffusers wants to be told that a model knows no text
-        pipeline: LDMPipeline = super().from_pretrained(str(folder), **kwargs)
+        for name in ("custom_pipeline", "trust_remote_code", "use_flashpack", "use_onnx"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name}: a pipeline holds data alone, and no code of its own is run")
+        for name in ("device_map", "quantization_config"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name}: networks are loaded whole, as they are; then move them with pipe.to(device)")
+        folder = find_pipeline(pretrained_model_name_or_path, **kwargs)
+        check_model_folder(folder)
+        index = read_json(folder / "model_index.json")
+        for part in ("text_encoder", "tokenizer"):
+            if index.get(part) == [None, None]:
+                kwargs.setdefault(part, None)  # diffusers wants to be told that a model knows no text
+        wanted = {name: value for name, value in index.items() if name not in kwargs}
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        kwargs |= load_networks(folder, wanted, kwargs.get("variant"), dtype)
+        with loading(folder):
+            pipeline: LDMPipeline = super().from_pretrained(str(folder), **{**kwargs, "local_files_only": True})
         if (folder / PROMPTS_FILE).exists():
-            pipeline.example_prompts = tuple((folder / PROMPTS_FILE).read_text("utf-8").splitlines())
+            try:
+                pipeline.example_prompts = tuple((folder / PROMPTS_FILE).read_text("utf-8").splitlines())
+            except UnicodeDecodeError:
+                raise ValueError(f"{folder / PROMPTS_FILE}: is not UTF-8") from None
         if (folder / LABELS_FILE).exists():
             pipeline.labels = Labels.load(folder / LABELS_FILE)
         pipeline.defaults = Defaults.load(folder)
@@ -316,3 +329,31 @@ class LDMPipeline(StableDiffusionPipeline):
         if not isinstance(pixels, Integral) or pixels % step or not smallest <= pixels <= MAX_EDGE:
             raise ValueError(f"{name}: expected a multiple of {step} from {smallest} to {MAX_EDGE}, got {pixels!r}")
         return int(pixels)
+
+
+def find_pipeline(name: str | PathLike[str], **asked: Any) -> Path:
+    """A pipeline's folder as it is; a Hub id => the folder of its snapshot, with safetensors weights alone.
+
+    Args:
+        asked: from_pretrained's arguments, of which revision, variant, token, cache_dir, force_download and
+            local_files_only choose the snapshot.
+    Raises:
+        FileNotFoundError: if a name that looks like a folder isn't a pipeline's.
+        ValueError: if a downloaded model_index.json names classes that no pipeline here is made of; then nothing else
+            is downloaded.
+        OSError: if there is no such Hub id.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "model_index.json").exists():
+        return folder
+    if len(folder.parts) != 2 or folder.is_absolute() or folder.parent.exists():
+        hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline/model_index.json").exists() else ""
+        raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
+    from huggingface_hub import hf_hub_download
+
+    choice = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
+    chosen: dict[str, Any] = {key: asked[key] for key in choice & asked.keys()}
+    check_index(Path(hf_hub_download(str(name), "model_index.json", **chosen)))
+    if "variant" in asked:
+        chosen["variant"] = asked["variant"]
+    return Path(StableDiffusionPipeline.download(str(name), use_safetensors=True, **chosen))

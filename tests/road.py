@@ -45,6 +45,7 @@ def recipe(folder: Path, **words: Any) -> Config:
     """A config for a few steps on `folder`/data, with a tiny text encoder; `words` are dotted keys with __ for dots."""
     settings = {
         "run": str(folder / "run"),
+        "doctor": False,  # tests/test_doctor.py has it look
         "data.source": str(folder / "data"),
         "data.size": tiny.SIZE,
         "data.holdout": 0.2,

@@ -136,7 +136,7 @@ def test_t5_takes_any_length(tmp_path: Path) -> None:
 
 
 def test_no_room_for_a_word_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"text.max_length: expected at least 3 tokens, two of them special, got 2"):
+    with pytest.raises(ValueError, match=r"text.max_length: expected 3 to 4096 tokens, two of them special, got 2"):
         TextConfig(max_length=2)
 
 

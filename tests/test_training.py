@@ -359,13 +359,23 @@ def test_exported_pipeline_holds_the_average_and_draws_the_grid(home: Path, tmp_
 
 
 def test_long_captions_are_counted_and_told(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = config_of(home, tmp_path, loop__steps=1, loop__sample_every=0, text__max_length=3, loop__prompts=["cat"])
+    config = config_of(home, tmp_path, loop__steps=1, loop__sample_every=0, text__max_length=3, loop__prompts=[])
     train_ldm(config)
     said = capsys.readouterr().out
+    assert not (tmp_path / "pipeline/prompts.txt").exists()  # no caption is short enough to be drawn
     assert "24 are longer than text.max_length=3 and are cut" in said
     longest = max(TextEncoder.load(config.text).lengths([row.captions[0] for row in read_captioned(home / "data")]))
     assert longest > 3
     assert f"set text.max_length={longest}" in said
+
+
+def test_without_prompts_it_draws_captions_of_training_pictures(home: Path, tmp_path: Path) -> None:
+    train_ldm(config_of(home, tmp_path, loop__steps=1, loop__prompts=[]))
+    captions = {row.captions[0] for row in read_captioned(home / "data").train}
+    drawn = (tmp_path / "pipeline/prompts.txt").read_text("utf-8").splitlines()
+    assert len(drawn) == 8
+    assert set(drawn) <= captions
+    assert (tmp_path / "samples/step_0000001.png").exists()
 
 
 def test_prompts_too_long_to_draw_are_refused_before_training(home: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ Stopped, it goes on from its newest checkpoint when the same command is given ag
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +26,11 @@ def main(config: Config) -> list[float]:
     from ldm.data.labels import Labels
     from ldm.data.rows import count
     from ldm.models.classifier import build_classifier
-    from ldm.models.vae import downsampling
+    from ldm.models.vae import latent_shape
     from ldm.training.caching import build_cache
     from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples, labelled_questions
     from ldm.training.device import build_accelerator
+    from ldm.training.doctor import before_classifier, before_first_step
     from ldm.training.encoders import Encoders
     from ldm.training.latents import check_scale, load_normalized, measure_pretrained
     from ldm.training.objective import build_schedule
@@ -56,20 +58,23 @@ def main(config: Config) -> list[float]:
     vae, _ = encoders.load()
     check_scale(vae, pictures.train, data.size)
     schedule = build_schedule(config.diffusion)
-    latent_size = data.size // downsampling(vae)
-    latent_shape = (vae.config.latent_channels, latent_size, latent_size)
+    shape = latent_shape(vae, data.size)
+    build = partial(build_classifier, config.classifier, latent_shape=shape, names=labels.names, schedule=schedule)
+    fresh = LabelledSamples(pictures.train, ids, data, config.seed, schedule.T, shape, None)
+    look = partial(before_classifier, config, accelerator, fresh, build, vae)
+    before_first_step(config, accelerator, Path(config.run) / "classifier_checkpoints", look)
     torch.manual_seed(config.seed)
-    classifier = build_classifier(config.classifier, latent_shape=latent_shape, names=labels.names, schedule=schedule)
+    classifier = build()
     say(
         f"classifier: {sum(p.numel() for p in classifier.parameters()) / 1e6:.1f} M parameters, latents "
-        f"{list(latent_shape)}, {accelerator.mixed_precision} mixed precision on {accelerator.device.type}"
+        f"{list(shape)}, {accelerator.mixed_precision} mixed precision on {accelerator.device.type}"
     )
 
     # what it learns from, and what it is asked on the way
     questions = labelled_questions(config, pictures.heldout, labels, vae)
     folder = config.cache_folder()
-    cache = build_cache(config, folder, pictures.train, encoders, latent_shape, "classifier") if folder else None
-    samples = LabelledSamples(pictures.train, ids, data, config.seed, schedule.T, latent_shape, cache)
+    cache = build_cache(config, folder, pictures.train, encoders, shape, "classifier") if folder else None
+    samples = replace(fresh, cache=cache)
 
     tracker = Tracker(Path(config.run), silent=not told)
     training = ClassifierTraining.prepare(config, accelerator, classifier, vae)

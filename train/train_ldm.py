@@ -10,6 +10,7 @@ loaded at any time, by LDMPipeline and by stock diffusers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,14 +28,17 @@ def main(config: Config) -> list[float]:
     from ldm.data.rows import count
     from ldm.diffusion.schedule import scheduler_config
     from ldm.models.text import load_text
-    from ldm.models.unet import build_unet, choose_attention, without_variance
-    from ldm.models.vae import downsampling
+    from ldm.models.unet import choose_attention, without_variance
+    from ldm.models.vae import latent_shape
     from ldm.pipeline import LDMPipeline
     from ldm.training.caching import build_cache
     from ldm.training.captions import report_captions
+    from ldm.training.denoiser import denoiser
     from ldm.training.device import build_accelerator
+    from ldm.training.doctor import before_first_step, before_unet, repeated
     from ldm.training.drawing import build_wishes
     from ldm.training.encoders import Encoders
+    from ldm.training.findings import Finding
     from ldm.training.latents import check_scale, load_normalized, measure_pretrained, report_reconstruction
     from ldm.training.loop import Training, fit
     from ldm.training.objective import build_schedule
@@ -62,42 +66,41 @@ def main(config: Config) -> list[float]:
         say(report_captions(text, pictures))
         check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not after the first hours
 
+    def look() -> Iterator[Finding]:
+        if accelerator.is_main_process:
+            yield from repeated(pictures)
+        yield from before_unet(config, accelerator, source, encoders)
+
+    before_first_step(config, accelerator, run / "checkpoints", look)
+
     # the process, and the denoiser that reverses it
     schedule = build_schedule(diffusion)
-    latent_size = data.size // downsampling(vae)
-    latent_shape = (vae.config.latent_channels, latent_size, latent_size)
-    new_unet = partial(
-        build_unet,
-        config.unet,
-        latent_shape=latent_shape,
-        context_dim=text.dim if text else None,
-        classes=len(source.labels.names) + 1 if source.labels else 0,
-        condition_channels=latent_shape[0] if source.condition_column else 0,
-    )
+    shape = latent_shape(vae, data.size)
+    new_unet = denoiser(config, source, text, shape)
     torch.manual_seed(config.seed)
     unet = new_unet(learned_variance=diffusion.variance == "learned")
     say(
-        f"U-Net: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters, latents {list(latent_shape)}, "
+        f"U-Net: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters, latents {list(shape)}, "
         f"attention by {choose_attention(unet, device)}, {accelerator.mixed_precision} mixed precision on {device.type}"
     )
 
     # what it learns from, what it is asked on the way, and what it draws; encoded once, it needs the encoders no more
     questions = fixed_questions(config, source.heldout, vae, text)
-    wishes = build_wishes(config, source)
+    wishes = build_wishes(config, source, text)
     folder = config.cache_folder()
-    cache = build_cache(config, folder, source.train.all_pictures, encoders, latent_shape) if folder else None
-    samples = build_samples(config, source.train, latent_shape, cache)
+    cache = build_cache(config, folder, source.train.all_pictures, encoders, shape) if folder else None
+    samples = build_samples(config, source.train, shape, cache)
     del vae, text
     if cache:
         encoders.free()
 
     def build_pipeline(weights: dict[str, torch.Tensor]) -> LDMPipeline:
         averaged = new_unet().eval()
-        averaged.load_state_dict(without_variance(weights, latent_shape[0]))
+        averaged.load_state_dict(without_variance(weights, shape[0]))
         vae, text = encoders.load()
         how_to_draw = scheduler_config(schedule, diffusion.prediction)
         pipeline = LDMPipeline.from_components(vae, text, averaged.to(device), how_to_draw)
-        pipeline.example_prompts = config.loop.prompts if text else ()
+        pipeline.example_prompts = tuple(wish.prompt for wish in wishes if wish.prompt)
         pipeline.labels = source.labels
         return pipeline
 

@@ -9,6 +9,7 @@ newest checkpoint when the same command is given again; a finished run trains no
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ldm.training.command_line import start
@@ -21,9 +22,10 @@ def main(config: Config) -> list[float]:
 
     from ldm.data.captioned import read_captioned
     from ldm.data.rows import count
-    from ldm.models.vae import build_vae, downsampling, load_vae
+    from ldm.models.vae import build_vae, latent_shape, load_vae
     from ldm.training.device import build_accelerator
     from ldm.training.disk import put_in_place, temporary_beside
+    from ldm.training.doctor import before_first_step, before_vae
     from ldm.training.latents import normalize_on, reconstructions, report_reconstruction
     from ldm.training.plain_loop import fit_plain
     from ldm.training.selfcheck import check_weights
@@ -40,17 +42,18 @@ def main(config: Config) -> list[float]:
     )
 
     # the autoencoder
+    shape = latent_shape(build_vae(config.vae_model), data.size)
+    samples = PixelSamples(pictures.train, data, config.seed, shape)
+    look = partial(before_vae, config, accelerator, samples)
+    before_first_step(config, accelerator, run / "vae_checkpoints", look)
     torch.manual_seed(config.seed)
     vae = build_vae(config.vae_model)
-    latent_size = data.size // downsampling(vae)
-    latent_shape = (config.vae_model.latent_channels, latent_size, latent_size)
     accelerator.print(
-        f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters, latents {list(latent_shape)}, "
+        f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters, latents {list(shape)}, "
         f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}"
     )
 
     tracker = Tracker(run, silent=not accelerator.is_main_process)
-    samples = PixelSamples(pictures.train, data, config.seed, latent_shape)
     losses = fit_plain(VAETraining.prepare(config, accelerator, vae), samples, tracker, workers=data.workers)
 
     if accelerator.is_main_process:

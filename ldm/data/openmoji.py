@@ -111,7 +111,10 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
         The number of pictures drawn.
     Raises:
         ModuleNotFoundError: if one of the four packages is missing, with the command that installs them.
+        ValueError: for a size that is none.
     """
+    if not 8 <= size <= 4096:
+        raise ValueError(f"size: expected 8 to 4096 pixels, got {size}")
     drawings = find_drawings()
     compositions = find_compositions(drawings)
     if subset == "demo":

@@ -20,6 +20,8 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from ldm.data.pictures import to_pixels, to_square
 from ldm.evaluation.retrieval import Metric
+from ldm.models.loading import find_model, load_network, loading
+from ldm.models.trust import check_model_folder
 
 BATCH = 32
 BLURRED = 16  # edge to which the pixel space averages pictures
@@ -119,9 +121,11 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
     """A model of transformers: its image embedding (CLIP, SigLIP), class token (ViT, DINOv2) or mean (others)."""
     import transformers
 
-    folder = download(spec)
-    model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
-    model.to(device)
+    folder = find_model(spec)
+    check_model_folder(folder)
+    # a pooler's output is not read; classifiers' files have none
+    model = load_network(transformers.AutoModel, folder, unused=("pooler.",), whole=False)
+    model.eval().requires_grad_(False).to(device)
     edge, mean, std = _preprocessing(folder, spec)
     class_token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
 
@@ -143,7 +147,8 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
     digest = sha256_of(sorted(folder.glob("*.safetensors")))
     if not hasattr(model, "get_text_features"):
         return Space(spec, digest, resize, "cosine", embed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with loading(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
     def embed_captions(captions: Sequence[str]) -> Tensor:
@@ -174,15 +179,6 @@ def _preprocessing(folder: Path, spec: str) -> tuple[int, Tensor, Tensor]:
     edge = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
     mean, std = (torch.tensor(said[key]).reshape(3, 1, 1) for key in ("image_mean", "image_std"))
     return int(edge), mean, std
-
-
-def download(spec: str) -> Path:
-    """A folder as it is; a Hub id => the folder of its snapshot, without other weights than safetensors."""
-    if Path(spec).is_dir():
-        return Path(spec)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(spec, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
 
 
 def sha256_of(files: Iterable[Path]) -> str:

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import NoiseSchedule, gather, noise_config, schedule_from_config
+from ldm.models.loading import load_network, loading
+from ldm.models.trust import check_model_folder, read_json
 
 SCHEDULE_FILE = "scheduler_config.json"
 MAX_LOG_SNR = 20.0  # where it is cut: infinite at zero terminal SNR
@@ -113,6 +115,7 @@ class NoisyClassifier(nn.Module):
 
         Raises:
             FileNotFoundError: if the folder isn't a classifier's.
+            ValueError: if it holds more than data (`ldm.models.trust`).
         """
         from transformers import ConvNextV2ForImageClassification
 
@@ -123,8 +126,10 @@ class NoisyClassifier(nn.Module):
             raise FileNotFoundError(
                 f"{folder} is not a classifier's folder: it lacks config.json or {SCHEDULE_FILE}{hint}"
             )
-        schedule = schedule_from_config(json.loads((folder / SCHEDULE_FILE).read_text("utf-8")))
-        network = ConvNextV2ForImageClassification.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        check_model_folder(folder)
+        with loading(folder):
+            schedule = schedule_from_config(read_json(folder / SCHEDULE_FILE))
+        network = load_network(ConvNextV2ForImageClassification, folder)
         return cls(network, schedule).eval().requires_grad_(False)
 
 

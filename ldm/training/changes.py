@@ -19,6 +19,7 @@ from ldm.training.signals import RunError
 #: A key, or a section with a dot at its end.
 HARMLESS = (
     "run",
+    "doctor",
     "resume.",
     "data.workers",
     "loop.log_every",

@@ -17,7 +17,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
+from ldm.training.bounds import check_plain
 from ldm.training.config import Config
+
+LINE = 600  # characters of an error
 
 
 def keys(cls: Any = Config, prefix: str = "") -> list[str]:
@@ -39,20 +42,26 @@ def parse_config(args: Sequence[str] | None = None, description: str | None = No
     """
     from jsonargparse import ArgumentParser, Namespace
 
+    from ldm.training import plain_yaml
+
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            self.exit(2, f"{self.prog}: error: {nearest_key(str(message))}\n")
+            line = " ".join(nearest_key(str(message)).split())
+            self.exit(2, f"{self.prog}: error: {line if len(line) <= LINE else line[:LINE] + '…'}\n")
 
-    parser = Parser(description=description, default_meta=False)
+    parser = Parser(description=description, default_meta=False, parser_mode=plain_yaml.MODE)
     parser.add_argument("--config", action="config", help="a YAML file; words after it override it")
     parser.add_class_arguments(Config)
     words = sys.argv[1:] if args is None else list(args)
     # dotted overrides may leave out the dashes: optim.lr=3e-4
     words = [f"--{word}" if re.match(r"[a-z_]+(\.[a-z_]+)*=", word) else word for word in words]
-    parsed: Namespace = parser.parse_args(words)
     try:
+        parsed: Namespace = parser.parse_args(words)
+        check_plain(Config, vars(parsed))
         values = parser.instantiate_classes(parsed)
         return Config(**{item.name: values[item.name] for item in dataclasses.fields(Config)})
+    except UnicodeDecodeError:
+        parser.error("--config: the file is not UTF-8")
     except ValueError as error:
         parser.error(str(error))
 

@@ -62,7 +62,7 @@ class DataConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        check("data.size", self.size, at_least=8)
+        check("data.size", self.size, at_least=8, at_most=4096)
         if self.size % 8:
             raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}")
         check("data.holdout", self.holdout, at_least=0, below=1)
@@ -114,6 +114,8 @@ class VAETrainingConfig:
         check("vae_training.batch_size", self.batch_size, at_least=1)
         check("vae_training.lr", self.lr, above=0)
         check("vae_training.log_every", self.log_every, at_least=1)
+        for name in ("warmup", "l1", "mse", "gradient", "kl", "perceptual", "adversarial", "adversarial_start"):
+            check(f"vae_training.{name}", getattr(self, name), at_least=0)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,9 @@ class OptimConfig:
         check("optim.cooldown", self.cooldown, at_least=0)
         if self.cooldown and self.decay != "constant":
             raise ValueError(f"optim.cooldown: a rate that falls along a {self.decay} has none; set it to 0")
+        check("optim.weight_decay", self.weight_decay, at_least=0)
+        for beta in self.betas:
+            check("optim.betas", beta, at_least=0, below=1)
         check("optim.clip", self.clip, above=0)
         check("optim.ema_decay", self.ema_decay, at_least=0, below=1)
 
@@ -192,7 +197,7 @@ class LoopConfig:
         compile: torch.compile the U-Net; pays on a GPU over long runs.
         log_every, sample_every, evaluate_every, checkpoint_every: in steps; 0 is never (log_every excepted).
         keep: checkpoints kept.
-        prompts: drawn every `sample_every` steps and at the end.
+        prompts: drawn every `sample_every` steps and at the end; without any, captions of some training pictures.
         guidance_scale, num_inference_steps: how they are drawn.
         evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
         max_skipped: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
@@ -212,7 +217,7 @@ class LoopConfig:
     evaluate_every: int = 1000
     checkpoint_every: int = 1000
     keep: int = 2
-    prompts: tuple[str, ...] = ("red heart", "pizza", "rocket", "cat face")
+    prompts: tuple[str, ...] = ()
     guidance_scale: float = 3.0
     num_inference_steps: int = 20
     evaluation_pictures: int = 64
@@ -224,6 +229,8 @@ class LoopConfig:
             check(f"loop.{name}", getattr(self, name), at_least=1)
         for name in ("threads", "sample_every", "evaluate_every", "checkpoint_every", "evaluation_pictures", "spike"):
             check(f"loop.{name}", getattr(self, name), at_least=0)
+        check("loop.threads", self.threads, at_most=4096)
+        check("loop.guidance_scale", self.guidance_scale, at_least=0, at_most=100)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"loop.batch_size: {self.batch_size} can't be divided into loop.accumulation={self.accumulation} parts"
@@ -251,11 +258,14 @@ class Config:
         vae: a pretrained VAE, as a folder or a Hub id; null means the one that train_vae.py leaves in RUN/vae.
         vae_model: the autoencoder that train_vae.py builds.
         classifier: the classifier that train_classifier.py builds.
+        doctor: before a run's first step, see whether disk and memory are large enough, and take a few steps to see
+            how long they take and whether anything is learned. `ldm doctor` does that and more, and trains nothing.
     """
 
     run: str = "runs/ldm"
     seed: int = 0
     vae: str | None = None
+    doctor: bool = True
     data: DataConfig = field(default_factory=DataConfig)
     vae_model: VAEConfig = field(default_factory=VAEConfig)
     vae_training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
@@ -269,6 +279,7 @@ class Config:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def __post_init__(self) -> None:
+        check("seed", self.seed, at_least=0)
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(
                 "data.caption_columns: a model that knows text needs captions; name their columns, or set "

@@ -11,11 +11,12 @@ from PIL import Image
 from ldm.data.batches import evenly
 from ldm.data.conditioned import ConditionedPictures
 from ldm.grid import captioned_grid
+from ldm.models.text import TextEncoder
 from ldm.training.config import Config
 from ldm.training.signals import Noted
 
 DRAWN_AT_ONCE = 16
-UNASKED = 8  # pictures in the grid of a model that isn't told anything, or that is told a picture
+UNASKED = 8  # pictures in the grid if nobody said which
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,23 @@ class Wish:
     condition: Image.Image | None = None
 
 
-def build_wishes(config: Config, source: ConditionedPictures) -> list[Wish]:
-    """The config's prompts; without text, classes; for pictures made of pictures, some rows of the data."""
+def build_wishes(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Wish]:
+    """The config's prompts, else some captions; without text, classes; for pictures made of pictures, some rows."""
     if source.condition_column:
         rows = evenly(source.heldout if len(source.heldout) else source.train, UNASKED)
         return [wish_of(config, rows, number) for number in range(len(rows))]
-    if config.text.encoder is not None:
-        return [Wish(prompt, prompt) for prompt in config.loop.prompts]
+    if text:
+        return [Wish(prompt, prompt) for prompt in config.loop.prompts or some_captions(source, text)]
     if source.labels:
         return [Wish(name, class_label=name) for name in source.labels.names[:DRAWN_AT_ONCE]]
     return [Wish("")] * UNASKED
+
+
+def some_captions(source: ConditionedPictures, text: TextEncoder) -> tuple[str, ...]:
+    """Captions of a few training pictures, but for those that are too long to be drawn."""
+    said = [row.captions[0] for row in evenly(source.train, UNASKED).pictures]
+    lengths = text.lengths(said)
+    return tuple(caption for caption, n in zip(said, lengths, strict=True) if n <= text.tokenizer.model_max_length)
 
 
 def wish_of(config: Config, rows: ConditionedPictures, number: int) -> Wish:

@@ -1,0 +1,80 @@
+"""Pictures that are in a data set twice, and held-out pictures that training has seen: a leak.
+
+Pictures are compared as thumbnails of 16 x 16 colors, which another size, format or quality hardly changes. Perceptual
+hashes (pHash, dHash) look at gray shapes, and take drawings for the same that differ in color: flags, skin tones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ldm.data.captioned import Row
+from ldm.data.pictures import to_square
+
+EDGE = 16
+NEAR = 2.0  # root of the mean squared difference, of 255 levels: what a JPEG of quality 90 changes
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows whose pictures are the same, or nearly (`distance` above 0, of 255 levels)."""
+
+    first: Row
+    second: Row
+    distance: float
+
+    def __str__(self) -> str:
+        return f"{self.first.where} and {self.second.where}"
+
+
+def thumbnails(pictures: Sequence[Row]) -> npt.NDArray[np.float32]:
+    """float32 [N, 16 * 16 * 3] in [0, 255], with a progress bar."""
+    rows = tqdm(pictures, desc="looking for duplicates", unit="picture", leave=False)
+    return np.stack([to_square(row.image(), EDGE).reshape(-1) for row in rows]).astype(np.float32)
+
+
+def duplicates(pictures: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs within one split, and pairs of a training and a held-out picture; each row with its nearest earlier one."""
+    small = thumbnails(pictures)
+    within: list[Pair] = []
+    across: list[Pair] = []
+    splits = [row.split for row in pictures]
+    for numbers in np.array_split(np.arange(len(small)), -(-len(small) // CHUNK)):
+        distances = _distances(small[numbers], small[: numbers[-1] + 1])
+        distances[np.arange(distances.shape[1])[None] >= numbers[:, None]] = np.inf  # earlier rows alone
+        for number, row in zip(numbers.tolist(), distances, strict=True):
+            for found, same in ((within, True), (across, False)):
+                near = [i for i in np.flatnonzero(row < NEAR).tolist() if (splits[i] == splits[number]) is same]
+                if near:
+                    best = min(near, key=row.__getitem__)
+                    found.append(Pair(pictures[best], pictures[number], float(row[best])))
+    return within, across
+
+
+def _distances(some: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Root of the mean squared difference of each pair, float64 [len(some), len(others)]."""
+    one, two = some.astype(np.float64), others.astype(np.float64)
+    squares = (one**2).sum(1)[:, None] + (two**2).sum(1)[None] - 2 * one @ two.T
+    roots: npt.NDArray[np.float64] = np.sqrt(np.maximum(squares, 0) / one.shape[1])
+    return roots
+
+
+def alike(pairs: Sequence[Pair]) -> str:
+    """How alike these pairs are: `look the same`, `look nearly the same`, or how many of each."""
+    same = sum(pair.distance == 0 for pair in pairs)
+    if same in (0, len(pairs)):
+        return "look the same" if same else "look nearly the same"
+    return f"look the same ({same}) or nearly so ({len(pairs) - same})"
+
+
+def named(pairs: Sequence[Pair], most: int = 3) -> str:
+    """The first of these pairs, the most alike first, and how many more there are; a line each."""
+    first = sorted(pairs, key=lambda pair: pair.distance)[:most]
+    more = f"\nand {len(pairs) - most} more" if len(pairs) > most else ""
+    return "".join(f"\n{pair}" for pair in first) + more

@@ -1,0 +1,26 @@
+"""The U-Net that a recipe, its pictures and its frozen networks ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ldm.data.conditioned import ConditionedPictures
+from ldm.models.text import TextEncoder
+from ldm.models.unet import build_unet
+from ldm.training.config import Config
+
+
+def denoiser(
+    config: Config, source: ConditionedPictures, text: TextEncoder | None, latent_shape: tuple[int, int, int]
+) -> Callable[..., Any]:
+    """What makes it, with random weights; asked for `learned_variance`, with as many more channels."""
+    return partial(
+        build_unet,
+        config.unet,
+        latent_shape=latent_shape,
+        context_dim=text.dim if text else None,
+        classes=len(source.labels.names) + 1 if source.labels else 0,
+        condition_channels=latent_shape[0] if source.condition_column else 0,
+    )

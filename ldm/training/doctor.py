@@ -1,0 +1,211 @@
+"""A minute before a run of hours: can this machine, this data and this recipe train a model at all?
+
+It measures rather than guesses: real pictures through the real VAE, real steps (trial.py) on real batches. `examine`
+is `ldm doctor`, which looks at everything and writes nothing. `before_vae`, `before_unet` and `before_classifier` are
+what a run looks at before its first step; what it has read and checked itself by then isn't looked at again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import default_collate
+
+from ldm.data.batches import evenly
+from ldm.data.captioned import CaptionedPictures, read_captioned
+from ldm.data.conditioned import ConditionedPictures
+from ldm.data.duplicates import alike, duplicates, named
+from ldm.data.rows import BadDataError, count
+from ldm.models.classifier import NoisyClassifier
+from ldm.models.text import TextEncoder, load_text
+from ldm.models.vae import build_vae, latent_shape, load_vae
+from ldm.training.captions import report_captions
+from ldm.training.checkpoint import checkpoints
+from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples
+from ldm.training.config import Config
+from ldm.training.denoiser import denoiser
+from ldm.training.device import build_accelerator
+from ldm.training.encoders import Encoders
+from ldm.training.findings import Finding, tell
+from ldm.training.latents import check_scale, load_normalized, normalize_on, report_reconstruction
+from ldm.training.loop import Training
+from ldm.training.needs import cache_needs, disk, network_needs
+from ldm.training.objective import build_schedule
+from ldm.training.plain_loop import PlainSamples, PlainTraining
+from ldm.training.samples import batches, build_samples, numbers_of
+from ldm.training.trial import FEW, TIMED, try_steps
+from ldm.training.vae_loop import PixelSamples, VAETraining
+
+BLURRED = 20.0  # dB; below it a reconstruction is no longer its picture
+CUT = 0.05  # share of captions
+LOOKED_AT = 8192  # pictures compared with each other: a minute for photographs
+
+
+def before_first_step(
+    config: Config, accelerator: Accelerator, folder: Path, look: Callable[[], Iterable[Finding]]
+) -> None:
+    """Look before a run's first step and tell what was found; a run that has checkpoints in `folder` isn't looked at.
+
+    Every rank must call it.
+
+    Raises:
+        ValueError: naming the keys, if a problem was found. doctor=false goes on without looking.
+    """
+    if not config.doctor or checkpoints(folder):
+        return
+    problems = []
+    for found in look():
+        accelerator.print(found)
+        problems += [found.told] if found.state == "problem" else []
+    if float(accelerator.reduce(torch.tensor(float(len(problems)), device=accelerator.device))):
+        told = "; ".join(problems) or "rank 0 says why"
+        raise ValueError(f"{told}. Nothing was trained; doctor=false trains without looking first")
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """Look at everything, in the order of a run; an error that leaves nothing to go on with is the last finding."""
+    try:
+        yield from _examine(config)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        yield Finding("problem", "stopped", str(error))
+
+
+def _examine(config: Config) -> Iterator[Finding]:
+    pictures = read_captioned(config.data.source, **config.data.reading())
+    source = ConditionedPictures.read(pictures, config.data.label_column, config.data.condition_column)
+    if not len(pictures.train):
+        raise BadDataError(f"all of {config.data.source} is held out; lower data.holdout")
+    told = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
+    if pictures.skipped:
+        named = "".join(f"\n{problem}" for problem in pictures.skipped[:3])
+        yield Finding("warning", "data", f"{told}, {len(pictures.skipped)} left out (data.on_bad=skip):{named}")
+    else:
+        yield Finding("ok", "data", told)
+    yield from repeated(pictures)
+
+    accelerator = build_accelerator(config.loop)
+    text = load_text(config.text, accelerator.device)
+    if text:
+        yield captions(text, pictures)
+    if config.vae is None and not (Path(config.run) / "vae/config.json").exists():
+        torch.manual_seed(config.seed)
+        vae = build_vae(config.vae_model).eval().requires_grad_(False).to(accelerator.device)
+        yield Finding("ok", "VAE", f"there is none in {config.run}/vae yet: train/train_vae.py comes first; what "
+                      "follows is measured with one that has learned nothing")  # fmt: skip
+        samples = PixelSamples(pictures.train, config.data, config.seed, latent_shape(vae, config.data.size))
+        yield from before_vae(config, accelerator, samples)
+        normalize_on(vae, pictures.train, config.data.size)
+    else:
+        vae = load_normalized(config, accelerator.device) if config.vae is None else load_vae(config.vae)
+        vae.to(accelerator.device)
+        if config.vae is not None:
+            normalize_on(vae, pictures.train, config.data.size)
+        check_scale(vae, pictures.train, config.data.size)
+        mean, told = report_reconstruction(vae, pictures, config.data.size)
+        far = "; that is low: raise vae_training.steps or vae_model.latent_channels"
+        yield Finding("ok", "VAE", told) if mean >= BLURRED else Finding("warning", "VAE", told + far)
+    yield from before_unet(config, accelerator, source, Encoders(lambda: vae, lambda: text))
+
+
+def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:
+    """Pictures that are there twice, in one split or in both."""
+    within, across = duplicates(evenly(pictures, LOOKED_AT))
+    looked = f" ({LOOKED_AT:,} of {len(pictures):,} looked at)" if len(pictures) > LOOKED_AT else ""
+    if across:
+        yield Finding("warning", "leak", f"{count(len(across), 'pair')} of a training and a held-out picture "
+                      f"{alike(across)}{looked}: held-out figures will look too good; give both one `split`, or delete "
+                      f"one:{named(across)}")  # fmt: skip
+    else:
+        yield Finding("ok", "leak", f"no picture is in both splits{looked}")
+    if within:
+        yield Finding("warning", "duplicates", f"{count(len(within), 'pair')} within a split {alike(within)}{looked}; "
+                      f"delete one of each, or give one of them both captions:{named(within)}")  # fmt: skip
+
+
+def captions(text: TextEncoder, pictures: CaptionedPictures) -> Finding:
+    """What the text encoder makes of the captions. Raises ValueError if most of it is unknown to it."""
+    said = sorted({caption for row in pictures for caption in row.captions})
+    cut = sum(length > text.tokenizer.model_max_length for length in text.lengths(said)) / len(said)
+    told = f"{cut:.1%} are cut, {text.unknown_rate(said):.1%} of tokens unknown; {report_captions(text, pictures)}"
+    return Finding("warning" if cut > CUT else "ok", "captions", told)
+
+
+def before_vae(config: Config, accelerator: Accelerator, samples: PixelSamples) -> Iterator[Finding]:
+    """Room for the VAE's training, and a trial of it."""
+
+    def prepare(config: Config) -> PlainTraining:
+        torch.manual_seed(config.seed)
+        return VAETraining.prepare(config, accelerator, build_vae(config.vae_model))
+
+    weights = bytes_of(build_vae(config.vae_model))
+    yield disk(config, network_needs(config, weights, 3, 0, "vae"), "VAE disk")
+    yield from try_plain(config, "vae_training", prepare, samples, accelerator, "VAE")
+
+
+def before_classifier(
+    config: Config, accelerator: Accelerator, samples: LabelledSamples, build: Callable[[], NoisyClassifier], vae: Any
+) -> Iterator[Finding]:
+    """Room for the classifier's training, and a trial of it, on samples that have no cache."""
+
+    def prepare(config: Config) -> PlainTraining:
+        torch.manual_seed(config.seed)
+        return ClassifierTraining.prepare(config, accelerator, build(), vae)
+
+    yield disk(config, network_needs(config, bytes_of(build()), 3, 0, "classifier"), "classifier disk")
+    yield from try_plain(config, "classifier_training", prepare, samples, accelerator, "classifier")
+
+
+def before_unet(
+    config: Config, accelerator: Accelerator, source: ConditionedPictures, encoders: Encoders
+) -> Iterator[Finding]:
+    """Room for the U-Net's training, and a trial of it on samples encoded for it alone."""
+    vae, text = encoders.load()
+    shape, loop, data = latent_shape(vae, config.data.size), config.loop, config.data
+    build = denoiser(config, source, text, shape)
+    learned = config.diffusion.variance == "learned"
+
+    def prepare(config: Config) -> Training:
+        torch.manual_seed(config.seed)
+        return Training.prepare(config, accelerator, build_schedule(config.diffusion), build(learned_variance=learned))
+
+    frozen = bytes_of(vae) + (bytes_of(text.model) if text else 0)
+    needs = network_needs(config, bytes_of(build()), 4, frozen, "pipeline")
+    yield disk(config, needs | cache_needs(config, source, encoders, shape), "U-Net disk")
+    fresh = replace(config, data=replace(data, cache="off", workers=0))
+    samples = build_samples(fresh, source.train, shape, None)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    numbers = numbers_of(0, 1 + TIMED, loop.batch_size, loop.accumulation, rank, processes)
+    *parts, few = batches(samples, [*numbers, list(range(FEW))], accelerator.device, encoders)
+    steps = [parts[i : i + loop.accumulation] for i in range(0, len(parts), loop.accumulation)]
+    yield from try_steps(config, "optim", prepare, steps, [few], accelerator, "U-Net")
+
+
+def try_plain(
+    config: Config,
+    section: str,
+    prepare: Callable[[Config], PlainTraining],
+    samples: PlainSamples,
+    accelerator: Accelerator,
+    name: str,
+) -> list[Finding]:
+    """A trial of a training that draws nothing."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    numbers = numbers_of(0, 1 + TIMED, getattr(config, section).batch_size, 1, rank, processes)
+    *steps, few = (default_collate([samples[n] for n in part]) for part in [*numbers, range(FEW)])
+    return try_steps(config, section, prepare, steps, few, accelerator, name)
+
+
+def bytes_of(network: nn.Module) -> int:
+    """What its weights take."""
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
+def run(config: Config) -> bool:
+    """`ldm doctor`: print what was found; returns whether there is no problem."""
+    return not any(found.state == "problem" for found in tell(examine(config)))

@@ -1,0 +1,117 @@
+"""A few real steps of a training that isn't kept: how long they take, what they hold, whether anything is learned.
+
+Steps are those of the very `step` that the run will call, on batches of the run. A network that can't get better at
+one and the same batch in thirty steps at its peak learning rate won't learn from many: the oldest test there is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch import Tensor
+
+from ldm.training.config import Config
+from ldm.training.findings import Finding
+from ldm.training.needs import memory
+
+TIMED = 3  # steps, after one that warms up
+OVERFIT = 30  # steps on one batch
+FEW = 4  # samples in it
+FALLS = 0.9  # to at most this share of the first loss
+FOREVER = 10**9  # steps, so that no learning rate decays
+
+
+class Steps(Protocol):
+    """A training, as far as one step goes."""
+
+    def step(self, step: int, batch: Any, /) -> tuple[Tensor, Tensor]: ...
+
+
+def try_steps(
+    config: Config,
+    section: str,
+    prepare: Callable[[Config], Steps],
+    batches: list[Any],
+    few: Any,
+    accelerator: Accelerator,
+    name: str,
+) -> list[Finding]:
+    """Take steps and throw them away. Every rank must call it.
+
+    Args:
+        section: of the config, that holds the learning rate: "optim", "vae_training", "classifier_training".
+        prepare: a fresh training of a config.
+        batches: what 1 + TIMED steps take.
+        few: a batch of FEW samples.
+        name: of the network, in the findings.
+    """
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    steps = (config.loop if section == "optim" else getattr(config, section)).steps
+    plain = replace(config, loop=replace(config.loop, compile=False))  # compiling takes longer than all of this
+    found: list[Finding] = []
+    bar = tqdm(total=len(batches) + OVERFIT, desc=f"trying the {name}", unit="step", leave=False)
+
+    def losses_and_seconds(training: Steps, batches: list[Any]) -> Iterator[tuple[float, float]]:
+        for step, batch in enumerate(batches):
+            started = time.monotonic()
+            loss = float(accelerator.reduce(training.step(step, batch)[0], "mean"))
+            bar.update()
+            yield loss, time.monotonic() - started
+
+    try:
+        taken = [seconds for _, seconds in losses_and_seconds(prepare(plain), batches)][1:]
+        each = sorted(taken)[len(taken) // 2]
+        told = f"{each:.2f} s a step, {eta(each * steps)} for {steps:,} of them, drawing and saving not counted"
+        found += [Finding("ok", f"{name} time", told), memory(accelerator.device, f"{name} memory", _smaller(section))]
+        accelerator.free_memory()
+        losses = [loss for loss, _ in losses_and_seconds(prepare(at_peak(plain, section)), [few] * OVERFIT)]
+        found.append(learning(losses, f"{name} learning", f"{section}.lr", getattr(config, section).lr))
+    except torch.OutOfMemoryError as error:
+        told = f"{str(error).splitlines()[0]}; {_smaller(section)}"
+        found.append(Finding("problem", f"{name} memory", told))
+    finally:
+        bar.close()
+        accelerator.free_memory()
+        if scaler is not None:
+            accelerator.scaler.load_state_dict(scaler)
+    return found
+
+
+def at_peak(config: Config, section: str) -> Config:
+    """The config with its peak learning rate at every step."""
+    recipe = replace(getattr(config, section), warmup=0)
+    if section == "optim":
+        return replace(config, optim=recipe, loop=replace(config.loop, steps=FOREVER))
+    return replace(config, **{section: replace(recipe, steps=FOREVER)})
+
+
+def learning(losses: list[float], check: str, key: str, rate: float) -> Finding:
+    """What the losses of one batch, taken again and again, say."""
+    first, last = losses[0], min(losses[-5:])
+    told = f"on one batch the loss goes from {first:.3g} to {last:.3g} in {len(losses)} steps"
+    if last <= FALLS * first:
+        return Finding("ok", check, told)
+    way_out = "higher" if last <= 1.05 * first else "lower"
+    return Finding("problem", check, f"{told}; expected at most {FALLS:.0%} of the first: set {key} {way_out} than "
+                   f"{rate:g}")  # fmt: skip
+
+
+def eta(seconds: float) -> str:
+    """Seconds, as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _smaller(section: str) -> str:
+    if section == "optim":
+        return "raise loop.accumulation, or set loop.gradient_checkpointing=true"
+    return f"set {section}.batch_size lower"
