@@ -15,6 +15,9 @@ __all__ = ["LDMPipeline", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "LDMPipeline":
+        from ldm.lazily import put_off_what_drawing_never_uses
+
+        put_off_what_drawing_never_uses()
         from ldm.pipeline import LDMPipeline
 
         return LDMPipeline

@@ -143,8 +143,7 @@ def draw_again(arguments: argparse.Namespace) -> None:
 
 def load(folder: str, dtype: str) -> Any:
     """The pipeline on the best device, in a dtype of this name or, for auto, in the one that suits the device."""
-    from ldm import devices
-    from ldm.pipeline import LDMPipeline
+    from ldm import LDMPipeline, devices
 
     device = devices.best_device()
     kind = devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)
