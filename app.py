@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 
 from ldm import LDMPipeline, recipe
+from ldm.devices import best_device, best_dtype
 from ldm.models.fingerprint import model_sha256
 
 DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")
@@ -234,9 +235,10 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="make a public link through gradio.live")
     arguments = parser.parse_args()
     try:
-        pipeline = LDMPipeline.from_pretrained(arguments.model or default_model())
+        device = best_device()
+        pipeline = LDMPipeline.from_pretrained(arguments.model or default_model(), dtype=best_dtype(device))
         pipeline.set_progress_bar_config(disable=True)  # the page has its own
-        build_demo(pipeline.to_best_device()).launch(
+        build_demo(pipeline.to(device)).launch(
             server_name=arguments.host,
             server_port=arguments.port,
             share=arguments.share,

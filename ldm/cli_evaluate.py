@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="folder to write (default: RUN/evaluation)")
     add("--steps", type=int, help="network evaluations per picture (default: the pipeline's)")
     add("--guidance-scale", type=float, help="(default: the pipeline's)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only where LOW <= t/T < HIGH, in the sweep as well (default: the pipeline's)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the first picture of each set; the others count on (default: 0)")
     add("--pictures", type=int, metavar="N", help="held-out captions to draw, spread evenly (default: all)")
     add("--train-pictures", type=int, metavar="N", help="training captions to draw, spread evenly (default: 200)")
@@ -171,7 +173,7 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
 
 def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:
     """Load what is named, evaluate, and say what came out."""
-    from ldm.defaults import Defaults
+    from ldm.defaults import check_interval
     from ldm.evaluation.contrastive import load_net, read_card
     from ldm.evaluation.evaluate import QUICK, Plan, evaluate
     from ldm.evaluation.features import load_space, pixel_space
@@ -196,6 +198,7 @@ def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, ar
         defaults.num_inference_steps if arguments.steps is None else arguments.steps,
         defaults.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale,
         arguments.seed,
+        check_interval("--guidance-interval", arguments.guidance_interval or defaults.guidance_interval),
     )
     typed: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         "heldout_pictures": (arguments.pictures, int),
@@ -212,5 +215,6 @@ def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, ar
     report = evaluate(subject, pictures, spaces, settings, out, plan, command=arguments.command)
     print(f"\n{summary(report)}\nall of it is in {out / FILE}, and to look at in {out / PAGE}")
     if arguments.write_defaults:
-        Defaults(**report["sweep"]["best"]).save(folder)
+        chosen_here = {**report["sweep"]["best"], "guidance_interval": settings.guidance_interval}
+        dataclasses.replace(defaults, **chosen_here).save(folder)
         print(f"these are now the defaults of {folder}")

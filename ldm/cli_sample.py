@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ldm.defaults import DTYPES
+
 EXAMPLE = """ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its recipe inside)
   ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
   ldm sample runs/demo/pipeline "red heart" "pizza" --each drawn       (a file for each)
@@ -26,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="network evaluations per picture (default: the pipeline's, or 20)")
     add("--guidance-scale", type=float,
         help="how strictly to follow the prompt; 1 is off (default: the pipeline's, or 3)")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only where LOW <= t/T < HIGH, for less time (default: the pipeline's, or 0 1)")  # fmt: skip
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="what the networks compute in; auto is bfloat16 where the device is faster in it, else float32, in which "
+        "stock diffusers draws the same to the bit (default: auto; with --like, the recipe's)")  # fmt: skip
     add("--negative-prompt", help="what to steer away from")
     add("--classifier", help="a classifier's folder (RUN/classifier) that steers towards --class-label")
     add("--class-label", nargs="+", metavar="CLASS",
@@ -55,15 +62,15 @@ def draw(arguments: argparse.Namespace) -> None:
     from ldm.grid import captioned_grid
     from ldm.models.classifier import NoisyClassifier
     from ldm.models.fingerprint import model_sha256
-    from ldm.pipeline import LDMPipeline
 
-    pipeline = LDMPipeline.from_pretrained(arguments.model).to_best_device()
+    pipeline = load(arguments.model, arguments.dtype)
     prompts, labels, count = arguments.prompts or [None], arguments.class_label or [None], arguments.images_per_prompt
     asks = max(len(prompts), len(labels))
     prompts, labels = one_each("prompts", prompts, asks), one_each("--class-label", labels, asks)
     told: dict[str, Any] = {
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale,
+        "guidance_interval": arguments.guidance_interval,
         "negative_prompt": arguments.negative_prompt,
         "condition": decode(arguments.condition.read_bytes()) if arguments.condition else None,
         "classifier": NoisyClassifier.load(arguments.classifier) if arguments.classifier else None,
@@ -109,7 +116,9 @@ def draw_again(arguments: argparse.Namespace) -> None:
     if bool(wanted.classifier) != bool(arguments.classifier):
         use = "was steered by a classifier; name it" if wanted.classifier else "was drawn without one; leave it out"
         raise ValueError(f"--classifier: {arguments.like} {use}")
-    pipeline, model = load(arguments.model, wanted.model)
+    if arguments.dtype != "auto":
+        raise ValueError("--dtype: with --like the picture's recipe says it; leave it out")
+    pipeline, model = find(arguments.model, wanted.model, wanted.dtype or "float32")
     steering: dict[str, Any] = {}
     if wanted.classifier:
         classifier = NoisyClassifier.load(arguments.classifier)
@@ -132,18 +141,28 @@ def draw_again(arguments: argparse.Namespace) -> None:
     print(f"drawn again in {out}, but not the same file\n  " + "\n  ".join(reasons))
 
 
-def load(named: str | None, sha256: str) -> tuple[Any, str]:
+def load(folder: str, dtype: str) -> Any:
+    """The pipeline on the best device, in a dtype of this name or, for auto, in the one that suits the device."""
+    from ldm import LDMPipeline, devices
+
+    device = devices.best_device()
+    kind = devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)
+    return LDMPipeline.from_pretrained(folder, dtype=kind).to(device)
+
+
+def find(named: str | None, sha256: str, dtype: str) -> tuple[Any, str]:
     """The pipeline that was named, or the one of this hash among models/ and runs/; and its hash.
 
+    Args:
+        dtype: of the networks' weights, on which the hash depends.
     Raises:
         ValueError: if none was named and none of them has it.
     """
     from ldm.models.fingerprint import model_sha256
-    from ldm.pipeline import LDMPipeline
 
     folders = [str(path.parent) for pattern in MODELS for path in sorted(Path().glob(pattern))]
     for folder in [named] if named else folders:
-        pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
+        pipeline = load(folder, dtype)
         found = model_sha256(pipeline)
         if found == sha256:
             return pipeline, found

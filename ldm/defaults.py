@@ -1,6 +1,6 @@
 """How a pipeline is drawn from when nobody says: `defaults.json` beside model_index.json.
 
-    {"num_inference_steps": 20, "guidance_scale": 3.0}
+    {"num_inference_steps": 20, "guidance_scale": 3.0, "guidance_interval": [0.0, 1.0]}
 
 Which settings suit a model is a property of the model, found by `ldm evaluate --sweep`, so they travel with it.
 Stock diffusers doesn't look at the file.
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 FILE = "defaults.json"
+EVERYWHERE = (0.0, 1.0)
+DTYPES = ("float32", "bfloat16", "float16")  # what networks may compute in
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,12 @@ class Defaults:
     Attributes:
         num_inference_steps: evaluations of the U-Net.
         guidance_scale: of classifier-free guidance; 1 is off.
+        guidance_interval: low and high, fractions of the timesteps; outside of it there is no guidance.
     """
 
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
+    guidance_interval: tuple[float, float] = EVERYWHERE
 
     @classmethod
     def load(cls, folder: Path) -> Defaults:
@@ -43,9 +48,15 @@ class Defaults:
         except ValueError as error:
             raise ValueError(f"{path}: expected JSON, got {error}") from None
         kinds: dict[str, Any] = {"num_inference_steps": int, "guidance_scale": (int, float)}
-        if not isinstance(said, dict) or not said.keys() <= kinds.keys():
-            raise ValueError(f"{path}: expected an object with {' and '.join(kinds)}, got {str(said)[:100]}")
-        for key, value in said.items():
+        keys = [*kinds, "guidance_interval"]
+        if not isinstance(said, dict) or not said.keys() <= set(keys):
+            raise ValueError(f"{path}: expected an object with {', '.join(keys)}, got {str(said)[:100]}")
+        if "guidance_interval" in said:
+            try:
+                said["guidance_interval"] = check_interval("guidance_interval", said["guidance_interval"])
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        for key, value in ((key, said[key]) for key in kinds if key in said):
             what = "a whole number" if kinds[key] is int else "a number"
             if not isinstance(value, kinds[key]) or isinstance(value, bool) or not value >= 0:
                 raise ValueError(f"{path}: {key}: expected {what} of at least 0, got {value!r}")
@@ -54,3 +65,13 @@ class Defaults:
     def save(self, folder: Path) -> None:
         """Write them into a pipeline folder."""
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+def check_interval(name: str, value: Any) -> tuple[float, float]:
+    """Two fractions, low before high => the same as floats; raises a ValueError for anything else, NaN included."""
+    pair = list(value) if isinstance(value, list | tuple) else []
+    if len(pair) != 2 or not all(isinstance(each, Real) and not isinstance(each, bool) for each in pair):
+        raise ValueError(f"{name}: expected two numbers, LOW and HIGH, got {value!r}")
+    if not 0 <= pair[0] < pair[1] <= 1:
+        raise ValueError(f"{name}: expected 0 <= LOW < HIGH <= 1, fractions of the timesteps, got {value!r}")
+    return float(pair[0]), float(pair[1])

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -31,7 +32,9 @@ from transformers import PreTrainedModel
 from ldm.arguments import check_known, check_number, check_prompts, one_each, one_generator_each
 from ldm.data.labels import Labels
 from ldm.data.pictures import to_pixels, to_square
-from ldm.defaults import Defaults
+from ldm.defaults import EVERYWHERE, Defaults, check_interval
+from ldm.devices import best_device
+from ldm.drawing import GuidanceInterval, NullContext, decoded_in_slices, text_kept
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
 from ldm.models.loading import load_networks, loading
@@ -57,7 +60,7 @@ class LDMPipeline(StableDiffusionPipeline):
     Attributes:
         example_prompts: what the model is known to draw, for those who don't know what to ask; may be empty.
         labels: the classes it can be asked for, None if it knows none.
-        defaults: the steps and the guidance scale that a call which names none is drawn with.
+        defaults: the steps and the guidance, its scale and interval, that a call which names none is drawn with.
     """
 
     example_prompts: tuple[str, ...] = ()
@@ -192,6 +195,7 @@ class LDMPipeline(StableDiffusionPipeline):
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         seed: int | Sequence[int] | None = None,
         class_label: str | Sequence[str | None] | None = None,
         condition: Image.Image | Sequence[Image.Image] | None = None,
@@ -207,6 +211,9 @@ class LDMPipeline(StableDiffusionPipeline):
             num_inference_steps: evaluations of the U-Net, from 1 to the number of timesteps it was trained on; by
                 default the pipeline's `defaults`.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022); up to 1 is off; by default the pipeline's.
+            guidance_interval: (low, high), fractions of the T timesteps: guidance where low <= t / T < high, the
+                conditional model, at half the cost, where not (Kynkäänniemi et al. 2024); (0, 1) is everywhere; by
+                default the pipeline's.
             negative_prompt: what guidance steers away from; one for all prompts, or one each.
             num_images_per_prompt: pictures per prompt; they follow each other in the answer.
             generator: one per picture, or a single one: it draws the first picture, and picture i starts from
@@ -230,10 +237,13 @@ class LDMPipeline(StableDiffusionPipeline):
             num_inference_steps = self.defaults.num_inference_steps
         if guidance_scale is None:
             guidance_scale = self.defaults.guidance_scale
-        most = self.scheduler.config.num_train_timesteps
-        check_number("num_inference_steps", num_inference_steps, 1, most, Integral)
+        if guidance_interval is None:
+            guidance_interval = self.defaults.guidance_interval
+        T = self.scheduler.config.num_train_timesteps
+        check_number("num_inference_steps", num_inference_steps, 1, T, Integral)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_PER_PROMPT, Integral)
         check_number("guidance_scale", guidance_scale, 0, 100)
+        interval = check_interval("guidance_interval", guidance_interval)
         check_number("classifier_scale", classifier_scale, 0, 100)
         for name in {"eta", "guidance_rescale"} & kwargs.keys():
             check_number(name, kwargs[name], 0, 1)
@@ -253,7 +263,8 @@ class LDMPipeline(StableDiffusionPipeline):
             kwargs |= {"prompt_embeds": torch.zeros(asked, 1, 1), "negative_prompt_embeds": torch.zeros(asked, 1, 1)}
         if negatives:
             kwargs["negative_prompt"] = one_each("negative_prompt", negatives, asked)
-        generators = one_generator_each(generator, seed, asked * num_images_per_prompt)
+        pictures = asked * num_images_per_prompt
+        generators = one_generator_each(generator, seed, pictures)
 
         conditioning = Conditioning()
         if ids:
@@ -266,12 +277,19 @@ class LDMPipeline(StableDiffusionPipeline):
             # as many channels as the answer has, which isn't what stock pipelines count
             kwargs.setdefault("latents", randn_tensor(channels.shape, generators, self.device, self.unet.dtype))
         knows_conditions = self.tokenizer is not None or self.labels is not None
-        after = []
+        before, after = [tell(self.unet, conditioning)], []
+        if interval != EVERYWHERE:
+            guidance = GuidanceInterval(pictures, T, interval)
+            before, after = [*before, guidance.before], [guidance.after]
         if classifier is not None:
             each = torch.tensor(one_each("class_label", goals, asked)).repeat_interleave(num_images_per_prompt)
             steering = ClassifierSteering.of(classifier.to(self.device), each, classifier_scale, self.scheduler)
-            after = [steering] if classifier_scale else []
-        with steered(self.unet, before=[tell(self.unet, conditioning)], after=after):
+            after += [steering] if classifier_scale else []
+        with (
+            steered(self.unet, before=before, after=after),
+            text_kept(self.unet),
+            decoded_in_slices(self.vae, pictures, height, width),
+        ):
             return super().__call__(
                 height=height,
                 width=width,
@@ -281,6 +299,26 @@ class LDMPipeline(StableDiffusionPipeline):
                 generator=generators,
                 **kwargs,
             )
+
+    def encode_prompt(self, prompt: Any, device: Any, *arguments: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As the stock pipeline's, with the same answer; the null context is kept from one call to the next."""
+        stock = super().encode_prompt
+        told = inspect.signature(stock).bind(prompt, device, *arguments, **kwargs).arguments
+        others = ("negative_prompt", "negative_prompt_embeds", "lora_scale")
+        if (
+            prompt is not None
+            and told["do_classifier_free_guidance"]
+            and all(told.get(each) is None for each in others)
+        ):
+            empty = [""] * (1 if isinstance(prompt, str) else len(prompt))
+            told["negative_prompt_embeds"] = self._null_context.of(
+                self.text_encoder, self.tokenizer, len(empty), lambda: stock(empty, device, 1, False)[0]
+            )
+        return stock(**told)
+
+    @cached_property
+    def _null_context(self) -> NullContext:
+        return NullContext()
 
     def check_texts(self, name: str, texts: Any) -> list[str]:
         """The texts, checked; none for a model that knows no text."""
@@ -315,8 +353,7 @@ class LDMPipeline(StableDiffusionPipeline):
 
     def to_best_device(self) -> LDMPipeline:
         """The same pipeline on CUDA or Apple's GPU, where there is one."""
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return self.to(best)  # type: ignore[no-any-return]
+        return self.to(best_device())  # type: ignore[no-any-return]
 
     def edge(self, name: str, pixels: int | None = None) -> int:
         """The height or width to draw: `pixels` if the networks can draw them, by default what they were trained at."""

@@ -18,8 +18,10 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.defaults import EVERYWHERE
+
 KEY = "ldm"
-TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict}
+TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Recipe:
         guidance_scale: of classifier-free guidance; 1 is off.
         width, height: in pixels.
         scheduler: its class.
+        guidance_interval: low and high, fractions of the timesteps; None is everywhere.
+        dtype: what the networks computed in; None is float32.
         prompt, negative_prompt, class_label: what the model was told.
         pictures, place: it was the place-th (from 0) of so many, drawn at once from seeds that follow each other.
         condition: the SHA-256 of the picture that it was made of.
@@ -47,6 +51,8 @@ class Recipe:
     width: int
     height: int
     scheduler: str
+    guidance_interval: list[float] | None = None
+    dtype: str | None = None
     prompt: str | None = None
     negative_prompt: str | None = None
     class_label: str | None = None
@@ -70,6 +76,7 @@ class Recipe:
             "class_label": self.class_label,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
+            "guidance_interval": EVERYWHERE if self.guidance_interval is None else tuple(self.guidance_interval),
             "num_images_per_prompt": self.pictures,
             "seed": self.seed - self.place,
             "width": self.width,
@@ -85,6 +92,7 @@ def stamp(
     seed: int,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     condition: Image.Image | None = None,
     classifier: Any = None,
     classifier_scale: float | None = None,
@@ -106,12 +114,16 @@ def stamp(
     from ldm.version import __version__
 
     defaults = pipeline.defaults
+    interval = tuple(defaults.guidance_interval if guidance_interval is None else guidance_interval)
+    dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     for place, picture in enumerate(pictures):
         recipe = Recipe(
             model=model,
             seed=seed + place,
             steps=int(defaults.num_inference_steps if num_inference_steps is None else num_inference_steps),
             guidance_scale=float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+            guidance_interval=None if interval == EVERYWHERE else [float(end) for end in interval],
+            dtype=None if dtype == "float32" else dtype,
             width=picture.width,
             height=picture.height,
             scheduler=type(pipeline.scheduler).__name__,

@@ -71,7 +71,7 @@ def test_sample_asks_a_model_for_what_it_knows(tmp_path: Path) -> None:
     """Classes, one picture each; without any, the null class; a prompt is refused."""
     pipe = tiny.class_pipeline(tmp_path, ("food", "flags"))
     pipe.save_pretrained(tmp_path / "model")
-    words = ["sample", str(tmp_path / "model"), "--steps", "2", "--seed", "5", "--columns", "2"]
+    words = ["sample", str(tmp_path / "model"), "--dtype", "float32", "--steps", "2", "--seed", "5", "--columns", "2"]
     main([*words, "--out", str(tmp_path / "classes.png"), "--class-label", "flags", "food"])
     drawn = pipe(class_label=["flags", "food"], num_inference_steps=2, seed=5).images
     expected = captioned_grid(drawn, ["flags", "food"], columns=2)

@@ -86,7 +86,7 @@ def test_the_report_holds_all_and_the_files_it_names(
     best = report["sweep"]["best"]
     assert len(report["sweep"]["rows"]) == 2 and best["num_inference_steps"] == 1
     assert (out / report["sweep"]["plot"]).exists()
-    assert json.loads((model / "defaults.json").read_text()) == best
+    assert json.loads((model / "defaults.json").read_text()) == {**best, "guidance_interval": [0.0, 1.0]}
     assert LDMPipeline.from_pretrained(model).defaults.guidance_scale == best["guidance_scale"]
     assert "memorization in own" in told and "KID x 1000" in told
 

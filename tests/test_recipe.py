@@ -23,7 +23,18 @@ from ldm.cli_sample import file_name
 from ldm.models.fingerprint import model_sha256
 from ldm.pipeline import LDMPipeline
 
-WORDS = ["--steps", "3", "--guidance-scale", "2.5", "--negative-prompt", "blue face", "--seed", "41"]
+WORDS = [
+    "--dtype",
+    "float32",
+    "--steps",
+    "3",
+    "--guidance-scale",
+    "2.5",
+    "--negative-prompt",
+    "blue face",
+    "--seed",
+    "41",
+]
 
 
 @pytest.fixture(scope="module")

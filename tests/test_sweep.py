@@ -108,8 +108,8 @@ def test_what_is_left_out_is_what_it_always_was(folder: Path, tiny_pipeline_fold
     ("text", "told"),
     [
         ("{", "expected JSON"),
-        ("[1]", "expected an object with num_inference_steps and guidance_scale"),
-        (json.dumps({"steps": 3}), "expected an object with num_inference_steps and guidance_scale"),
+        ("[1]", "expected an object with num_inference_steps, guidance_scale, guidance_interval"),
+        (json.dumps({"steps": 3}), "expected an object with num_inference_steps, guidance_scale, guidance_interval"),
         (json.dumps({"num_inference_steps": 2.5}), "num_inference_steps: expected a whole number"),
         (json.dumps({"guidance_scale": True}), "guidance_scale: expected a number"),
         ('{"guidance_scale": NaN}', "guidance_scale: expected a number"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,7 @@ def run_sweep(
     only = {space.name: real[space.name]}
 
     def judge(tried: Settings) -> dict[str, Any]:
+        tried = replace(tried, guidance_interval=settings.guidance_interval)
         found, drawn = {}, []
         for asked in few:
             paths = subject.draw_all(asked, tried, out, plan.batch_size)

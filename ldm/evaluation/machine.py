@@ -18,7 +18,7 @@ from ldm.evaluation.subject import Settings, Subject
 WARM = 16
 COLD = """
 import sys
-from ldm.pipeline import LDMPipeline
+from ldm import LDMPipeline
 pipeline = LDMPipeline.from_pretrained(sys.argv[1]).to_best_device()
 pipeline(sys.argv[2], num_inference_steps=int(sys.argv[3]), guidance_scale=float(sys.argv[4]), seed=0)
 """

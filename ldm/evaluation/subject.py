@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.defaults import EVERYWHERE
 from ldm.diffusion.prediction import DIFFUSERS_NAMES, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.gallery import Asked
@@ -25,11 +26,12 @@ from ldm.models.vae import encode
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are drawn: U-Net evaluations, guidance scale, and the seed of the first; picture i has seed + i."""
+    """How pictures are drawn: U-Net evaluations, guidance, and the seed of the first; picture i has seed + i."""
 
     steps: int
     guidance_scale: float
     seed: int = 0
+    guidance_interval: tuple[float, float] = EVERYWHERE
 
 
 class Subject:
@@ -77,6 +79,7 @@ class Subject:
             negative_prompt_embeds=self.null_context.expand_as(context),
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            guidance_interval=settings.guidance_interval,
             seed=[settings.seed + first + i for i in range(len(captions))],
         )
         pictures: list[Image.Image] = drawn.images

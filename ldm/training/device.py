@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
 
+from ldm.devices import cpu_has_bf16
 from ldm.training.config import LoopConfig
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -53,12 +53,3 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     if device.type == "cpu" and cpu_has_bf16():
         return "bf16"
     return "no"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
-    except OSError:  # not Linux
-        return False
-    return bool(flags & {"amx_bf16", "avx512_bf16"})
