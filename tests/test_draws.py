@@ -95,11 +95,11 @@ def test_processes_share_the_very_samples_of_one(
     size = processes * accumulation * share
     first = min(first, steps)
     alone = numbers_of(first, steps, size, 1, 0, 1)
-    assert alone == [list(range(step * size, (step + 1) * size)) for step in range(first, steps)]
+    assert alone == [range(step * size, (step + 1) * size) for step in range(first, steps)]
     ranks = [numbers_of(first, steps, size, accumulation, rank, processes) for rank in range(processes)]
     for step in range(steps - first):
         parts = [n for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation] for n in part]
-        assert sorted(parts) == alone[step]
+        assert sorted(parts) == list(alone[step])
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

@@ -181,7 +181,7 @@ def before_unet(
     samples = build_samples(fresh, source.train, shape, None)
     rank, processes = accelerator.process_index, accelerator.num_processes
     numbers = numbers_of(0, 1 + TIMED, loop.batch_size, loop.accumulation, rank, processes)
-    *parts, few = batches(samples, [*numbers, list(range(FEW))], accelerator.device, encoders)
+    *parts, few = batches(samples, [*numbers, range(FEW)], accelerator.device, encoders)
     steps = [parts[i : i + loop.accumulation] for i in range(0, len(parts), loop.accumulation)]
     yield from try_steps(config, "optim", prepare, steps, [few], accelerator, "U-Net")
 

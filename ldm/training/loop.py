@@ -189,7 +189,7 @@ def fit(
     rank, processes = accelerator.process_index, accelerator.num_processes
     numbers = numbers_of(first, loop.steps, loop.batch_size, loop.accumulation, rank, processes)
     stream = batches(samples, numbers, accelerator.device, encoders)
-    stored = next(batches(samples, [list(range(STORED))], accelerator.device, encoders))
+    stored = next(batches(samples, [range(STORED)], accelerator.device, encoders))
     watch = Watch(
         accelerator,
         tracker,

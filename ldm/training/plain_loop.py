@@ -124,7 +124,10 @@ def fit_plain(
     rank, processes = accelerator.process_index, accelerator.num_processes
     numbers = numbers_of(first, recipe.steps, recipe.batch_size, 1, rank, processes)
     loader: DataLoader[Any] = DataLoader(
-        cast(Dataset[Any], samples), batch_sampler=numbers, num_workers=workers, worker_init_fn=ignore_in_worker
+        cast(Dataset[Any], samples),
+        batch_sampler=cast(Any, numbers),
+        num_workers=workers,
+        worker_init_fn=ignore_in_worker,
     )
     watch = Watch(
         accelerator,

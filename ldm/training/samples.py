@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders)
 
 def numbers_of(
     first_step: int, steps: int, batch_size: int, accumulation: int, rank: int, processes: int
-) -> list[list[int]]:
+) -> list[range]:
     """The sample numbers of each batch of one process, in order.
 
     Step s covers samples s*B ... s*B + B - 1 whatever the number of processes; rank r takes every part of it
@@ -174,18 +174,20 @@ def numbers_of(
         )
     share = batch_size // shares
     return [
-        list(range(start, start + share))
+        range(start, start + share)
         for step in range(first_step, steps)
         for micro in range(accumulation)
         for start in [step * batch_size + (micro * processes + rank) * share]
     ]
 
 
-def batches(samples: Samples, numbers: list[list[int]], device: torch.device, encoders: Encoders) -> Iterator[Batch]:
+def batches(
+    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device, encoders: Encoders
+) -> Iterator[Batch]:
     """The batches with these sample numbers, one after the other; the encoders are asked only without a cache."""
     loader: DataLoader[dict[str, Any]] = DataLoader(
         samples,
-        batch_sampler=numbers,
+        batch_sampler=cast(Any, numbers),  # whose stubs want lists, of which a long run's would be 250 MB
         num_workers=0 if samples.cache is not None else samples.data.workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_in_worker,
