@@ -25,13 +25,13 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.harness import Target, arguments, circumstances, fresh, median_interval, write
-from benchmarks.synthetic import CHANNELS, WIDTH, Rows
+from benchmarks.synthetic import CHANNELS, Rows
 from ldm.data.space import check_space
 from ldm.models.unet import UNetConfig
 
 ROWS = Target(0.02, 0.0)  # slope over the number of rows; as much of time as of memory
 REAL = UNetConfig(channels=(128, 192, 256), attention=(False, True, True), layers=1)
-SMALL = UNetConfig(channels=(64, 128), attention=(False, True), layers=1)
+SMALL = UNetConfig(channels=(32, 64), attention=(False, True), layers=1)
 LOADED = 50  # batches that a fresh process looks at, besides those that it trains on
 
 
@@ -110,7 +110,7 @@ class Trainer:
             numbers = numbers_of(0, 1000, setting.batch, 1, 0, 1)
             self.streams[setting] = batches(samples, numbers, accelerator.device, nobody)
         torch.manual_seed(0)
-        network = build_unet(unet, latent_shape=(CHANNELS, 16, 16), context_dim=WIDTH)
+        network = build_unet(unet, latent_shape=(CHANNELS, 16, 16), context_dim=settings[0].rows.context[1])
         choose_attention(network, accelerator.device)
         self.training = Training.prepare(config, accelerator, build_schedule(diffusion), network)
         self.steps = 0
@@ -207,11 +207,13 @@ def main() -> None:
     add("--turns", type=int, default=12, help="through the settings of each axis (default: 12)")
     add("--steps", type=int, default=3, help="of each setting in a turn (default: 3)")
     add("--processes", type=int, default=3, help="fresh ones for each setting, for the memory (default: 3)")
-    add("--small", action="store_true", help="a U-Net of 2 M parameters: reading weighs more in its steps")
+    add("--small", action="store_true", help="a small U-Net: reading weighs more in its steps")
     add("--quick", action="store_true", help="few rows, a small U-Net, few turns: a look, no figure")
     add("--resident", nargs=5, metavar="WORD", help=argparse.SUPPRESS)  # what `weigh` starts
     chosen = parser.parse_args()
     unet = SMALL if chosen.small or chosen.quick else REAL
+    if chosen.quick:
+        chosen.turns, chosen.steps, chosen.processes = 4, 2, 1
     if chosen.resident:
         answer, folder, count, edge, batch = chosen.resident
         setting = Setting(Rows(Path(folder), int(count), int(edge)), int(batch))
@@ -227,8 +229,8 @@ def main() -> None:
         for each in tqdm(rows, "writing rows", unit="data set"):
             each.write()
         for axis in axes[:1] if chosen.quick else axes:
-            weigh(axis, 1 if chosen.quick else chosen.processes, work, unet, chosen.threads)
-        time_steps(axes, work, unet, 6 if chosen.quick else chosen.turns, chosen.steps, chosen.threads)
+            weigh(axis, chosen.processes, work, unet, chosen.threads)
+        time_steps(axes, work, unet, chosen.turns, chosen.steps, chosen.threads)
     finally:
         shutil.rmtree(work)
     print(table(axes))

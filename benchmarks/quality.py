@@ -127,7 +127,7 @@ def compare_quality(arms: Sequence[Arm], float32: tuple[Arm, Arm], captions: Seq
 
 
 def worse(ours: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """The figures in which ours is worse than a row's: its interval of the difference, or of KID, lies wholly beyond."""
+    """The figures in which ours is worse than a row's: intervals of the difference, or of KID, lie wholly beyond."""
     found = [
         name
         for name, told in row["ours_minus_it"].items()

@@ -19,17 +19,18 @@ from ldm.data.captioned import CaptionedPictures, read_captioned
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.records import Kind, to_keys
 
-CHANNELS, TOKENS, WIDTH = 4, 24, 384
+CHANNELS = 4
 PART = 512  # rows written at once
 
 
 @dataclass(frozen=True)
 class Rows:
-    """So many rows, with latents [4,edge,edge], in a folder."""
+    """So many rows in a folder, with latents [4,edge,edge] and contexts [L,D]."""
 
     folder: Path
     count: int
     edge: int
+    context: tuple[int, int] = (24, 384)
 
     @property
     def place(self) -> Path:
@@ -44,7 +45,7 @@ class Rows:
     @property
     def contexts(self) -> Kind:
         """The store of their captions' contexts."""
-        return context_kind("synthetic", (TOKENS, WIDTH))
+        return context_kind("synthetic", self.context)
 
     @property
     def size(self) -> int:
