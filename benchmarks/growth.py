@@ -32,7 +32,7 @@ from ldm.models.unet import UNetConfig
 ROWS = Target(0.02, 0.0)  # slope over the number of rows; as much of time as of memory
 REAL = UNetConfig(channels=(128, 192, 256), attention=(False, True, True), layers=1)
 SMALL = UNetConfig(channels=(32, 64), attention=(False, True), layers=1)
-LOADED = 50  # batches that a fresh process looks at, besides those that it trains on
+LOADED = 200  # batches that a fresh process looks at, besides those that it trains on
 
 
 @dataclass(frozen=True)
