@@ -61,6 +61,19 @@ class Comparison:
     def ratios(self) -> list[float]:
         return [pair["ratio"] for pair in self.pairs]
 
+    def pair(self, order: Sequence[str], ours: Measured, peer: Measured, canary: Sequence[float]) -> None:
+        """Add a pair that was measured."""
+        a, b = ours["value"], peer["value"]
+        ratio = a / b if self.ratio == "ours/peer" else b / a
+        self.pairs.append({"order": order, "ours": ours, "peer": peer, "ratio": ratio, "canary": canary})
+
+    def with_values(self, other: Comparison, value: Callable[[Measured], float]) -> Comparison:
+        """Add another comparison's pairs, seen from another side: `value` of what each arm told."""
+        for pair in other.pairs:
+            ours, peer = ({**pair[arm], "value": value(pair[arm])} for arm in ("ours", "peer"))
+            self.pair(pair["order"], ours, peer, pair["canary"])
+        return self
+
     def summary(self) -> dict[str, Any]:
         """The median of the pairs' ratios, its interval of 95 %, and the arms' medians."""
         low, high = median_interval(self.ratios)
@@ -87,15 +100,14 @@ def compare(
     arms = {"ours": ours, "peer": peer}
     for _ in range(pairs):
         order = ["ours", "peer"] if len(comparison.pairs) % 2 == 0 else ["peer", "ours"]
-        pair: dict[str, Any] = {"order": order, "canary": [canary()]}
+        told, canaries = {}, [canary()]
         for arm in order:
-            pair[arm] = arms[arm]()
-            pair["canary"].append(canary())
-        a, b = pair["ours"]["value"], pair["peer"]["value"]
-        pair["ratio"] = a / b if comparison.ratio == "ours/peer" else b / a
-        comparison.pairs.append(pair)
-        told = f"ours {a:.4g}, peer {b:.4g} {comparison.unit}, ratio {pair['ratio']:.3g}"
-        print(f"{comparison.name}: pair {len(comparison.pairs)} of {pairs}: {told}", file=sys.stderr, flush=True)
+            told[arm] = arms[arm]()
+            canaries.append(canary())
+        comparison.pair(order, told["ours"], told["peer"], canaries)
+        a, b, ratio = told["ours"]["value"], told["peer"]["value"], comparison.ratios[-1]
+        say = f"ours {a:.4g}, peer {b:.4g} {comparison.unit}, ratio {ratio:.3g}"
+        print(f"{comparison.name}: pair {len(comparison.pairs)}: {say}", file=sys.stderr, flush=True)
     return comparison
 
 
