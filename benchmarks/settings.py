@@ -54,7 +54,7 @@ class Setting:
     vocabulary: int
     tokens: int
 
-    def text_config(self, **special: int) -> Any:
+    def text_config(self) -> Any:
         """The text encoder's configuration."""
         from transformers import CLIPTextConfig
 
@@ -67,7 +67,9 @@ class Setting:
             projection_dim=self.width,
             max_position_embeddings=77,
             hidden_act="quick_gelu",
-            **special,
+            bos_token_id=self.vocabulary - 2,
+            eos_token_id=self.vocabulary - 1,
+            pad_token_id=self.vocabulary - 1,
         )
 
     def vae(self) -> Any:
@@ -198,13 +200,12 @@ def text_encoder(setting: Setting, captions: Sequence[str], folder: Path) -> Tex
     tokenizer.model_max_length = setting.tokens
     tokenizer.save_pretrained(folder)
     torch.manual_seed(2)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    CLIPTextModel(setting.text_config(**special)).save_pretrained(folder)
+    CLIPTextModel(setting.text_config()).save_pretrained(folder)
     return TextEncoder.load(TextConfig(encoder=str(folder), max_length=setting.tokens))
 
 
 def byte_pairs(captions: Sequence[str], size: int) -> Any:
-    """CLIP's kind of tokenizer, learned from captions and filled up with tokens that never occur."""
+    """CLIP's kind of tokenizer: pairs learned from captions, tokens that never occur, start and end last."""
     from transformers import CLIPTokenizer
 
     start, end = "<|startoftext|>", "<|endoftext|>"

@@ -34,6 +34,7 @@ class Sides:
         batch_size, threads: of both.
         warmup: steps that are not timed, at the start of each process.
         steps: steps that are.
+        whole: let the processes run to their end, saving included, instead of leaving after the last step.
     """
 
     folders: Folders
@@ -43,6 +44,7 @@ class Sides:
     threads: int
     warmup: int
     steps: int
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.warmup < 1 or self.steps < 1:
@@ -68,7 +70,8 @@ class Sides:
     def observed(self, script: Path, words: Sequence[str]) -> Measured:
         """Run a script for the steps; {"value": samples/s, "start": seconds to the first step's end, "steps"}."""
         record = self.work / f"{script.stem}.json"
-        command = [sys.executable, "-m", "benchmarks.observe", record, self.warmup + self.steps, script, *words]
+        leave_after = 0 if self.whole else self.warmup + self.steps
+        command = [sys.executable, "-m", "benchmarks.observe", record, leave_after, script, *words]
         fresh(command, self.threads, self.work / f"{script.stem}.log", ACCELERATE_USE_CPU="true")
         told = json.loads(record.read_text("utf-8"))
         seconds = [end - begin for begin, end in zip(told["steps"], told["steps"][1:])]
