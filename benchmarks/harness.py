@@ -111,14 +111,14 @@ def compare(
     return comparison
 
 
-def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def median_interval(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
     """The 2.5 and 97.5 % points of the median of bootstrap samples (Efron 1979).
 
     Few pairs make it narrow, not wide: the median of n pairs lies within their range whatever is resampled.
     """
     chance = random.Random(seed)
-    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(resamples))
+    return medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
 
 
 def gemm(size: int = 1024, seconds: float = 0.2) -> float:
@@ -134,25 +134,32 @@ def gemm(size: int = 1024, seconds: float = 0.2) -> float:
     return best
 
 
+def environment(threads: int, **variables: str) -> dict[str, str]:
+    """What a measured process inherits: so many CPU threads, no network, this checkout's packages."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
+
+
 def fresh(command: Sequence[str | Path], threads: int, log: Path, **variables: str) -> None:
     """Run a command in a process of its own, with so many CPU threads, offline, what it says kept in `log`.
 
     Raises:
         SystemExit: if it fails, with the end of what it said.
     """
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        **variables,
-    }
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as out:
         words = [str(word) for word in command]
-        status = subprocess.run(words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(
+            words, cwd=ROOT, env=environment(threads, **variables), stdout=out, stderr=subprocess.STDOUT
+        ).returncode
     if status:
         end = log.read_text("utf-8", errors="replace").replace("\r", "\n")[-3000:]
         raise SystemExit(f"{' '.join(words)}\nended with status {status}; {log} ends with:\n{end}")

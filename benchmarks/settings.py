@@ -29,6 +29,7 @@ from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.unet import UNetConfig, build_unet
 from ldm.models.vae import VAEConfig, build_vae, downsampling, load_vae
 from ldm.pipeline import LDMPipeline
+from ldm.training.latents import normalize_on
 
 SIZE = 64  # pixels
 UNET = UNetConfig(channels=(128, 192, 256), attention=(False, True, True), layers=1)
@@ -168,6 +169,8 @@ def build(
     captions = save_pictures(source, folder / "data", most)
     torch.manual_seed(1)
     autoencoder = load_vae(vae) if vae else setting.vae().eval()
+    if vae:  # the peer knows latents of unit variance only if it is given them
+        normalize_on(autoencoder, read_captioned(str(folder / "data"), holdout=0), SIZE)
     text = text_encoder(setting, captions, folder / "text")
     size = SIZE // downsampling(autoencoder)
     torch.manual_seed(seed)  # as train_ldm.py does before it builds its own

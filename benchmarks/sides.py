@@ -72,7 +72,7 @@ class Sides:
         record = self.work / f"{script.stem}.json"
         leave_after = 0 if self.whole else self.warmup + self.steps
         command = [sys.executable, "-m", "benchmarks.observe", record, leave_after, script, *words]
-        fresh(command, self.threads, self.work / f"{script.stem}.log", ACCELERATE_USE_CPU="true")
+        fresh(command, self.threads, self.work / f"{script.stem}.log")
         told = json.loads(record.read_text("utf-8"))
         seconds = [end - begin for begin, end in zip(told["steps"], told["steps"][1:])]
         timed = seconds[self.warmup - 1 :]
@@ -107,7 +107,7 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
     """The options of a benchmark that trains."""
     add = parser.add_argument
     add("--peer-script", type=Path, required=True, help="diffusers' examples/text_to_image/train_text_to_image.py")
-    add("--source", default=str(ROOT / "data" / "openmoji"), help="captioned pictures (default: data/openmoji)")
+    add("--source", default="data/openmoji", help="captioned pictures (default: data/openmoji)")
     add("--pictures", type=int, default=0, help="training pictures, spread evenly; 0 is all")
     add("--batch-size", type=int, default=64, help="of both sides")
 
