@@ -38,7 +38,7 @@ def main() -> None:
         script, batch_size, threads = chosen.peer_script.resolve(), chosen.batch_size, chosen.threads
         sides = Sides(folders, work, script, batch_size, threads, warmup=1, steps=chosen.steps, whole=True)
         comparisons.append(measure(sides, name, chosen.pairs, flags))
-        shutil.rmtree(work / "given")
+        shutil.rmtree(work)
     report("memory", comparisons, chosen.out, chosen.threads, **facts)
 
 

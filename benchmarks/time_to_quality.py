@@ -106,6 +106,8 @@ def main() -> None:
         seconds, seen = reached(judge, ours.snapshots(), goal)
         told = {"value": chosen.budget / seconds if seconds else 0.0, "seconds": seconds, "seen": seen}
         theirs = {"value": chosen.budget / last.seconds, "seconds": last.seconds, "step": last.step, **goal}
+        for folder in (folders.model.parent, work / "ours", work / "peer", work / "run", work / "peer-run"):
+            shutil.rmtree(folder)  # gigabytes; what was drawn stays, in work / "judged"
         comparison.pair(["ours", "peer"] if seed % 2 == 0 else ["peer", "ours"], told, theirs, canary)
     facts = {**script_facts(chosen.peer_script), "P1": flags, "budget_seconds": chosen.budget}
     facts |= {

@@ -76,7 +76,7 @@ def main() -> None:
         told = {"P1": flags, "tried": tried, "pictures": folders.pictures, "break_even_epochs": epochs}
         facts["settings"][name] = told
         comparisons += found
-        shutil.rmtree(work / "given")
+        shutil.rmtree(work)
     report("train_throughput", comparisons, chosen.out, chosen.threads, **facts)
     for name, told in facts["settings"].items():
         epochs = told["break_even_epochs"]
