@@ -4,7 +4,8 @@
 
 The largest resident size of a fresh process that runs from nothing to the saved pipeline: on our side, encoding
 everything and loading both encoders again for the last save are part of it. Both sides read their data in the main
-process, because memory that worker processes share can't be divided among them. The peer is P1.
+process, because memory that worker processes share can't be divided among them. The peer is P1. Beside it, the same up
+to the last step, without what the last save takes.
 """
 
 from __future__ import annotations
@@ -37,19 +38,21 @@ def main() -> None:
         folders = build(SETTINGS[name], chosen.source, work / "given", chosen.pictures)
         script, batch_size, threads = chosen.peer_script.resolve(), chosen.batch_size, chosen.threads
         sides = Sides(folders, work, script, batch_size, threads, warmup=1, steps=chosen.steps, whole=True)
-        comparisons.append(measure(sides, name, chosen.pairs, flags))
+        comparisons += measure(sides, name, chosen.pairs, flags)
         shutil.rmtree(work)
     report("memory", comparisons, chosen.out, chosen.threads, **facts)
 
 
-def measure(sides: Sides, name: str, pairs: int, flags: list[str]) -> Comparison:
-    """The pairs of one setting."""
-    comparison = Comparison(f"{name} peak memory, P1", "MiB", target=TARGETS.get(name))
-    return compare(comparison, lambda: peak(sides.ours()), lambda: peak(sides.peer(flags)), pairs)
+def measure(sides: Sides, name: str, pairs: int, flags: list[str]) -> list[Comparison]:
+    """The pairs of one setting: of whole runs, and of the same up to their last steps."""
+    whole = Comparison(f"{name} peak memory, P1", "MiB", target=TARGETS.get(name))
+    compare(whole, lambda: peak(sides.ours()), lambda: peak(sides.peer(flags)), pairs)
+    steps = Comparison(f"{name} peak memory up to the last step, P1", "MiB")
+    return [whole, steps.with_values(whole, lambda told: told["steps_peak_bytes"] / MIB)]
 
 
 def peak(told: Measured) -> Measured:
-    """What a side told, its peak being the value."""
+    """What a side told, the peak of the whole run being the value."""
     return {**told, "value": told["peak_bytes"] / MIB}
 
 

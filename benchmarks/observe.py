@@ -4,8 +4,8 @@
     python -m benchmarks.observe OUT.json STEPS --snapshots FOLDER SCRIPT WORDS...
 
 What this adds to the script, which runs by `runpy` as its own __main__ in this process:
-- torch's public hook after every optimizer step (`register_optimizer_step_post_hook`) notes the time. No function is
-  replaced, and nothing waits: on a CPU a step is over when it returns.
+- torch's public hook after every optimizer step (`register_optimizer_step_post_hook`) notes the time, and CPU time and
+  peak size of this process. No function is replaced, and nothing waits: on a CPU a step is over when it returns.
 - After STEPS steps OUT.json is written and the process left, so that neither side's saving at the end is timed.
 - With --snapshots, `EMAModel.step` of diffusers, which both sides call, is followed by a look whether FOLDER holds a
   file want-NAME; if so the averaged weights are saved as FOLDER/NAME.safetensors, with the time in its metadata.
@@ -32,13 +32,14 @@ def main() -> None:
     snapshots = None
     if rest[0] == "--snapshots":
         snapshots, rest = Path(rest[1]), rest[2:]
-    ends: list[float] = []
+    seen: list[tuple[float, float, int]] = []
 
     def finish() -> None:
-        told = {"started": STARTED, "steps": ends, "left": time.monotonic(), "peak_bytes": peak_bytes()}
-        out.write_text(json.dumps(told), "utf-8")
+        ends, cpu, peaks = zip(*seen) if seen else ((), (), ())
+        told = {"started": STARTED, "steps": ends, "cpu": cpu, "steps_peak_bytes": max(peaks, default=0)}
+        out.write_text(json.dumps({**told, "peak_bytes": peak_bytes()}), "utf-8")
 
-    watch_steps(ends, steps, finish)
+    watch_steps(seen, steps, finish)
     if snapshots:
         watch_average(snapshots)
     sys.argv = rest
@@ -49,13 +50,13 @@ def main() -> None:
         finish()
 
 
-def watch_steps(ends: list[float], steps: int, finish: Any) -> None:
-    """Note the end of each optimizer step, and leave after the last one that is wanted."""
+def watch_steps(seen: list[tuple[float, float, int]], steps: int, finish: Any) -> None:
+    """Note what each optimizer step ends with, and leave after the last one that is wanted."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def hook(*_: Any) -> None:
-        ends.append(time.monotonic())
-        if len(ends) == steps:
+        seen.append((time.monotonic(), time.process_time(), peak_bytes()))
+        if len(seen) == steps:
             finish()
             leave()
 

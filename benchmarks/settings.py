@@ -34,7 +34,7 @@ from ldm.training.latents import normalize_on
 SIZE = 64  # pixels
 UNET = UNetConfig(channels=(128, 192, 256), attention=(False, True, True), layers=1)
 VAE = VAEConfig(channels=(32, 64, 128), layers=1, latent_channels=4)
-SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512}
+SD_WIDTHS = (128, 256, 512, 512)
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,13 @@ class Setting:
 
         if not self.sd_vae:
             return build_vae(VAE)
-        levels = len(SD_VAE["block_out_channels"])
         return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **SD_VAE
+            down_block_types=("DownEncoderBlock2D",) * len(SD_WIDTHS),
+            up_block_types=("UpDecoderBlock2D",) * len(SD_WIDTHS),
+            block_out_channels=SD_WIDTHS,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=512,
         )
 
     def unet(self, latent_shape: tuple[int, int, int]) -> Any:

@@ -68,17 +68,27 @@ class Sides:
         return self.observed(self.script, self.folders.peer(out, self.batch_size, self.warmup + self.steps, *flags))
 
     def observed(self, script: Path, words: Sequence[str]) -> Measured:
-        """Run a script for the steps; {"value": samples/s, "start": seconds to the first step's end, "steps"}."""
+        """Run a script; {"value": samples/s of the timed steps, "start": seconds to the first step's end, …}."""
         record = self.work / f"{script.stem}.json"
         leave_after = 0 if self.whole else self.warmup + self.steps
-        command = [sys.executable, "-m", "benchmarks.observe", record, leave_after, script, *words]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "benchmarks.observe",
+            record,
+            str(leave_after),
+            script,
+            *words,
+        ]
         fresh(command, self.threads, self.work / f"{script.stem}.log")
         told = json.loads(record.read_text("utf-8"))
-        seconds = [end - begin for begin, end in zip(told["steps"], told["steps"][1:])]
-        timed = seconds[self.warmup - 1 :]
+        seconds, cpu = ([b - a for a, b in zip(told[clock], told[clock][1:])] for clock in ("steps", "cpu"))
+        samples = self.batch_size * self.steps
         return {
-            "value": self.batch_size * len(timed) / sum(timed),
+            "value": samples / sum(seconds[self.warmup - 1 :]),
+            "cpu_seconds_per_sample": sum(cpu[self.warmup - 1 :]) / samples,
             "start": told["steps"][0] - told["started"],
+            "steps_peak_bytes": told["steps_peak_bytes"],
             "peak_bytes": told["peak_bytes"],
             "steps": [round(second, 4) for second in seconds],
         }

@@ -51,8 +51,9 @@ def train(folders: Folders, work: Path, seed: int, flags: Sequence[str], chosen:
     )  # fmt: skip
 
     def runner(name: str, script: Path, words: Sequence[str], moments: Sequence[float]) -> Runner:
-        observe = [sys.executable, "-m", "benchmarks.observe", work / f"{name}.json", "0", "--snapshots", work / name]
-        return Runner([*observe, script, *words], work / name, moments, chosen.threads, work / f"{name}.log")
+        observe: list[str | Path] = [sys.executable, "-m", "benchmarks.observe", work / f"{name}.json", "0"]
+        observe += ["--snapshots", work / name, script]
+        return Runner([*observe, *words], work / name, moments, chosen.threads, work / f"{name}.log")
 
     ours = runner("ours", TRAIN, ours_words, marks(chosen.budget))
     peer = runner("peer", chosen.peer_script.resolve(), peer_words, [chosen.budget])

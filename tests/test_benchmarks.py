@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import ROOT, Comparison, Target, compare, median_interval, report
+from benchmarks.judge import as_good
 from benchmarks.settings import SETTINGS, build
+from benchmarks.turns import Runner, take_turns
 from ldm.data.captioned import read_captioned
 
 SCRIPT = """
@@ -95,7 +97,8 @@ def test_a_script_is_watched_as_it_is(
     assert len(told["steps"]) == steps
     assert sorted(told["steps"]) == told["steps"]
     assert told["started"] < told["steps"][0]
-    assert told["peak_bytes"] > 2**20
+    assert len(told["cpu"]) == steps and sorted(told["cpu"]) == told["cpu"]
+    assert told["peak_bytes"] >= told["steps_peak_bytes"] > 2**20
     assert end.exists() == (leave_after == 0)
     if end.exists():  # what it computed is what it computes by itself
         watched, alone = end.read_text("utf-8"), tmp_path / "alone.txt"
@@ -130,3 +133,56 @@ def test_both_sides_are_given_the_same_networks_and_only_training_pictures(tmp_p
     torch.manual_seed(3)
     fresh = SETTINGS["C"].unet((4, 16, 16)).state_dict()
     assert all(torch.equal(weight, fresh[name]) for name, weight in stock.unet.state_dict().items())
+
+
+TRAINING = """
+import pathlib, sys, time
+import numpy
+from safetensors.numpy import save_file
+folder, beats = pathlib.Path(sys.argv[1]), open(sys.argv[2], "w")
+for step in range(1, 100_000):
+    time.sleep(0.005)
+    print(time.monotonic(), file=beats, flush=True)
+    for wanted in folder.glob("want-*"):
+        name, facts = wanted.name.removeprefix("want-"), {"time": str(time.monotonic()), "step": str(step)}
+        save_file({"weight": numpy.zeros(1)}, folder / f".{name}", facts)
+        (folder / f".{name}").rename(folder / f"{name}.safetensors")
+        wanted.unlink()
+"""
+
+
+def test_trainings_run_in_turns_and_are_timed_by_their_own(tmp_path: Path) -> None:
+    (tmp_path / "training.py").write_text(TRAINING, "utf-8")
+
+    def runner(name: str, marks: list[float]) -> Runner:
+        folder = tmp_path / name
+        command = [sys.executable, tmp_path / "training.py", folder, tmp_path / f"{name}.beats"]
+        return Runner(command, folder, marks, threads=1, log=tmp_path / f"{name}.log")
+
+    a, b = runner("a", [0.5, 0.9, 1.5]), runner("b", [1.2])
+    take_turns([a, b], seconds=0.4)
+    assert len(a.turns) >= 3
+    for mine, theirs in ((a, b), (b, a)):
+        assert mine.process is not None and mine.process.poll() is not None
+        beats = [float(line) for line in (tmp_path / f"{mine.folder.name}.beats").read_text("utf-8").splitlines()]
+        stopped = 0.05  # a signal takes its time to arrive
+        assert not [t for t in beats for begin, end in theirs.turns if begin + stopped < t < end - stopped]
+        found = mine.snapshots()
+        assert found[-1].seconds >= mine.marks[-1]
+        assert [snapshot.seconds for snapshot in found] == sorted(snapshot.seconds for snapshot in found)
+        assert all(snapshot.seconds >= mark for snapshot, mark in zip(found[::-1], mine.marks[::-1]))
+        total = sum(end - begin for begin, end in mine.turns)
+        assert mine.own_time(math.inf) == pytest.approx(total) and mine.own_time(mine.turns[0][0]) == 0.0
+
+
+def test_a_training_that_ends_too_early_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+    runner = Runner([sys.executable, "-c", "print('no such flag')"], tmp_path / "a", [60.0], 1, tmp_path / "log")
+    with pytest.raises(SystemExit, match="no such flag"):
+        take_turns([runner], seconds=60.0)
+
+
+def test_as_good_means_in_both_figures() -> None:
+    goal = {"top5": 0.2, "kid": 1.0}
+    assert as_good({"top5": 0.2, "kid": 1.0}, goal)
+    assert not as_good({"top5": 0.3, "kid": 1.1}, goal)
+    assert not as_good({"top5": 0.1, "kid": 0.5}, goal)
