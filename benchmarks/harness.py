@@ -61,6 +61,19 @@ class Comparison:
     def ratios(self) -> list[float]:
         return [pair["ratio"] for pair in self.pairs]
 
+    def pair(self, order: Sequence[str], ours: Measured, peer: Measured, canary: Sequence[float]) -> None:
+        """Add a pair that was measured."""
+        a, b = ours["value"], peer["value"]
+        ratio = a / b if self.ratio == "ours/peer" else b / a
+        self.pairs.append({"order": order, "ours": ours, "peer": peer, "ratio": ratio, "canary": canary})
+
+    def with_values(self, other: Comparison, value: Callable[[Measured], float]) -> Comparison:
+        """Add another comparison's pairs, seen from another side: `value` of what each arm told."""
+        for pair in other.pairs:
+            ours, peer = ({**pair[arm], "value": value(pair[arm])} for arm in ("ours", "peer"))
+            self.pair(pair["order"], ours, peer, pair["canary"])
+        return self
+
     def summary(self) -> dict[str, Any]:
         """The median of the pairs' ratios, its interval of 95 %, and the arms' medians."""
         low, high = median_interval(self.ratios)
@@ -87,26 +100,25 @@ def compare(
     arms = {"ours": ours, "peer": peer}
     for _ in range(pairs):
         order = ["ours", "peer"] if len(comparison.pairs) % 2 == 0 else ["peer", "ours"]
-        pair: dict[str, Any] = {"order": order, "canary": [canary()]}
+        told, canaries = {}, [canary()]
         for arm in order:
-            pair[arm] = arms[arm]()
-            pair["canary"].append(canary())
-        a, b = pair["ours"]["value"], pair["peer"]["value"]
-        pair["ratio"] = a / b if comparison.ratio == "ours/peer" else b / a
-        comparison.pairs.append(pair)
-        told = f"ours {a:.4g}, peer {b:.4g} {comparison.unit}, ratio {pair['ratio']:.3g}"
-        print(f"{comparison.name}: pair {len(comparison.pairs)} of {pairs}: {told}", file=sys.stderr, flush=True)
+            told[arm] = arms[arm]()
+            canaries.append(canary())
+        comparison.pair(order, told["ours"], told["peer"], canaries)
+        a, b, ratio = told["ours"]["value"], told["peer"]["value"], comparison.ratios[-1]
+        say = f"ours {a:.4g}, peer {b:.4g} {comparison.unit}, ratio {ratio:.3g}"
+        print(f"{comparison.name}: pair {len(comparison.pairs)}: {say}", file=sys.stderr, flush=True)
     return comparison
 
 
-def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def median_interval(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
     """The 2.5 and 97.5 % points of the median of bootstrap samples (Efron 1979).
 
     Few pairs make it narrow, not wide: the median of n pairs lies within their range whatever is resampled.
     """
     chance = random.Random(seed)
-    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(resamples))
+    return medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
 
 
 def gemm(size: int = 1024, seconds: float = 0.2) -> float:
@@ -122,25 +134,32 @@ def gemm(size: int = 1024, seconds: float = 0.2) -> float:
     return best
 
 
+def environment(threads: int, **variables: str) -> dict[str, str]:
+    """What a measured process inherits: so many CPU threads, no network, this checkout's packages."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
+
+
 def fresh(command: Sequence[str | Path], threads: int, log: Path, **variables: str) -> None:
     """Run a command in a process of its own, with so many CPU threads, offline, what it says kept in `log`.
 
     Raises:
         SystemExit: if it fails, with the end of what it said.
     """
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        **variables,
-    }
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as out:
         words = [str(word) for word in command]
-        status = subprocess.run(words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(
+            words, cwd=ROOT, env=environment(threads, **variables), stdout=out, stderr=subprocess.STDOUT
+        ).returncode
     if status:
         end = log.read_text("utf-8", errors="replace").replace("\r", "\n")[-3000:]
         raise SystemExit(f"{' '.join(words)}\nended with status {status}; {log} ends with:\n{end}")
