@@ -12,9 +12,11 @@ TIME := $(PYTHON) benchmarks/stages.py time
 BENCH ?= .venv-bench
 BENCH_OUT ?= runs/bench
 PEER ?= train_text_to_image.py
+MODEL ?=
 MEASURE := $(BENCH)/bin/python -m benchmarks.
 ONTO := --out $(BENCH_OUT)
 AGAINST := --peer-script $(PEER)
+DRAWN := $(if $(MODEL),--model $(MODEL) --data data/openmoji --net nets/openmoji)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: demo test test-faults lint bench bench-quick bench-env clean
@@ -44,11 +46,17 @@ bench: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl runs/openmoji64/v
 	$(MEASURE)memory $(ONTO) $(AGAINST)
 	$(MEASURE)train_throughput $(ONTO) $(AGAINST)
 	$(MEASURE)time_to_quality $(ONTO) $(AGAINST) --vae runs/openmoji64/vae --net nets/openmoji
+	$(MEASURE)sampling $(ONTO) $(DRAWN)
+	$(MEASURE)startup $(ONTO) --explain
+	$(MEASURE)growth $(ONTO)
 
 bench-quick: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl
 	$(MEASURE)mfu $(ONTO) --pairs 2 --batch-size 16
 	$(MEASURE)memory $(ONTO) $(AGAINST) --settings C --pairs 1 --pictures 48 --batch-size 8
 	$(MEASURE)train_throughput $(ONTO) $(AGAINST) --pairs 1 --pictures 48 --batch-size 8 --steps 4 --warmup 2 --no-search --no-defaults
+	$(MEASURE)sampling $(ONTO) --quick
+	$(MEASURE)startup $(ONTO) --quick
+	$(MEASURE)growth $(ONTO) --quick
 
 bench-env: $(BENCH)/installed
 

@@ -7,6 +7,7 @@ arms draw the same captions at the same guidance scale from the same noise; ours
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Measured, Target
+from benchmarks.harness import Measured, Target, fresh
 
 DEFAULT_STEPS, BEST_STEPS = 50, 20
 PROMPTS = ("red heart", "pizza", "rocket", "cat face", "key", "mushroom", "soccer ball", "umbrella")
@@ -57,10 +58,11 @@ class Arm:
         """Pictures/s of a batch that is drawn now."""
         captions = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
         self.rows = 0
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         self.draw(captions)
-        seconds = time.perf_counter() - start
-        return {"value": batch / seconds, "seconds": seconds, "unet_rows_per_picture": self.rows / batch}
+        cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
+        rows = self.rows / batch
+        return {"value": batch / seconds, "per_cpu_second": batch / cpu, "unet_rows_per_picture": rows}
 
     def describe(self) -> dict[str, Any]:
         """What the JSON says of it."""
@@ -71,6 +73,19 @@ class Arm:
             "scheduler": [type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if k[0] != "_"}],
             "defaults": vars(self.pipeline.defaults) if hasattr(self.pipeline, "defaults") else None,
         }
+
+
+def timed(command: Sequence[str], threads: int, log: Path) -> tuple[float, float]:
+    """Seconds from the start of a fresh process to its end, and seconds of CPU time that it took."""
+    start, cpu = time.perf_counter(), children_cpu()
+    fresh(command, threads, log)
+    return time.perf_counter() - start, children_cpu() - cpu
+
+
+def children_cpu() -> float:
+    """CPU seconds of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def ours(folder: Path, plain: torch.device | None = None) -> Arm:
