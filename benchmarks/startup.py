@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,19 +73,21 @@ def warm_up(folder: Path, out: Path, threads: int) -> None:
 
 
 def slowest_imports(command: Sequence[str], most: int = 12) -> list[str]:
-    """The imports of a Python command that took longest by themselves, what they imported not counted."""
-    script = [sys.executable, "-X", "importtime", *command]
-    told = subprocess.run(script, capture_output=True, text=True).stderr
-    rows = [line.removeprefix("import time:").split("|") for line in told.splitlines() if line.count("|") == 2]
-    slow = sorted((row for row in rows if row[0].strip().isdigit()), key=lambda row: -int(row[0]))
-    return [f"{int(row[0]) / 1e6:6.2f} s  {row[2].strip()}" for row in slow[:most]]
+    """The packages whose modules a Python command takes longest to import, each without what it imports itself."""
+    told = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True).stderr
+    spent: Counter[str] = Counter()
+    for own, _, module in (line.split("|") for line in told.splitlines() if line.count("|") == 2):
+        microseconds = own.removeprefix("import time:").strip()
+        if microseconds.isdigit():  # the first line names the columns
+            spent[module.strip().split(".")[0]] += int(microseconds) / 1e6
+    return [f"{seconds:6.2f} s  {package}" for package, seconds in spent.most_common(most)]
 
 
 def main() -> None:
     """Measure and report."""
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="a pipeline folder (default: random weights of real size)")
-    parser.add_argument("--explain", action="store_true", help="the slowest imports of our first picture")
+    parser.add_argument("--explain", action="store_true", help="the packages that our first picture waits for")
     parser.add_argument("--quick", action="store_true", help="one turn of two pairs, without the small processes")
     chosen = parser.parse_args()
     out = chosen.out.resolve()
@@ -102,7 +105,7 @@ def main() -> None:
     report("startup", comparisons, out, chosen.threads, model=str(folder), defaults=vars(Defaults.load(folder)))
     if chosen.explain:
         ours = commands(folder, out)[f"first picture, stock in {DEFAULT_STEPS} steps"][0]
-        print("our first picture: modules by what they took to import", *slowest_imports(ours), sep="\n")
+        print("our first picture: packages by what their modules take to import", *slowest_imports(ours), sep="\n")
 
 
 if __name__ == "__main__":
