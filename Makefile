@@ -2,15 +2,24 @@
 #   make demo   a text-to-image model of a few hundred drawings, from nothing; leaves a grid and runs/demo/pipeline
 #   make test   what CI runs: lint, types, the rooms' walls, tests
 # and   make test-faults   the long form of tests/faults: hundreds of killed, damaged and poisoned trainings
+#       make bench         ratios against peers, in benchmarks/README.md; make bench-quick is a look of five minutes
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 BIN := $(VENV)/bin
 TIME := $(PYTHON) benchmarks/stages.py time
+BENCH ?= .venv-bench
+BENCH_OUT ?= runs/bench
+PEER ?= train_text_to_image.py
+MODEL ?=
+MEASURE := $(BENCH)/bin/python -m benchmarks.
+ONTO := --out $(BENCH_OUT)
+AGAINST := --peer-script $(PEER)
+DRAWN := $(if $(MODEL),--model $(MODEL) --data data/openmoji --net nets/openmoji)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo test test-faults lint bench bench-quick bench-env clean
 
 demo: $(VENV)/installed
 	$(TIME) $(RUN)/stages.tsv data $(BIN)/ldm data openmoji data/openmoji-demo --size 64 --subset demo
@@ -32,10 +41,48 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl runs/openmoji64/vae/config.json nets/openmoji/net.json
+	$(MEASURE)mfu $(ONTO)
+	$(MEASURE)memory $(ONTO) $(AGAINST)
+	$(MEASURE)train_throughput $(ONTO) $(AGAINST)
+	$(MEASURE)time_to_quality $(ONTO) $(AGAINST) --vae runs/openmoji64/vae --net nets/openmoji
+	$(MEASURE)sampling $(ONTO) $(DRAWN)
+	$(MEASURE)startup $(ONTO) --explain
+	$(MEASURE)growth $(ONTO)
+
+bench-quick: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl
+	$(MEASURE)mfu $(ONTO) --pairs 2 --batch-size 16
+	$(MEASURE)memory $(ONTO) $(AGAINST) --settings C --pairs 1 --pictures 48 --batch-size 8
+	$(MEASURE)train_throughput $(ONTO) $(AGAINST) --pairs 1 --pictures 48 --batch-size 8 --steps 4 --warmup 2 --no-search --no-defaults
+	$(MEASURE)sampling $(ONTO) --quick
+	$(MEASURE)startup $(ONTO) --quick
+	$(MEASURE)growth $(ONTO) --quick
+
+bench-env: $(BENCH)/installed
+
+# the peer imports torchvision, so both sides run with the torch that its newest release wants, a CUDA build of gigabytes
+$(BENCH)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	(grep -v '^torch==' constraints.txt; echo torch==2.14.1; echo torchvision==0.29.1) > $(BENCH)/constraints.txt
+	$(BENCH)/bin/python -m pip install --quiet --constraint $(BENCH)/constraints.txt torchvision --editable '.[demo,app,metrics,track]'
+	@touch $@
+
+data/openmoji/metadata.jsonl:
+	$(BENCH)/bin/ldm data openmoji data/openmoji --size 64
+
+runs/openmoji64/vae/config.json:
+	$(BENCH)/bin/python train/train_vae.py --config configs/openmoji64.yaml
+
+nets/openmoji/net.json:
+	$(BENCH)/bin/ldm evaluate --data data/openmoji --fit-net
+
+$(PEER):
+	@echo "$@ is missing: name diffusers' examples/text_to_image/train_text_to_image.py with PEER=PATH (benchmarks/README.md)"; exit 1
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(TIME) $(VENV)/stages.tsv install $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) $(BENCH) runs data

@@ -6,7 +6,7 @@
         manifest.json    what the store holds, how much of it is committed, sums
 
 Opening reads the manifest and compares two file sizes, whatever the number of records. A lookup is a binary search in
-the mapped index; a read maps one record, checks its sum and gives its pages back, so that neither costs memory.
+the mapped index; a read copies one record and checks its sum. Neither costs memory.
 
 What is noticed: on opening, a manifest that is missing, damaged or of another store, and files that are too short; on
 opening to write (filling.py), a flipped bit anywhere in the index; on reading, a flipped bit in that record (CRC-32).
@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import mmap
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ class Records:
         self.folder, self.kind = folder, kind
         self.manifest = Manifest.read(folder, kind)
         count = self.manifest.indexed
-        self._records = _map(folder / RECORDS, self.manifest.records * kind.record.itemsize)
+        self._records = (folder / RECORDS).open("rb", buffering=0)
         index = _map(folder / self.manifest.index, count * (KEY.itemsize + NUMBER.itemsize))
         self.keys: Keys = np.frombuffer(index, KEY, count)
         self.numbers: Numbers = np.frombuffer(index, NUMBER, count, count * KEY.itemsize)
@@ -213,21 +214,18 @@ class Records:
         if not 0 <= number < self.manifest.records:
             raise IndexError(f"record {number} of {self.manifest.records}: {self.folder}")
         size = self.kind.record.itemsize
-        start, end = number * size, (number + 1) * size
-        with memoryview(self._records) as view, view[start:end] as record:
-            whole = self.kind.whole(record)
-            copy: npt.NDArray[Any] = np.frombuffer(bytearray(record), self.kind.record)["payload"][0]
-        if not isinstance(self._records, bytes) and hasattr(mmap, "MADV_DONTNEED"):
-            page = start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._records.madvise(mmap.MADV_DONTNEED, page, end - page)  # stays in the system's cache, not in ours
-        if not whole:
+        record = bytearray(size)
+        # not mapped: with every page that is touched Linux maps its neighbors, and a process grows by what it has seen
+        read = os.preadv(self._records.fileno(), [record], number * size)
+        if read < size or not self.kind.whole(memoryview(record)):
             with contextlib.suppress(OSError):  # a store that is only lent
                 (self.folder / DAMAGED).write_text(f"record {number} is damaged", "utf-8")
             raise DamagedError(
                 f"record {number} is damaged: {self.folder / RECORDS}; give the same command again: it encodes anew "
                 "what is damaged, and goes on. If it happens often, the disk is failing"
             )
-        return copy
+        payload: npt.NDArray[Any] = np.frombuffer(record, self.kind.record)["payload"][0]
+        return payload
 
     def damaged(self, progress: bool = False) -> Iterator[int]:
         """The numbers of the records whose sums are wrong; reads everything."""

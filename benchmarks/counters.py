@@ -1,0 +1,111 @@
+"""What can be counted instead of timed: the same on every machine, so CI can hold it.
+
+python -m benchmarks.counters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.settings import SETTINGS, SIZE, Setting
+from ldm.data.cache import context_kind, posterior_kind
+from ldm.models.unet import choose_attention
+from ldm.models.vae import downsampling
+
+META = torch.device("meta")  # real CPU tensors would hide attention from the counter
+
+
+def flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products and convolutions in `work`, a multiply-add being two."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def latent_shape(setting: Setting) -> tuple[int, int, int]:
+    """[C,h,w] of a setting's latents."""
+    with META:
+        vae = setting.vae()
+    size = SIZE // downsampling(vae)
+    return vae.config.latent_channels, size, size
+
+
+def unet_flops(setting: Setting) -> int:
+    """Of the U-Net in one training sample, forward and backward, with the attention kernel that a CPU trains with."""
+    shape = latent_shape(setting)
+    with META:
+        unet = setting.unet(shape).train()
+        choose_attention(unet, torch.device("cpu"))
+        x_t, t, context = torch.empty(1, *shape), torch.zeros(1), torch.empty(1, setting.tokens, setting.width)
+    return flops(lambda: unet(x_t, t, encoder_hidden_states=context).sample.sum().backward())
+
+
+def encoding_flops(setting: Setting) -> dict[str, int]:
+    """Of encoding one picture and one caption: what the cache saves at every sample."""
+    from transformers import CLIPTextModel
+
+    with META, torch.no_grad():
+        vae = setting.vae().requires_grad_(False)
+        config = setting.text_config()
+        config._attn_implementation = "eager"  # batched products, which the counter knows
+        text = CLIPTextModel(config).requires_grad_(False)
+        pixels = torch.empty(1, 3, SIZE, SIZE)
+        ids = torch.zeros(1, setting.tokens, dtype=torch.int64)
+        return {"vae": flops(lambda: vae.encode(pixels)), "text": flops(lambda: text(input_ids=ids))}
+
+
+def cached_bytes(setting: Setting) -> dict[str, int]:
+    """On disk, of one picture's posterior and one caption's context: a record, and its line in the index."""
+    kinds = {
+        "picture": posterior_kind("", latent_shape(setting), SIZE, "white"),
+        "caption": context_kind("", (setting.tokens, setting.width)),
+    }
+    index = 16 + 8  # key and number
+    return {name: kind.record.itemsize + index for name, kind in kinds.items()}
+
+
+def evaluations(pipeline: Any, steps: int, guidance_scale: float) -> int:
+    """How often the U-Net looks at a picture while a pipeline draws one: rows of its batches, all calls together."""
+    rows = 0
+
+    def hook(_: Any, args: tuple[Any, ...]) -> None:
+        nonlocal rows
+        rows += len(args[0])
+
+    handle = pipeline.unet.register_forward_pre_hook(hook)
+    try:
+        pipeline("a cat", num_inference_steps=steps, guidance_scale=guidance_scale, seed=0, output_type="latent")
+    finally:
+        handle.remove()
+    return rows
+
+
+def counters(setting: Setting) -> dict[str, int]:
+    """All of a setting's counters but the evaluations, which are a pipeline's."""
+    encoding, cached = encoding_flops(setting), cached_bytes(setting)
+    return {
+        "unet_flops_per_sample": unet_flops(setting),
+        "vae_flops_per_picture": encoding["vae"],
+        "text_flops_per_caption": encoding["text"],
+        "bytes_per_cached_picture": cached["picture"],
+        "bytes_per_cached_caption": cached["caption"],
+    }
+
+
+def main() -> None:
+    """Print the counters of every setting, and how much less a sample costs that needs no encoding."""
+    told = {name: counters(setting) for name, setting in SETTINGS.items()}
+    print("| counter | " + " | ".join(told) + " |\n|---|" + "---|" * len(told))
+    for counter in next(iter(told.values())):
+        print(f"| {counter} | " + " | ".join(f"{found[counter]:,}" for found in told.values()) + " |")
+    shares = (sum(list(found.values())[:3]) / found["unet_flops_per_sample"] for found in told.values())
+    print("| FLOPs with encoding / without | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+
+
+if __name__ == "__main__":
+    main()

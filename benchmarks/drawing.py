@@ -1,0 +1,150 @@
+"""Who draws: this package at its defaults, stock diffusers at its defaults and at its best, from one folder.
+
+Stock's defaults are what its documentation types: the folder's scheduler, 50 steps, float32. Its best is what its
+documentation recommends to those who want speed: DPM++ 2M, 20 steps, bfloat16 where the machine multiplies it. All
+arms draw the same captions at the same guidance scale from the same noise; ours is told nothing else.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Measured, Target, fresh
+
+DEFAULT_STEPS, BEST_STEPS = 50, 20
+PROMPTS = ("red heart", "pizza", "rocket", "cat face", "key", "mushroom", "soccer ball", "umbrella")
+AGAINST = {"stock default": Target(8, 30), "stock best": Target(1.5, 6)}  # pictures/s, over stock's
+
+
+@dataclass
+class Arm:
+    """A pipeline in memory, and what a call of it is told besides captions and noise.
+
+    Attributes:
+        rows: what its U-Net was asked since the last reset, in rows of its batches.
+    """
+
+    name: str
+    pipeline: Any
+    told: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.unet.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: Any, args: tuple[Any, ...], words: dict[str, Any]) -> None:
+        self.rows += len(words["sample"] if "sample" in words else args[0])
+
+    def draw(self, captions: Sequence[str], first_seed: int = 0, **told: Any) -> Any:
+        """One picture a caption; picture i starts from the noise of `first_seed` + i, the same in every arm."""
+        latents = noise(self.pipeline, range(first_seed, first_seed + len(captions)))
+        return self.pipeline(list(captions), latents=latents, **{**self.told, **told}).images
+
+    def pixels(self, captions: Sequence[str], first_seed: int = 0, **told: Any) -> Tensor:
+        """The same as pixels [N,3,H,W] in [-1,1], not rounded to 8 bits."""
+        drawn = torch.from_numpy(self.draw(captions, first_seed, output_type="np", **told))
+        return drawn.permute(0, 3, 1, 2).float() * 2 - 1
+
+    def rate(self, batch: int) -> Measured:
+        """Pictures/s of a batch that is drawn now."""
+        captions = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+        self.rows = 0
+        start, cpu = time.perf_counter(), time.process_time()
+        self.draw(captions)
+        cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
+        rows = self.rows / batch
+        return {"value": batch / seconds, "per_cpu_second": batch / cpu, "unet_rows_per_picture": rows}
+
+    def describe(self) -> dict[str, Any]:
+        """What the JSON says of it."""
+        scheduler = self.pipeline.scheduler
+        return {
+            "told": self.told,
+            "dtype": str(self.pipeline.unet.dtype),
+            "scheduler": [type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if k[0] != "_"}],
+            "defaults": vars(self.pipeline.defaults) if hasattr(self.pipeline, "defaults") else None,
+        }
+
+
+def timed(command: Sequence[str], threads: int, log: Path) -> tuple[float, float]:
+    """Seconds from the start of a fresh process to its end, and seconds of CPU time that it took."""
+    start, cpu = time.perf_counter(), children_cpu()
+    fresh(command, threads, log)
+    return time.perf_counter() - start, children_cpu() - cpu
+
+
+def children_cpu() -> float:
+    """CPU seconds of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def ours(folder: Path, plain: torch.device | None = None) -> Arm:
+    """LDMPipeline as `ldm sample` and the page have it, told nothing but what to draw; or plainly, in float32."""
+    from ldm import LDMPipeline
+    from ldm.devices import best_device, best_dtype
+
+    if plain:
+        return Arm("ours in float32", LDMPipeline.from_pretrained(folder).to(plain))
+    device = best_device()
+    return Arm("ours", LDMPipeline.from_pretrained(folder, dtype=best_dtype(device)).to(device))
+
+
+def stock(folder: Path, name: str, guidance_scale: float, device: torch.device) -> Arm:
+    """Stock diffusers on the same folder, by a name in AGAINST."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    best = name == "stock best"
+    dtype = fast_dtype(device) if best else torch.float32
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
+    if best:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    steps = BEST_STEPS if best else DEFAULT_STEPS
+    return Arm(name, pipeline, {"num_inference_steps": steps, "guidance_scale": guidance_scale})
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware."""
+    from ldm.devices import best_dtype
+
+    return best_dtype(device)
+
+
+def noise(pipeline: Any, seeds: Sequence[int]) -> Tensor:
+    """The x_T of these seeds, drawn in float32: a generator asked for bfloat16 gives other numbers."""
+    config = pipeline.unet.config
+    shape = (config.out_channels, config.sample_size, config.sample_size)
+    each = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(each).to(pipeline.device, pipeline.unet.dtype)
+
+
+def random_pipeline(folder: Path) -> Path:
+    """A pipeline of real size with random weights, saved in `folder` if it isn't there: speed doesn't depend on them.
+
+    Pictures of 64 pixels through latents [8,16,16], MiniLM, a U-Net of 23 M parameters.
+    """
+    from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
+    from ldm.models.text import TextConfig, TextEncoder
+    from ldm.models.unet import UNetConfig, build_unet
+    from ldm.models.vae import VAEConfig, build_vae
+    from ldm.pipeline import LDMPipeline
+
+    if (folder / "model_index.json").exists():
+        return folder
+    torch.manual_seed(0)
+    text = TextEncoder.load(TextConfig("minilm", 24))
+    vae = build_vae(VAEConfig((32, 64, 128), layers=2, latent_channels=8)).eval()
+    config = UNetConfig((128, 192, 256), (False, True, True), layers=1)
+    unet = build_unet(config, latent_shape=(8, 16, 16), context_dim=text.dim).eval()
+    schedule = scheduler_config(NoiseSchedule.scaled_linear(), "v")
+    LDMPipeline.from_components(vae, text, unet, schedule).save_pretrained(folder)
+    return folder

@@ -1,0 +1,73 @@
+"""What one frozen feature net says of a snapshot: retrieval of held-out captions among all real pictures, and KID."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.settings import SIZE
+from ldm.data.captioned import CaptionedPictures
+from ldm.evaluation import examine
+from ldm.evaluation.contrastive import load_net
+from ldm.evaluation.distribution import kid_figure
+from ldm.evaluation.features import Space, embed_all, pixels_of
+from ldm.evaluation.gallery import Asked, Gallery
+from ldm.evaluation.subject import Settings, Subject
+from ldm.pipeline import LDMPipeline
+
+RESAMPLES = 200
+BATCH = 16  # pictures drawn at once
+
+
+def as_good(found: dict[str, Any], goal: dict[str, Any]) -> bool:
+    """Whether it is at least as good in both figures."""
+    return bool(found["top5"] >= goal["top5"] and found["kid"] <= goal["kid"])
+
+
+@dataclass
+class Judge:
+    """The net, the real pictures, the captions that are asked, and a pipeline that takes any snapshot's weights."""
+
+    model: Path
+    space: Space
+    gallery: Gallery
+    real: dict[str, Tensor]
+    asked: Asked
+    steps: int
+    guidance_scales: list[float]
+    out: Path
+
+    @classmethod
+    def of(cls, model: Path, pictures: CaptionedPictures, chosen: argparse.Namespace, out: Path) -> Judge:
+        """The judge that the command line describes, of models in a folder of Stable Diffusion's layout."""
+        space = load_net(chosen.net, pictures, SIZE, torch.device("cpu"))
+        gallery = Gallery(pictures, SIZE)
+        real = gallery.vectors([space], out / "features")
+        asked = gallery.ask("heldout", chosen.captions)
+        return cls(model, space, gallery, real, asked, chosen.drawing_steps, chosen.guidance_scale, out)
+
+    def look(self, weights: Path) -> dict[str, Any]:
+        """{"top5", "kid", "guidance_scale"} of averaged weights, at the guidance scale that suits them best."""
+        pipeline = LDMPipeline.from_pretrained(self.model)
+        averaged = load_file(weights)  # in the order of the U-Net's parameters
+        with torch.no_grad():
+            for name, parameter in zip(sorted(averaged), pipeline.unet.parameters(), strict=True):
+                parameter.copy_(averaged[name])
+        subject = Subject(pipeline, self.model)
+        looks = [self.drawn(subject, scale) for scale in self.guidance_scales]
+        return max(looks, key=lambda look: (look["top5"], -look["kid"]))
+
+    def drawn(self, subject: Subject, guidance_scale: float) -> dict[str, Any]:
+        """The figures at one guidance scale."""
+        paths = subject.draw_all(self.asked, Settings(self.steps, guidance_scale), self.out, BATCH)
+        vectors = embed_all([self.space], map(pixels_of, examine.parts(paths)))
+        found, _ = examine.retrieval([self.space], self.gallery, self.real, vectors, self.asked)
+        reference = self.real[self.space.name][self.gallery.others([self.asked])]
+        kid = kid_figure(vectors[self.space.name], reference, RESAMPLES)["value"]
+        return {"top5": found[self.space.name]["top5"]["value"], "kid": kid, "guidance_scale": guidance_scale}

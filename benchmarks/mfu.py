@@ -1,0 +1,98 @@
+"""Model FLOPs utilization of a training step: its FLOP/s against the best matrix product of the same process.
+
+    python -m benchmarks.mfu
+
+The FLOPs are those of the U-Net's matrix products and convolutions, forward and backward, counted on `meta`; the time
+is that of the whole step: noise, loss, clipping, AdamW and the moving average are in it. The yardstick is the fastest
+bfloat16 product of several sizes. Both take turns in one process, A B B A.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.counters import latent_shape, unet_flops
+from benchmarks.harness import Comparison, Measured, Target, arguments, compare, report
+from benchmarks.settings import SETTINGS, UNET, Setting
+from ldm.models.conditioning import Conditioning
+from ldm.models.unet import choose_attention
+from ldm.training.config import Config, LoopConfig
+from ldm.training.device import build_accelerator
+from ldm.training.loop import Training
+from ldm.training.objective import DiffusionConfig, build_schedule
+from ldm.training.samples import Batch
+
+TARGET = Target(0.15, 0.40)
+SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096))  # (rows, inner, columns)
+
+
+def best_of(work: Callable[[], object], times: int) -> float:
+    """The shortest of so many runs, in seconds."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def best_product(times: int) -> Measured:
+    """{"value": GFLOP/s of the fastest bfloat16 product, and of each shape}."""
+    told = {}
+    for m, k, n in SHAPES:
+        a, b = torch.ones(m, k, dtype=torch.bfloat16), torch.ones(k, n, dtype=torch.bfloat16)
+        product = partial(torch.mm, a, b)
+        product()
+        told[f"{m}x{k}x{n}"] = 2 * m * k * n / best_of(product, times) / 1e9
+    return {"value": max(told.values()), "products": told}
+
+
+def build_step(setting: Setting, batch_size: int, threads: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """One training step on random latents and contexts, in bf16, of the loop that train_ldm.py runs."""
+    diffusion = DiffusionConfig(prediction="v", weighting="min_snr")
+    loop = LoopConfig(batch_size=batch_size, threads=threads, precision="bf16")
+    config = Config(unet=UNET, diffusion=diffusion, loop=loop)
+    accelerator = build_accelerator(loop)
+    shape = latent_shape(setting)
+    torch.manual_seed(0)
+    unet = setting.unet(shape)
+    choose_attention(unet, accelerator.device)
+    training = Training.prepare(config, accelerator, build_schedule(diffusion), unet)
+    batch = Batch(
+        x0=torch.randn(batch_size, *shape),
+        conditioning=Conditioning(torch.randn(batch_size, setting.tokens, setting.width)),
+        u=torch.rand(batch_size, dtype=torch.float64),
+        eps=torch.randn(batch_size, *shape),
+    )
+    return lambda: training.step(0, [batch])
+
+
+def main() -> None:
+    """Measure every setting and report."""
+    parser = arguments(__doc__)
+    parser.add_argument("--settings", default="C", help="which of A, B and C")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each measurement, of which the fastest counts")
+    chosen = parser.parse_args()
+    comparisons, facts = [], {}
+    for name in chosen.settings:
+        step = build_step(SETTINGS[name], chosen.batch_size, chosen.threads)
+        work = unet_flops(SETTINGS[name]) * chosen.batch_size
+        facts[name] = {"flops_per_step": work, "batch_size": chosen.batch_size}
+        step()  # the first one allocates
+
+        def ours(step: Callable[[], object] = step, work: int = work) -> Measured:
+            return {"value": work / best_of(step, chosen.steps) / 1e9}
+
+        comparison = Comparison(f"{name} MFU of a training step", "GFLOP/s", target=TARGET)
+        comparisons.append(compare(comparison, ours, lambda: best_product(chosen.steps), chosen.pairs))
+    report("mfu", comparisons, chosen.out, chosen.threads, settings=facts)
+
+
+if __name__ == "__main__":
+    main()

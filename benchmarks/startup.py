@@ -1,0 +1,112 @@
+"""How long a fresh process takes to import, to help, and to its first picture, beside stock diffusers.
+
+    python -m benchmarks.startup                                   # a pipeline of real size with random weights
+    python -m benchmarks.startup --model runs/demo/pipeline
+
+Every measurement is a process of its own, from its start to its end, offline, with files warm in the system's cache:
+both arms have run once before. Stock's first picture is a script as its documentation has it, which saves a PNG; at its
+default of 50 steps, and at as many steps as ours takes. `--explain` says which imports our process waits for.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.drawing import DEFAULT_STEPS, PROMPTS, random_pipeline, timed
+from benchmarks.harness import Comparison, Measured, Target, arguments, compare, report
+from ldm.defaults import Defaults
+
+FIRST_PICTURE = Target(0.8, 0.3)  # seconds, over stock's
+LDM, DIFFUSERS = (str(Path(sys.executable).with_name(name)) for name in ("ldm", "diffusers-cli"))
+STOCK = """
+import sys
+import torch
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+told = dict(num_inference_steps=int(sys.argv[4]), guidance_scale=float(sys.argv[5]))
+pipeline(sys.argv[2], generator=torch.Generator().manual_seed(7), **told).images[0].save(sys.argv[3])
+"""
+
+
+def python(code: str) -> list[str]:
+    """A fresh interpreter that runs this."""
+    return [sys.executable, "-c", code]
+
+
+def process(command: Sequence[str], threads: int, log: Path) -> Callable[[], Measured]:
+    """An arm: a fresh process that runs this command, in seconds."""
+
+    def arm() -> Measured:
+        seconds, cpu = timed(command, threads, log)
+        return {"value": seconds, "cpu_seconds": cpu}
+
+    return arm
+
+
+def commands(folder: Path, out: Path) -> dict[str, tuple[list[str], list[str], Target | None]]:
+    """What is compared: ours, stock's, and what the ratio of seconds shall reach."""
+    defaults = Defaults.load(folder)
+    ours = [LDM, "sample", str(folder), PROMPTS[0], "--out", str(out / "first-ours.png"), "--seed", "7"]
+    stock = [*python(STOCK), str(folder), PROMPTS[0], str(out / "first-stock.png")]
+    scale = str(defaults.guidance_scale)
+    steps = defaults.num_inference_steps
+    pipelines = python("from ldm import LDMPipeline"), python("from diffusers import StableDiffusionPipeline")
+    return {
+        "import the package": (python("import ldm"), python("import diffusers"), None),
+        "import the pipeline": (*pipelines, None),
+        "help": ([LDM, "--help"], [DIFFUSERS, "--help"], None),
+        f"first picture, stock in {DEFAULT_STEPS} steps": (ours, [*stock, str(DEFAULT_STEPS), scale], FIRST_PICTURE),
+        f"first picture, stock in {steps} steps": (ours, [*stock, str(steps), scale], None),
+    }
+
+
+def warm_up(folder: Path, out: Path, threads: int) -> None:
+    """Draw once on both sides, in one step: what they read is then in the system's cache."""
+    ours, stock, _ = commands(folder, out)[f"first picture, stock in {DEFAULT_STEPS} steps"]
+    timed([*ours, "--steps", "1"], threads, out / "startup.log")
+    timed([*stock[:-2], "1", stock[-1]], threads, out / "startup.log")
+
+
+def slowest_imports(command: Sequence[str], most: int = 12) -> list[str]:
+    """The packages whose modules a Python command takes longest to import, each without what it imports itself."""
+    told = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True).stderr
+    spent: Counter[str] = Counter()
+    for own, _, module in (line.split("|") for line in told.splitlines() if line.count("|") == 2):
+        microseconds = own.removeprefix("import time:").strip()
+        if microseconds.isdigit():  # the first line names the columns
+            spent[module.strip().split(".")[0]] += int(microseconds) / 1e6
+    return [f"{seconds:6.2f} s  {package}" for package, seconds in spent.most_common(most)]
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = arguments(__doc__)
+    parser.add_argument("--model", type=Path, help="a pipeline folder (default: random weights of real size)")
+    parser.add_argument("--explain", action="store_true", help="the packages that our first picture waits for")
+    parser.add_argument("--quick", action="store_true", help="one turn of two pairs, without the small processes")
+    chosen = parser.parse_args()
+    out = chosen.out.resolve()
+    folder = (chosen.model or random_pipeline(out / "random-pipeline")).resolve()
+    warm_up(folder, out, chosen.threads)
+    comparisons = []
+    for name, (ours, stock, target) in commands(folder, out).items():
+        if chosen.quick and target is None:
+            continue
+        arms = [process(command, chosen.threads, out / "startup.log") for command in (ours, stock)]
+        pairs = 2 if chosen.quick else chosen.pairs
+        found = compare(Comparison(f"{name} (lower is better)", "s", target=target), *arms, pairs)
+        cpu = Comparison(f"{name} (lower is better), by CPU time", "CPU s")
+        comparisons += [found, cpu.with_values(found, lambda told: told["cpu_seconds"])]
+    report("startup", comparisons, out, chosen.threads, model=str(folder), defaults=vars(Defaults.load(folder)))
+    if chosen.explain:
+        ours = commands(folder, out)[f"first picture, stock in {DEFAULT_STEPS} steps"][0]
+        print("our first picture: packages by what their modules take to import", *slowest_imports(ours), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Synthetic rows in a real cache: what training reads, at any number of rows, without encoding a picture.
+
+Captions are all different, latents and contexts have the shapes of configs/openmoji64.yaml (at another resolution, more
+or fewer latents). The stores are written and read by ldm.data itself; only what they hold is made up.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.data.cache import Builder, Captions, LatentCache, context_kind, posterior_kind, save_table
+from ldm.data.captioned import CaptionedPictures, read_captioned
+from ldm.data.conditioned import ConditionedPictures
+from ldm.data.records import Kind, to_keys
+
+CHANNELS = 4
+PART = 512  # rows written at once
+
+
+@dataclass(frozen=True)
+class Rows:
+    """So many rows in a folder, with latents [4,edge,edge] and contexts [L,D]."""
+
+    folder: Path
+    count: int
+    edge: int
+    context: tuple[int, int] = (24, 384)
+
+    @property
+    def place(self) -> Path:
+        """Where they are."""
+        return self.folder / f"{self.count}-rows-{self.edge}"
+
+    @property
+    def posteriors(self) -> Kind:
+        """The store of their latents."""
+        return posterior_kind("synthetic", (CHANNELS, self.edge, self.edge), 4 * self.edge, "white")
+
+    @property
+    def contexts(self) -> Kind:
+        """The store of their captions' contexts."""
+        return context_kind("synthetic", self.context)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, about."""
+        return self.count * (self.posteriors.record.itemsize + self.contexts.record.itemsize + 400)
+
+    def write(self) -> None:
+        """Make them, if they aren't there."""
+        table = self.place / "rows.npy"
+        if table.exists():
+            return
+        save_captions(self.place / "data", self.count)
+        pictures = self.pictures()
+        builder = Builder(self.place / "cache")
+        keys = to_keys(b"".join(self.posteriors.key(b"%d" % i) for i in range(self.count)))
+        captions = Captions.of(pictures, self.contexts).keys
+        chance = np.random.default_rng(0)
+        mean = chance.standard_normal((PART, *self.posteriors.shape[1:]), np.float32)
+        latents = np.stack([mean, np.full_like(mean, 0.05)], 1)  # mean and std
+        states = chance.standard_normal((PART, *self.contexts.shape), np.float32)
+        numbers = keys
+        for kind, wanted, payloads in ((self.posteriors, keys, latents), (self.contexts, captions, states)):
+            with builder.writer(kind) as writer:
+                for start in tqdm(range(0, len(wanted), PART), f"{self.count:,} {kind.name}", leave=False, delay=2):
+                    part = wanted[start : start + PART]
+                    writer.append(part, payloads[: len(part)])
+                writer.commit()
+                if kind.name == self.posteriors.name:
+                    numbers = writer.find(keys)
+        save_table(table, numbers.reshape(-1, 1))
+
+    def pictures(self) -> CaptionedPictures:
+        """The rows, read as training reads them but for the pictures, which nobody looks at."""
+        return read_captioned(self.place / "data", check=False, holdout=0.0, progress=False)
+
+    def source(self) -> ConditionedPictures:
+        """The same with everything that a model may be told of them."""
+        return ConditionedPictures.read(self.pictures(), progress=False)
+
+    def cache(self) -> LatentCache:
+        """Their cache, opened."""
+        return LatentCache.open(self.place / "cache", self.place / "rows.npy", self.posteriors, self.contexts)
+
+
+def save_captions(folder: Path, count: int) -> None:
+    """A data set of `datasets` with so many different captions of one black picture."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    cell = {"bytes": picture.getvalue(), "path": None}
+    columns = {"image": [cell] * count, "text": [f"picture {i}" for i in range(count)]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)

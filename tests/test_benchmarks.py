@@ -1,0 +1,188 @@
+"""The benchmarks' machinery: turns, ratios, intervals, and a script that is watched without being changed."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import ROOT, Comparison, Target, compare, median_interval, report
+from benchmarks.judge import as_good
+from benchmarks.settings import SETTINGS, build
+from benchmarks.turns import Runner, take_turns
+from ldm.data.captioned import read_captioned
+
+SCRIPT = """
+import sys, pathlib, torch
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.AdamW([weight])
+for _ in range(5):
+    weight.square().sum().backward()
+    optimizer.step()
+pathlib.Path(sys.argv[1]).write_text(f"{__name__} {weight.sum().item()}")
+"""
+
+
+def test_arms_take_turns_with_a_canary_between() -> None:
+    calls = []
+
+    def arm(name: str, value: float):
+        return lambda: calls.append(name) or {"value": value}
+
+    comparison = Comparison("speed", "1/s")
+    compare(comparison, arm("ours", 6.0), arm("peer", 2.0), 4, canary=lambda: calls.append("canary") or 1.0)
+    turn = ["canary", "ours", "canary", "peer", "canary", "canary", "peer", "canary", "ours", "canary"]
+    assert calls == turn * 2
+    assert comparison.ratios == [3.0] * 4
+
+
+def test_a_ratio_of_seconds_says_how_many_times_as_fast() -> None:
+    comparison = Comparison("start", "s", "peer/ours")
+    compare(comparison, lambda: {"value": 2.0}, lambda: {"value": 6.0}, 1, canary=lambda: 1.0)
+    assert comparison.ratios == [3.0]
+
+
+def test_a_steady_drift_favors_neither_arm() -> None:
+    """Every measurement is 10 % slower than the last one; the ratio of two equal arms stays 1."""
+    speed = 1.0
+
+    def slower() -> dict[str, float]:
+        nonlocal speed
+        speed *= 0.9
+        return {"value": speed}
+
+    comparison = compare(Comparison("equal", "1/s"), slower, slower, 40, canary=lambda: 1.0)
+    assert math.exp(sum(map(math.log, comparison.ratios)) / 40) == pytest.approx(1.0)
+
+
+def test_the_interval_of_a_median_covers_it_nineteen_times_in_twenty() -> None:
+    import random
+
+    chance = random.Random(1)
+    hits = 0
+    for trial in range(200):
+        low, high = median_interval([chance.gauss(5.0, 1.0) for _ in range(15)], seed=trial, resamples=400)
+        hits += low <= 5.0 <= high
+    assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_the_report_keeps_every_pair_and_tells_disturbed_ones(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    canaries = iter([10.0, 10.0, 10.0, 10.0, 10.0, 4.0])
+    comparison = Comparison("speed", "1/s", target=Target(1.5, 3))
+    values = iter([3.0, 5.0])
+    compare(comparison, lambda: {"value": next(values)}, lambda: {"value": 1.0}, 2, canary=lambda: next(canaries))
+    told = json.loads(report("speed", [comparison], tmp_path, 1, fact="kept").read_text("utf-8"))
+    assert told["fact"] == "kept"
+    assert told["comparisons"][0]["ratio"] == 4.0
+    assert told["comparisons"][0]["disturbed"] == 1
+    assert [pair["ours"]["value"] for pair in told["comparisons"][0]["raw"]] == [3.0, 5.0]
+    assert {"torch", "diffusers"} <= set(told["versions"])
+    assert "| speed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("leave_after", "steps"), [(3, 3), (0, 5)])
+def test_a_script_is_watched_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave_after: int, steps: int
+) -> None:
+    script, out, end = tmp_path / "script.py", tmp_path / "out.json", tmp_path / "end.txt"
+    script.write_text(SCRIPT, "utf-8")
+    words = [sys.executable, "-m", "benchmarks.observe", out, str(leave_after), script, end]
+    subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
+    told = json.loads(out.read_text("utf-8"))
+    assert len(told["steps"]) == steps
+    assert sorted(told["steps"]) == told["steps"]
+    assert told["started"] < told["steps"][0]
+    assert len(told["cpu"]) == steps and sorted(told["cpu"]) == told["cpu"]
+    assert told["peak_bytes"] >= told["steps_peak_bytes"] > 2**20
+    assert end.exists() == (leave_after == 0)
+    if end.exists():  # what it computed is what it computes by itself
+        watched, alone = end.read_text("utf-8"), tmp_path / "alone.txt"
+        monkeypatch.setattr(sys, "argv", [str(script), str(alone)])
+        runpy.run_path(str(script), run_name="__main__")
+        assert alone.read_text("utf-8") == watched
+
+
+def test_both_sides_are_given_the_same_networks_and_only_training_pictures(tmp_path: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+
+    from ldm.models.text import TextConfig, TextEncoder
+
+    source = tmp_path / "source"
+    (source / "images").mkdir(parents=True)
+    rows = [{"file_name": f"images/{i}.png", "text": f"drawing {i}", "split": "heldout" if i % 3 == 0 else "train"}
+            for i in range(9)]  # fmt: skip
+    for row in rows:
+        Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(source / row["file_name"])
+    (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    given = build(SETTINGS["C"], str(source), tmp_path / "given", seed=3)
+    read = read_captioned(str(given.data), holdout=0, progress=False)
+    assert sorted(row.captions[0] for row in read) == sorted(row["text"] for row in rows if row["split"] == "train")
+    assert Image.open(given.data / "images/000000.png").getpixel((0, 0)) == (255, 255, 255)  # transparent on white
+    stock = StableDiffusionPipeline.from_pretrained(given.model, use_safetensors=True)
+    ours = TextEncoder.load(TextConfig(encoder=str(given.text), max_length=SETTINGS["C"].tokens))
+    theirs = stock.encode_prompt(["drawing 4"], "cpu", 1, False)[0]
+    assert torch.equal(theirs, ours.encode(["drawing 4"]))
+    torch.manual_seed(3)
+    fresh = SETTINGS["C"].unet((4, 16, 16)).state_dict()
+    assert all(torch.equal(weight, fresh[name]) for name, weight in stock.unet.state_dict().items())
+
+
+TRAINING = """
+import pathlib, sys, time
+import numpy
+from safetensors.numpy import save_file
+folder, beats = pathlib.Path(sys.argv[1]), open(sys.argv[2], "w")
+for step in range(1, 100_000):
+    time.sleep(0.005)
+    print(time.monotonic(), file=beats, flush=True)
+    for wanted in folder.glob("want-*"):
+        name, facts = wanted.name.removeprefix("want-"), {"time": str(time.monotonic()), "step": str(step)}
+        save_file({"weight": numpy.zeros(1)}, folder / f".{name}", facts)
+        (folder / f".{name}").rename(folder / f"{name}.safetensors")
+        wanted.unlink()
+"""
+
+
+def test_trainings_run_in_turns_and_are_timed_by_their_own(tmp_path: Path) -> None:
+    (tmp_path / "training.py").write_text(TRAINING, "utf-8")
+
+    def runner(name: str, marks: list[float]) -> Runner:
+        folder = tmp_path / name
+        command = [sys.executable, tmp_path / "training.py", folder, tmp_path / f"{name}.beats"]
+        return Runner(command, folder, marks, threads=1, log=tmp_path / f"{name}.log")
+
+    a, b = runner("a", [0.5, 0.9, 1.5]), runner("b", [1.2])
+    take_turns([a, b], seconds=0.4)
+    assert len(a.turns) >= 3
+    for mine, theirs in ((a, b), (b, a)):
+        assert mine.process is not None and mine.process.poll() is not None
+        beats = [float(line) for line in (tmp_path / f"{mine.folder.name}.beats").read_text("utf-8").splitlines()]
+        stopped = 0.05  # a signal takes its time to arrive
+        assert not [t for t in beats for begin, end in theirs.turns if begin + stopped < t < end - stopped]
+        found = mine.snapshots()
+        assert found[-1].seconds >= mine.marks[-1]
+        assert [snapshot.seconds for snapshot in found] == sorted(snapshot.seconds for snapshot in found)
+        assert all(snapshot.seconds >= mark for snapshot, mark in zip(found[::-1], mine.marks[::-1]))
+        total = sum(end - begin for begin, end in mine.turns)
+        assert mine.own_time(math.inf) == pytest.approx(total) and mine.own_time(mine.turns[0][0]) == 0.0
+
+
+def test_a_training_that_ends_too_early_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+    runner = Runner([sys.executable, "-c", "print('no such flag')"], tmp_path / "a", [60.0], 1, tmp_path / "log")
+    with pytest.raises(SystemExit, match="no such flag"):
+        take_turns([runner], seconds=60.0)
+
+
+def test_as_good_means_in_both_figures() -> None:
+    goal = {"top5": 0.2, "kid": 1.0}
+    assert as_good({"top5": 0.2, "kid": 1.0}, goal)
+    assert not as_good({"top5": 0.3, "kid": 1.1}, goal)
+    assert not as_good({"top5": 0.1, "kid": 0.5}, goal)
