@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--caption-columns", nargs="+", metavar="COLUMN", help="where the captions are (default: the run's, or text)")
     add("--holdout", type=float, help="share of the captions that was kept out (default: the run's, or 0.05)")
     add("--out", type=Path, help="folder to write (default: RUN/evaluation)")
+    add("--report", type=Path, metavar="FILE", help="leave a copy of the page here (it is OUT/report.html anyway)")
     add("--steps", type=int, help="network evaluations per picture (default: the pipeline's)")
     add("--guidance-scale", type=float, help="(default: the pipeline's)")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -64,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Fit the net, evaluate the model, or both."""
     import torch
 
+    from ldm.evaluation.run_record import FILE as RUN_FILE
     from ldm.evaluation.run_record import record_run
 
     if arguments.model is None and not arguments.fit_net:
@@ -79,8 +82,13 @@ def run(arguments: argparse.Namespace) -> None:
     if folder is not None and home is not None and arguments.nll:
         bound_likelihood(folder, arguments.out or home, pictures, arguments)
     elif folder is not None and home is not None:
-        record_run(arguments.out or home, *run_of(folder), config)
-        examine(folder, home, pictures, net, arguments)
+        out = arguments.out or home
+        if (folder / RUN_FILE).exists():  # what `ldm export` told of the run
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / RUN_FILE, out / RUN_FILE)
+        else:
+            record_run(out, *run_of(folder), config)
+        examine(folder, out, pictures, net, arguments)
 
 
 def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
@@ -171,7 +179,7 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
         print(f"and in {write_report(out)}")
 
 
-def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:
+def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:
     """Load what is named, evaluate, and say what came out."""
     from ldm.defaults import check_interval
     from ldm.evaluation.contrastive import load_net, read_card
@@ -211,9 +219,12 @@ def examine(folder: Path, home: Path, pictures: CaptionedPictures, net: Path, ar
     plan = dataclasses.replace(
         QUICK if arguments.quick else Plan(), batch_size=arguments.batch_size, sweep=arguments.sweep, **chosen
     )
-    out = arguments.out or home
     report = evaluate(subject, pictures, spaces, settings, out, plan, command=arguments.command)
-    print(f"\n{summary(report)}\nall of it is in {out / FILE}, and to look at in {out / PAGE}")
+    page = out / PAGE
+    if arguments.report:
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
+        page = shutil.copyfile(page, arguments.report)
+    print(f"\n{summary(report)}\nall of it is in {out / FILE}, and to look at in {page}")
     if arguments.write_defaults:
         chosen_here = {**report["sweep"]["best"], "guidance_interval": settings.guidance_interval}
         dataclasses.replace(defaults, **chosen_here).save(folder)

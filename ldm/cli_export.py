@@ -20,11 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export."""
-    from ldm.cli_evaluate import find_model
+    from ldm.cli_evaluate import find_model, run_of
+    from ldm.evaluation.run_record import record_run
     from ldm.pipeline import LDMPipeline
+    from ldm.places import without_places
 
-    folder, _, _ = find_model(arguments.model)
+    folder, _, config = find_model(arguments.model)
     size = export(LDMPipeline.from_pretrained(folder), arguments.out)
+    if config:
+        config = without_places(config, [config.get("run"), config.get("data", {}).get("source")])
+    record_run(arguments.out, *run_of(folder), config)  # for `ldm evaluate` to tell
     print(f"{arguments.out} holds {size / 1e6:.1f} MB; draw with: ldm sample {arguments.out}")
 
 

@@ -275,3 +275,15 @@ def test_other_models_leave_no_curves(out: Path, home: Path) -> None:
     main(["evaluate", str(out.parent / "model"), "--quick", "--steps", "1", *words])
     assert not (out / "run.json").exists()
     assert "Training loss" not in seen(out).text
+
+
+def test_an_exported_model_takes_its_runs_curves_along_and_no_path(out: Path, home: Path) -> None:
+    exported = out.parent / "exported"
+    main(["export", str(home / "run"), str(exported)])
+    assert str(home) not in (exported / "run.json").read_text("utf-8")
+    page = out.parent / "shared/report.html"
+    words = ["--data", str(home / "data"), "--net", str(home / "net"), "--out", str(out), "--report", str(page)]
+    main(["evaluate", str(exported), "--quick", "--steps", "1", *words])
+    assert json.loads((out / "run.json").read_text())["curves"]["loss"]
+    assert page.read_bytes() == (out / "report.html").read_bytes()
+    assert "Training loss" in seen(out).text
