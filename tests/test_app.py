@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 import app
 from ldm import LDMPipeline, recipe
 from ldm.cli import main
+from ldm.devices import best_device, best_dtype
 
 ROOT = Path(app.__file__).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
@@ -44,7 +45,7 @@ def folder(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def pipe(folder: Path) -> LDMPipeline:
-    pipe = LDMPipeline.from_pretrained(folder)
+    pipe = LDMPipeline.from_pretrained(folder, dtype=best_dtype(best_device())).to(best_device())  # as app.py does
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -36,7 +36,8 @@ def test_a_cooldown_falls_over_the_last_steps_alone() -> None:
     assert rates[84] == 0.5
     assert rates[88] == pytest.approx(0.25)  # a quarter of 16 steps: 1 - 1/2
     assert rates[93] == pytest.approx(0.125)  # nine sixteenths: 1 - 3/4
-    assert rates[100] == 0
+    assert rates[100] == learning_rate(0.5, 103, 100, 4, "constant", 16) == 0
+    assert learning_rate(0.5, 103, 100, 4, "constant") == 0.5  # a trial may take more steps than the run
     assert rates[84:] == sorted(rates[84:], reverse=True)
 
 

@@ -18,5 +18,5 @@ def learning_rate(
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if decay == "cosine":
         return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-    over = max(0, step - (steps - cooldown))
-    return peak * rise * (1 - math.sqrt(over / cooldown) if over else 1.0)
+    over = (step - (steps - cooldown)) / cooldown if cooldown else 0.0
+    return peak * rise * (1 - math.sqrt(min(1.0, max(0.0, over))))
