@@ -123,8 +123,20 @@ def fill(page: Page, **settings: Any) -> None:
             page.get_by_label("A new seed each time").uncheck()
             page.get_by_label("Seed", exact=True).fill(str(value))
         else:
-            page.get_by_label(f"number input for {names[name]}").fill(str(value))
-            page.keyboard.press("Tab")
+            slide(page, names[name], str(value))
+
+
+def slide(page: Page, name: str, value: str) -> None:
+    """Type a value until the slider moves: one that is still being set up shows what is typed, and forgets it."""
+    for attempt in range(20):
+        page.get_by_label(f"number input for {name}").fill(value)
+        page.keyboard.press("Tab")
+        try:
+            expect(page.get_by_label(f"range slider for {name}")).to_have_value(value, timeout=500 + 250 * attempt)
+            return
+        except AssertionError:
+            continue
+    pytest.fail(f"{name} stays what it was")
 
 
 def draw(page: Page) -> None:
@@ -254,7 +266,6 @@ def test_a_model_that_knows_classes_asks_for_classes_alone(page_of_classes: tupl
     for unasked in ("Prompt", "Negative prompt"):
         expect(page.get_by_label(unasked, exact=True)).to_have_count(0)
     page.get_by_text("Advanced settings").click()
-    page.wait_for_load_state("networkidle")  # inputs that are still being set up forget what is typed
     fill(page, steps=3, count=1, seed=2)
     page.get_by_label("Class", exact=True).click()
     page.get_by_role("option", name="flags").click()
