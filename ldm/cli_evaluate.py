@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ldm.evaluation.run_record import FILE as RUN_FILE
-    from ldm.evaluation.run_record import record_run
+    from ldm.evaluation.run_record import carry_run, record_run
 
     if arguments.model is None and not arguments.fit_net:
         raise ValueError("model: name a run or a pipeline folder to evaluate, or fit a net with --fit-net")
@@ -84,8 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif folder is not None and home is not None:
         out = arguments.out or home
         if (folder / RUN_FILE).exists():  # what `ldm export` told of the run
-            out.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / RUN_FILE, out / RUN_FILE)
+            carry_run(folder, out)
         else:
             record_run(out, *run_of(folder), config)
         examine(folder, out, pictures, net, arguments)

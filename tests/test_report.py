@@ -21,7 +21,7 @@ from PIL import Image
 from ldm.cli import main
 from ldm.evaluation.charts import Series, even_ticks, line_chart, log_ticks
 from ldm.evaluation.report import figure, write_report
-from ldm.evaluation.run_record import averaged, read_curves
+from ldm.evaluation.run_record import averaged, carry_run, read_curves
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}'
 
@@ -287,3 +287,16 @@ def test_an_exported_model_takes_its_runs_curves_along_and_no_path(out: Path, ho
     assert json.loads((out / "run.json").read_text())["curves"]["loss"]
     assert page.read_bytes() == (out / "report.html").read_bytes()
     assert "Training loss" in seen(out).text
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "[]", "{}", '{"step": 1, "config": 3, "curves": {}}', '{"step": "1", "config": null, "curves": {}}',
+     '{"step": 1, "config": null, "curves": []}' + "x", '{"step": 1, "config": null, "curves": {"loss": [[1]]}}',
+     '{"step": 1, "config": null, "curves": {"loss": [["a", "b"]]}}', '{"step": 1, "config": null, "curves": 7}'],
+)  # fmt: skip
+def test_a_strangers_record_of_a_run_is_refused_in_words(tmp_path: Path, said: str) -> None:
+    (tmp_path / "run.json").write_text(said)
+    with pytest.raises(ValueError, match=r"run\.json: expected the step, config and curves"):
+        carry_run(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -28,6 +28,26 @@ def record_run(out: Path, run: Path | None, step: int | None, config: dict[str, 
     (out / FILE).write_text(json.dumps(told, ensure_ascii=False) + "\n", "utf-8")
 
 
+def carry_run(model: Path, out: Path) -> None:
+    """Write OUT/run.json as an exported model's folder tells it.
+
+    Raises:
+        ValueError: if that file isn't what `record_run` writes; the model may be a stranger's.
+    """
+    path = model / FILE
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        step, config, curves = (told[key] for key in ("step", "config", "curves"))
+        points = [point for name in curves for point in curves[name]]
+        whole = all(math.isfinite(step) and math.isfinite(value) for step, value in points)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        whole = False
+    if not whole or not isinstance(step, int | None) or not isinstance(config, dict | None):
+        raise ValueError(f"{path}: expected the step, config and curves that ldm export writes; delete the file")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FILE).write_text(json.dumps(told, ensure_ascii=False) + "\n", "utf-8")
+
+
 def read_curves(log: Path) -> dict[str, list[tuple[float, float]]]:
     """(step, value) by name; where a resumed run has told a step twice, what it said last."""
     found: dict[str, dict[int, float]] = {}
