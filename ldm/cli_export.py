@@ -37,7 +37,7 @@ def export(pipeline: LDMPipeline, folder: Path) -> int:
     """Save a pipeline with its weights in fp16; returns the bytes in the folder.
 
     What it computes in stays float32 unless the one who loads it asks for another dtype, in stock diffusers as well:
-    only the files are smaller. Rounding moves a weight by at most 1 / 2048 of itself.
+    only the files are smaller. Rounding moves a weight by at most 1 / 2048 of itself, one below 6e-5 by at most 3e-8.
 
     Raises:
         ValueError: if the folder holds anything, or a weight is too large for fp16.
