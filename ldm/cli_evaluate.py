@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="network evaluations per picture (default: the pipeline's)")
     add("--guidance-scale", type=float, help="(default: the pipeline's)")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only where LOW <= t/T < HIGH, in the sweep as well (default: the pipeline's)")  # fmt: skip
+        help="guide only where LOW <= t/T < HIGH (default: the pipeline's)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the first picture of each set; the others count on (default: 0)")
     add("--pictures", type=int, metavar="N", help="held-out captions to draw, spread evenly (default: all)")
     add("--train-pictures", type=int, metavar="N", help="training captions to draw, spread evenly (default: 200)")
@@ -55,11 +55,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--net-text", default="minilm", metavar="ENCODER", help="what embeds its captions (default: minilm)")
     sweep = parser.add_argument_group("guidance and steps")
     add = sweep.add_argument
-    add("--sweep", action="store_true", help="try a grid of guidance scales and steps")
+    add("--sweep", action="store_true", help="try a grid of guidance scales, steps and intervals")
     add("--sweep-guidance", nargs="+", type=float, metavar="SCALE", help="(default: 1 2 3 4 6)")
-    add("--sweep-steps", nargs="+", type=int, metavar="N", help="(default: 10 20 50)")
+    add("--sweep-steps", nargs="+", type=int, metavar="N", help="(default: 8 12 20)")
+    add("--sweep-intervals", nargs="+", type=interval, metavar="LOW:HIGH",
+        help="where in t/T to guide (default: 0:1 0.2:0.8)")  # fmt: skip
     add("--sweep-pictures", type=int, metavar="N", help="captions of each set (default: 64)")
     add("--write-defaults", action="store_true", help="write the best setting into the pipeline, as its defaults")
+
+
+def interval(text: str) -> tuple[float, float]:
+    """LOW:HIGH => both."""
+    from ldm.defaults import check_interval
+
+    try:
+        return check_interval("interval", [float(part) for part in text.split(":")])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; for example 0.2:0.8") from None
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -213,6 +225,7 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
         "sweep_pictures": (arguments.sweep_pictures, int),
         "sweep_guidance": (arguments.sweep_guidance, tuple),
         "sweep_steps": (arguments.sweep_steps, tuple),
+        "sweep_intervals": (arguments.sweep_intervals, tuple),
     }
     chosen = {name: kind(value) for name, (value, kind) in typed.items() if value is not None}
     plan = dataclasses.replace(
@@ -225,6 +238,5 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
         page = shutil.copyfile(page, arguments.report)
     print(f"\n{summary(report)}\nall of it is in {out / FILE}, and to look at in {page}")
     if arguments.write_defaults:
-        chosen_here = {**report["sweep"]["best"], "guidance_interval": settings.guidance_interval}
-        dataclasses.replace(defaults, **chosen_here).save(folder)
+        dataclasses.replace(defaults, **report["sweep"]["best"]).save(folder)
         print(f"these are now the defaults of {folder}")

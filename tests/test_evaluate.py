@@ -55,6 +55,7 @@ def test_the_report_holds_all_and_the_files_it_names(
     shutil.copytree(home / "model", model)
     net = ["--fit-net", "--net-epochs", "1", "--net-text", str(home / "text"), "--net", str(tmp_path / "net")]
     grid = ["--sweep", "--sweep-guidance", "1", "2", "--sweep-steps", "1", "--sweep-pictures", "4", "--write-defaults"]
+    grid += ["--sweep-intervals", "0:1", "0.2:0.8"]
     out = tmp_path / "out"
     words = ["--data", str(home / "data"), "--out", str(out), "--quick", "--steps", "2"]
     main(["evaluate", str(model), *words, *net, *grid])
@@ -84,11 +85,22 @@ def test_the_report_holds_all_and_the_files_it_names(
     assert report["text_fit"]["heldout"]["own"]["shuffled"]["n"] == 6
 
     best = report["sweep"]["best"]
-    assert len(report["sweep"]["rows"]) == 2 and best["num_inference_steps"] == 1
+    rows = [(r["guidance_scale"], r["guidance_interval"], r["evaluations"]) for r in report["sweep"]["rows"]]
+    # one step is at t = T - 1, which the narrow interval leaves unguided, and nothing is guided at scale 1
+    assert rows == [(1, [0, 1], 1), (2, [0, 1], 2), (2, [0.2, 0.8], 1)] and best["num_inference_steps"] == 1
     assert (out / report["sweep"]["plot"]).exists()
-    assert json.loads((model / "defaults.json").read_text()) == {**best, "guidance_interval": [0.0, 1.0]}
+    assert json.loads((model / "defaults.json").read_text()) == best
     assert LDMPipeline.from_pretrained(model).defaults.guidance_scale == best["guidance_scale"]
     assert "memorization in own" in told and "KID x 1000" in told
+
+
+@pytest.mark.parametrize(("scale", "interval"), [(1.0, (0, 1)), (3.0, (0, 1)), (3.0, (0.2, 0.8)), (3.0, (0, 0.301))])
+def test_evaluations_are_what_drawing_asks(home: Path, scale: float, interval: tuple[float, float]) -> None:
+    subject = Subject(LDMPipeline.from_pretrained(home / "model"), home / "model")
+    settings, asked = Settings(7, scale, 0, interval), []
+    subject.pipeline.unet.conv_in.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
+    subject.draw(["red heart"] * 3, 0, settings)
+    assert len(asked) == 7 and sum(asked) == 3 * subject.evaluations(settings)
 
 
 def test_pictures_are_drawn_once_and_again_for_another_model(

@@ -100,6 +100,7 @@ def test_the_figures_are_those_of_the_json(out: Path) -> None:
     assert "optim.lr 0.00125" in text
     best = told["sweep"]["best"]
     assert f"guidance {best['guidance_scale']:g}" in text
+    assert "1 steps, guided in 0.2 to 0.8" in text
 
 
 def test_its_pictures_are_the_files_to_the_pixel(out: Path) -> None:

@@ -15,14 +15,17 @@ from PIL import Image
 from ldm.cli import main
 from ldm.defaults import Defaults
 from ldm.evaluation.intervals import share_figure
-from ldm.evaluation.sweep import choose, plot, sweep, table
+from ldm.evaluation.sweep import choose, lines, plot, sweep, table
 from ldm.pipeline import LDMPipeline
 
 
-def row(steps: int, scale: float, hits: int, kid: float, error: float = 0.01) -> dict[str, Any]:
+def row(
+    steps: int, scale: float, hits: int, kid: float, interval: tuple[float, float] = (0, 1), evaluations: int = 0
+) -> dict[str, Any]:
     found = {"top1": share_figure(hits // 2, 100), "top5": share_figure(hits, 100)}
-    figure = {"value": kid, "low": kid - 2 * error, "high": kid + 2 * error, "standard_error": error, "n": 100}
-    return {"steps": steps, "guidance_scale": scale, "retrieval": {"heldout": found}, "kid": figure}
+    figure = {"value": kid, "low": kid - 0.02, "high": kid + 0.02, "standard_error": 0.01, "n": 100}
+    cost = {"steps": steps, "guidance_interval": list(interval), "evaluations": evaluations or 2 * steps}
+    return {**cost, "guidance_scale": scale, "retrieval": {"heldout": found}, "kid": figure}
 
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -38,13 +41,16 @@ def row(steps: int, scale: float, hits: int, kid: float, error: float = 0.01) ->
         ([row(10, 6.0, 82, 0.5), row(50, 3.0, 80, 0.1)], (3.0, 50)),
         # of equal both the cheaper, then the milder
         ([row(50, 3.0, 82, 0.100), row(10, 4.0, 80, 0.105), row(10, 2.0, 80, 0.107)], (2.0, 10)),
+        # what is cheap is what asks the network less often, not what takes fewer steps
+        ([row(10, 3.0, 80, 0.1), row(12, 3.0, 80, 0.1, (0.2, 0.6), 17)], (3.0, 12)),
         # a KID two errors away is not equal
         ([row(50, 3.0, 82, 0.100), row(10, 4.0, 80, 0.120)], (3.0, 50)),
     ],
 )
 def test_the_three_rules(rows: list[dict[str, Any]], chosen: tuple[float, int]) -> None:
     for order in (rows, rows[::-1]):
-        assert tuple(choose(order, "heldout").values()) == chosen
+        best = choose(order, "heldout")
+        assert (best["guidance_scale"], best["num_inference_steps"]) == chosen
 
 
 def test_every_setting_is_judged_once_told_and_plotted(tmp_path: Path) -> None:
@@ -52,13 +58,21 @@ def test_every_setting_is_judged_once_told_and_plotted(tmp_path: Path) -> None:
 
     def judge(settings: Any) -> dict[str, Any]:
         tried.append(settings)
-        return {key: row(1, 1, 50, 0.1)[key] for key in ("retrieval", "kid")}
+        return {key: row(1, 1, 50, 0.1)[key] for key in ("retrieval", "kid", "evaluations")}
 
-    rows = sweep(judge, (1.0, 3.0), (5, 10), seed=4)
-    assert sorted((s.steps, s.guidance_scale, s.seed) for s in tried) == [(5, 1, 4), (5, 3, 4), (10, 1, 4), (10, 3, 4)]
-    assert [(r["steps"], r["guidance_scale"]) for r in rows] == [(s.steps, s.guidance_scale) for s in tried]
-    lines = table(rows, ["heldout"]).splitlines()
-    assert len(lines) == 5 and all("50.0%" in line for line in lines[1:])
+    rows = sweep(judge, (1.0, 3.0), (5, 10), ((0.0, 1.0), (0.2, 0.8)), seed=4)
+    wide, narrow = (0.0, 1.0), (0.2, 0.8)
+    once = [(1, wide), (3, wide), (3, narrow)]  # unguided pictures know no interval
+    assert [(s.steps, s.guidance_scale, s.guidance_interval, s.seed) for s in tried] == [
+        (steps, *rest, 4) for steps in (5, 10) for rest in once
+    ]
+    assert [(r["steps"], r["guidance_scale"], tuple(r["guidance_interval"])) for r in rows] == [
+        (s.steps, s.guidance_scale, s.guidance_interval) for s in tried
+    ]
+    told = table(rows, ["heldout"]).splitlines()
+    assert len(told) == 7 and all("50.0%" in line for line in told[1:]) and "0.2 to 0.8" in told[3]
+    each = {name: [r["guidance_scale"] for r in line] for name, line in lines(rows).items()}
+    assert each == {f"{steps} steps{where}": [1, 3] for steps in (5, 10) for where in ("", ", guided in 0.2 to 0.8")}
     plot(rows, "heldout", tmp_path / "sweep.png")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "sweep.png")))) > 10
 

@@ -6,7 +6,7 @@
     OUT/real/                the real pictures that it is shown beside
     OUT/reconstructed/       what the autoencoder makes of these
     OUT/features/            the vectors of the real pictures, by space
-    OUT/sweep.png            retrieval and KID over guidance scale and steps
+    OUT/sweep.png            retrieval and KID over guidance scale, steps and interval
 
 Every picture is drawn once: for captions that were trained on, and for held-out ones.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ldm.evaluation.intervals import RESAMPLES, mean_figure
 from ldm.evaluation.machine import machine, timing
 from ldm.evaluation.report import FILE, write_report
 from ldm.evaluation.subject import Settings, Subject
-from ldm.evaluation.sweep import GUIDANCE, STEPS, choose, plot, sweep, table
+from ldm.evaluation.sweep import GUIDANCE, INTERVALS, STEPS, choose, plot, sweep, table
 
 SCHEMA = 1
 SEED = 0  # of t, eps and the shuffled captions
@@ -48,7 +48,7 @@ class Plan:
         batch_size: pictures drawn at once.
         resamples, fid_resamples: of the bootstrap.
         timing: whether to measure how long drawing takes.
-        sweep: whether to try the grid of guidance x steps, on at most `sweep_pictures` captions of each set.
+        sweep: whether to try the grid of guidance, steps and intervals, on up to `sweep_pictures` captions of each set.
     """
 
     train_pictures: int = 200
@@ -60,6 +60,7 @@ class Plan:
     sweep: bool = False
     sweep_guidance: tuple[float, ...] = GUIDANCE
     sweep_steps: tuple[int, ...] = STEPS
+    sweep_intervals: tuple[tuple[float, float], ...] = INTERVALS
     sweep_pictures: int = 64
 
 
@@ -180,16 +181,16 @@ def run_sweep(
     only = {space.name: real[space.name]}
 
     def judge(tried: Settings) -> dict[str, Any]:
-        tried = replace(tried, guidance_interval=settings.guidance_interval)
         found, drawn = {}, []
         for asked in few:
             paths = subject.draw_all(asked, tried, out, plan.batch_size)
             vectors = embed_all([space], map(pixels_of, examine.parts(paths)))
             found[asked.name] = examine.retrieval([space], gallery, only, vectors, asked)[0][space.name]
             drawn.append(vectors[space.name])
-        return {"retrieval": found, "kid": kid_figure(torch.cat(drawn), reference, plan.resamples)}
+        kid = kid_figure(torch.cat(drawn), reference, plan.resamples)
+        return {"evaluations": subject.evaluations(tried), "retrieval": found, "kid": kid}
 
-    rows = sweep(judge, plan.sweep_guidance, plan.sweep_steps, settings.seed)
+    rows = sweep(judge, plan.sweep_guidance, plan.sweep_steps, plan.sweep_intervals, settings.seed)
     names = [asked.name for asked in few]
     say(table(rows, names))
     plot(rows, names[-1], out / "sweep.png")

@@ -22,6 +22,7 @@ from PIL import Image
 from ldm.data.batches import spread
 from ldm.evaluation import run_record
 from ldm.evaluation.report_charts import charts
+from ldm.evaluation.sweep import lines
 
 FILE = "evaluation.json"
 PAGE = "report.html"
@@ -82,6 +83,7 @@ def view(out: Path, told: Callable[[Any], Any] = lambda tree: tree) -> dict[str,
         "rebuilt": [pictures[i] for i in spread(len(pictures), ROW) if "reconstructed" in pictures[i]],
         "charts": charts(report, run, nll),
         "picture": lru_cache(None)(lambda name: inline(out / name)),
+        "sweep_lines": lines(report["sweep"]["rows"]) if "sweep" in report else {},
         "small": report["model"]["size"] <= SMALL,
         "heat": heat,
     }

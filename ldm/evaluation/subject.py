@@ -71,6 +71,15 @@ class Subject:
         """pixels [B,3,H,W] => the mean of their latents."""
         return encode(self.pipeline.vae, pixels.to(self.device)).mean
 
+    def evaluations(self, settings: Settings) -> int:
+        """How often the U-Net is asked for one picture: twice at a guided step, once at any other."""
+        stock = self.pipeline.scheduler
+        scheduler = type(stock).from_config(stock.config)
+        scheduler.set_timesteps(settings.steps)
+        low, high = (settings.guidance_interval[i] * self.schedule.T for i in (0, 1))
+        guided = [settings.guidance_scale > 1 and low <= float(t) < high for t in scheduler.timesteps]
+        return len(guided) + sum(guided)
+
     def draw(self, captions: Sequence[str], first: int, settings: Settings) -> list[Image.Image]:
         """One picture for each caption; captions too long for the encoder are cut, as in training."""
         context = self.text.encode(captions)

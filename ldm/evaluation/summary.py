@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm.defaults import EVERYWHERE
+
 
 def summary(report: dict[str, Any]) -> str:
     """A few lines: what it reads, what it draws, what it copies."""
@@ -36,7 +38,11 @@ def summary(report: dict[str, Any]) -> str:
             )
     if "sweep" in report:
         best = report["sweep"]["best"]
-        lines.append(f"best of the sweep: {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}")
+        low, high = best["guidance_interval"]
+        lines.append(
+            f"best of the sweep: {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}"
+            + (f" in {low:g} <= t/T < {high:g}" if best["guidance_scale"] > 1 and (low, high) != EVERYWHERE else "")
+        )
     if "timing" in report:
         timing = report["timing"]
         lines.append(
