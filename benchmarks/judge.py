@@ -18,7 +18,8 @@ from ldm.evaluation.contrastive import load_net
 from ldm.evaluation.distribution import kid_figure
 from ldm.evaluation.features import Space, embed_all, pixels_of
 from ldm.evaluation.gallery import Asked, Gallery
-from ldm.evaluation.subject import Settings, Subject
+from ldm.evaluation.settings import Settings
+from ldm.evaluation.subject import Subject
 from ldm.pipeline import LDMPipeline
 
 RESAMPLES = 200

@@ -197,7 +197,8 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
     from ldm.evaluation.evaluate import QUICK, Plan, evaluate
     from ldm.evaluation.features import load_space, pixel_space
     from ldm.evaluation.report import FILE, PAGE
-    from ldm.evaluation.subject import Settings, Subject
+    from ldm.evaluation.settings import Settings
+    from ldm.evaluation.subject import Subject
     from ldm.evaluation.summary import summary
     from ldm.pipeline import LDMPipeline
 

@@ -27,7 +27,6 @@ from ldm.data.space import NoSpaceError
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.vae import VAEConfig, build_vae, encode
-from ldm.training.encoders import Encoders
 
 SHAPE = (4, 8, 8)
 
@@ -389,19 +388,3 @@ def test_the_posterior_store_takes_any_pictures_by_key(tmp_path: Path) -> None:
     for i, number in enumerate(numbers):
         mean, std = store.read(int(number))
         assert (mean == i % 3).all() and (std == i % 3 / 2).all()
-
-
-# --- the encoders --------------------------------------------------------------------------------------------------
-
-
-def test_encoders_that_changed_on_disk_are_refused(tmp_path: Path) -> None:
-    text = tiny.text_encoder(tmp_path)
-    changed = build_vae(VAEConfig(channels=(16, 32), layers=1))
-    vaes = [changed, changed, build_vae(VAEConfig(channels=(16, 32), layers=1))]
-    encoders = Encoders(lambda: vaes.pop(0), lambda: text)
-    assert encoders.load() is encoders.load()
-    encoders.free()
-    assert encoders.load()[0] is changed
-    encoders.free()
-    with pytest.raises(ValueError, match="vae: its files have changed"):
-        encoders.load()

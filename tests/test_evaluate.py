@@ -18,7 +18,8 @@ from ldm.cli import main
 from ldm.data.captioned import CaptionedPictures, read_captioned
 from ldm.evaluation.evaluate import QUICK, evaluate
 from ldm.evaluation.features import Space, pixel_space
-from ldm.evaluation.subject import Settings, Subject, consecutive
+from ldm.evaluation.settings import Settings
+from ldm.evaluation.subject import Subject, consecutive
 from ldm.models.fingerprint import model_sha256
 from ldm.pipeline import LDMPipeline
 

@@ -11,11 +11,12 @@ import pytest
 import road
 import tiny
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from ldm.pipeline import LDMPipeline
 from ldm.training.manifest import sha256
-from ldm.training.selfcheck import PipelineMismatch, check_pipeline
+from ldm.training.selfcheck import PipelineMismatch, check_frozen, check_unet
 from ldm.training.signals import RunError
 from train.train_ldm import main as train_ldm
 
@@ -68,9 +69,15 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> LDMPipeline:
     return made
 
 
+def check_pipeline(folder: Path, pipeline: LDMPipeline, expected: float) -> None:
+    """What a run does at its start, and what it does at every export."""
+    check_frozen(folder, pipeline)
+    check_unet(folder, pipeline.unet, expected, loss_of, "no")
+
+
 def test_a_good_pipeline_passes(pipeline: LDMPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path)
-    check_pipeline(tmp_path, pipeline, loss_of(pipeline.unet), loss_of, "no")
+    check_pipeline(tmp_path, pipeline, loss_of(pipeline.unet))
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -79,14 +86,14 @@ def test_each_damage_is_found(pipeline: LDMPipeline, tmp_path: Path, name: str) 
     pipeline.save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(PipelineMismatch, match=told):
-        check_pipeline(tmp_path, pipeline, loss_of(pipeline.unet), loss_of, "no")
+        check_pipeline(tmp_path, pipeline, loss_of(pipeline.unet))
 
 
 def test_an_export_of_other_weights_than_the_average_is_found(pipeline: LDMPipeline, tmp_path: Path) -> None:
     """What is in memory and on the disk agree with each other, but not with what was trained."""
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(PipelineMismatch, match="unet: loss"):
-        check_pipeline(tmp_path, pipeline, 1.01 * loss_of(pipeline.unet), loss_of, "no")
+        check_pipeline(tmp_path, pipeline, 1.01 * loss_of(pipeline.unet))
 
 
 def test_a_run_keeps_its_old_pipeline_and_its_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,13 +105,13 @@ def test_a_run_keeps_its_old_pipeline_and_its_new_checkpoint(tmp_path: Path, mon
     file = tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors"
     before = sha256(file)
 
-    real = LDMPipeline.save_pretrained
+    real = UNet2DConditionModel.save_pretrained
 
     def damaging(self: Any, folder: Any, **how: Any) -> None:
         real(self, folder, **how)
-        one_bit(Path(folder), "unet")
+        one_bit(Path(folder).parent, "unet")
 
-    monkeypatch.setattr(LDMPipeline, "save_pretrained", damaging)
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", damaging)
     with pytest.raises(RunError, match=r"the pipeline of step 3, left in .*\.pipeline\.new, is not what was trained"):
         train_ldm(road.recipe(tmp_path, **words))  # the export of step 3 is done again first
     assert sha256(file) == before

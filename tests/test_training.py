@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 import road
 import tiny
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertModel
@@ -30,6 +31,7 @@ from ldm.pipeline import LDMPipeline
 from ldm.training.config import Config
 from ldm.training.loop import Training
 from ldm.training.samples import fixed_questions
+from ldm.training.signals import RunError
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
 
@@ -387,7 +389,57 @@ def test_prompts_too_long_to_draw_are_refused_before_training(home: Path, tmp_pa
 def test_a_run_without_grids_still_leaves_a_pipeline(home: Path, tmp_path: Path) -> None:
     train_ldm(config_of(home, tmp_path, loop__steps=2, loop__sample_every=0, loop__checkpoint_every=0))
     assert (tmp_path / "pipeline/model_index.json").exists()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["cache", "pipeline", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "cache",
+        "frozen",
+        "pipeline",
+        "tensorboard",
+    ]
+
+
+def test_without_room_for_what_is_frozen_nothing_is_trained(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ldm.training.export.put_in_place", full)
+    with pytest.raises(RunError, match="frozen could not be saved: .*No space left on device; make room"):
+        train_ldm(config_of(home, tmp_path, loop__steps=1))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_pipelines_share_what_no_step_changes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """The encoders are written once; each export writes a U-Net, on file systems without links copies of the rest."""
+    written: list[str] = []
+    for network in (AutoencoderKL, BertModel, UNet2DConditionModel):
+        real = network.save_pretrained
+
+        def saving(self: Any, folder: Any, *, real: Any = real, **how: Any) -> None:
+            written.append(type(self).__name__)
+            real(self, folder, **how)
+
+        monkeypatch.setattr(network, "save_pretrained", saving)
+    if not links:
+
+        def no_links(*_: Any) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", no_links)
+    train_ldm(config_of(home, tmp_path, loop__steps=3, loop__sample_every=0, loop__checkpoint_every=1))
+    assert sorted(written) == ["AutoencoderKL", "BertModel", *["UNet2DConditionModel"] * 4]
+    files = [path.relative_to(tmp_path / "frozen") for path in (tmp_path / "frozen").rglob("*") if path.is_file()]
+    assert {"vae", "text_encoder", "tokenizer", "scheduler"} <= {file.parts[0] for file in files}
+    for file in files:
+        frozen, shared = tmp_path / "frozen" / file, tmp_path / "pipeline" / file
+        assert frozen.read_bytes() == shared.read_bytes()
+        assert frozen.samefile(shared) == links
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    average = load_file(next((tmp_path / "checkpoints").glob("*3/unet.ema.safetensors")))
+    assert all(torch.equal(loaded.unet.state_dict()[name], weight) for name, weight in average.items())
 
 
 def test_foreign_captions_are_refused(home: Path, tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def main(config: Config) -> list[float]:
 
     # the frozen VAE, the process, and the classifier
     measure_pretrained(config, pictures.train, accelerator.device)
-    encoders = Encoders(partial(load_normalized, config, accelerator.device), lambda: None)
-    vae, _ = encoders.load()
+    vae = load_normalized(config, accelerator.device)
+    encoders = Encoders(vae, None)
     check_scale(vae, pictures.train, data.size)
     schedule = build_schedule(config.diffusion)
     shape = latent_shape(vae, data.size)

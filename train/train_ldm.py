@@ -11,11 +11,14 @@ loaded at any time, by LDMPipeline and by stock diffusers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.training.command_line import start
 from ldm.training.config import Config
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 def main(config: Config) -> list[float]:
@@ -38,6 +41,7 @@ def main(config: Config) -> list[float]:
     from ldm.training.doctor import before_first_step, before_unet, repeated
     from ldm.training.drawing import build_wishes
     from ldm.training.encoders import Encoders
+    from ldm.training.export import save_frozen
     from ldm.training.findings import Finding
     from ldm.training.latents import check_scale, load_normalized, measure_pretrained, report_reconstruction
     from ldm.training.loop import Training, fit
@@ -58,8 +62,8 @@ def main(config: Config) -> list[float]:
 
     # the frozen encoders: pixels => latents, caption => context
     measure_pretrained(config, pictures.train, device)
-    encoders = Encoders(partial(load_normalized, config, device), partial(load_text, config.text, device))
-    vae, text = encoders.load()
+    text, vae = load_text(config.text, device), load_normalized(config, device)
+    encoders = Encoders(vae, text)
     check_scale(vae, pictures.train, data.size)
     say(report_reconstruction(vae, pictures, data.size)[1])
     if text:
@@ -84,32 +88,36 @@ def main(config: Config) -> list[float]:
         f"attention by {choose_attention(unet, device)}, {accelerator.mixed_precision} mixed precision on {device.type}"
     )
 
-    # what it learns from, what it is asked on the way, and what it draws; encoded once, it needs the encoders no more
+    # what it learns from, what it is asked on the way, and what it draws
     questions = fixed_questions(config, source.heldout, vae, text)
     wishes = build_wishes(config, source, text)
     folder = config.cache_folder()
     cache = build_cache(config, folder, source.train.all_pictures, encoders, shape) if folder else None
     samples = build_samples(config, source.train, shape, cache)
-    del vae, text
-    if cache:
-        encoders.free()
 
-    def build_pipeline(weights: dict[str, torch.Tensor]) -> LDMPipeline:
-        averaged = new_unet().eval()
-        averaged.load_state_dict(without_variance(weights, shape[0]))
-        vae, text = encoders.load()
+    # what pipelines are made of: all but the U-Net is saved now, and encoded once, pictures need the encoders no more
+    def build_pipeline() -> LDMPipeline:
         how_to_draw = scheduler_config(schedule, diffusion.prediction)
-        pipeline = LDMPipeline.from_components(vae, text, averaged.to(device), how_to_draw)
+        pipeline = LDMPipeline.from_components(encoders.vae, encoders.text, new_unet(), how_to_draw)
         pipeline.example_prompts = tuple(wish.prompt for wish in wishes if wish.prompt)
         pipeline.labels = source.labels
         return pipeline
 
+    def build_unet(weights: dict[str, torch.Tensor]) -> UNet2DConditionModel:
+        averaged = new_unet().eval()
+        averaged.load_state_dict(without_variance(weights, shape[0]))
+        return averaged
+
+    save_frozen(run, build_pipeline)
+    del vae
+    words = ' "a prompt"' if text else f" --class-label {source.labels.names[0]}" if source.labels else ""
+    del text
+    if cache:
+        encoders.free()
+
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     training = Training.prepare(config, accelerator, schedule, unet)
-    losses = fit(training, samples, questions, wishes, build_pipeline, tracker, encoders)
-    words = (
-        ' "a prompt"' if config.text.encoder else f" --class-label {source.labels.names[0]}" if source.labels else ""
-    )
+    losses = fit(training, samples, questions, wishes, build_unet, tracker, encoders)
     say(f"done: {run / 'pipeline'} can be loaded; draw with: ldm sample {run / 'pipeline'}{words}")
     accelerator.end_training()
     return losses

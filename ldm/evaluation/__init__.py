@@ -8,13 +8,13 @@ what is asked
   accuracy.py      how often a classifier of noisy latents is right, by quarter of t
   retrieval.py     does it draw what was asked?
   memorization.py  does it draw, or copy?
-  sweep.py         which guidance scale, how many steps
+  sweep.py         which guidance, how many steps
   machine.py       how long drawing takes, and where
 what it is asked with
   features.py      the spaces in which pictures are compared
   contrastive.py   the data set's own judge; fit_net.py fits it
   gallery.py       all real pictures, and the captions that are asked
-  subject.py       the pipeline that is examined, and what it drew
+  subject.py       the pipeline that is examined, and what it drew; settings.py says how
 what is said
   examine.py       the sections, one function each
   evaluate.py      all of them, in one JSON file

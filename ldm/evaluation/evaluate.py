@@ -31,7 +31,8 @@ from ldm.evaluation.gallery import Asked, Gallery, fingerprint
 from ldm.evaluation.intervals import RESAMPLES, mean_figure
 from ldm.evaluation.machine import machine, timing
 from ldm.evaluation.report import FILE, write_report
-from ldm.evaluation.subject import Settings, Subject
+from ldm.evaluation.settings import Settings
+from ldm.evaluation.subject import Subject
 from ldm.evaluation.sweep import GUIDANCE, INTERVALS, STEPS, choose, plot, sweep, table
 
 SCHEMA = 1

@@ -13,7 +13,8 @@ from typing import Any
 import diffusers
 import torch
 
-from ldm.evaluation.subject import Settings, Subject
+from ldm.evaluation.settings import Settings
+from ldm.evaluation.subject import Subject
 
 WARM = 16
 COLD = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.defaults import EVERYWHERE
 from ldm.diffusion.prediction import DIFFUSERS_NAMES, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.gallery import Asked
+from ldm.evaluation.settings import Settings
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.fingerprint import model_sha256
 from ldm.models.text import TextEncoder
 from ldm.models.vae import encode
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How pictures are drawn: U-Net evaluations, guidance, and the seed of the first; picture i has seed + i."""
-
-    steps: int
-    guidance_scale: float
-    seed: int = 0
-    guidance_interval: tuple[float, float] = EVERYWHERE
 
 
 class Subject:

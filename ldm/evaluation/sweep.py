@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.defaults import EVERYWHERE
-from ldm.evaluation.subject import Settings
+from ldm.evaluation.settings import Settings
 
 GUIDANCE = (1.0, 2.0, 3.0, 4.0, 6.0)
 STEPS = (8, 12, 20)

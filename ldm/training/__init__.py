@@ -8,7 +8,7 @@ device.py         what the device can do
 latents.py        a VAE whose latents have unit variance, checked
 captions.py       captions the text encoder can't take whole
 draws.py          every random number of training, as a function of (seed, sample)
-encoders.py       VAE and text encoder, in memory only while they are needed
+encoders.py       VAE and text encoder, in memory only until all is encoded
 caching.py        the latent cache of a run
 ranks.py          work that one process does for all
 samples.py        (seed, sample) => the tensors of a batch

@@ -32,7 +32,7 @@ def build_cache(
         NoSpaceError: if it doesn't fit on the disk.
         BadDataError: if a picture can't be read.
     """
-    vae, text = encoders.load()
+    vae, text = encoders.vae, encoders.text
     data, table = config.data, Path(config.run) / "cache" / f"{name}.npy"
     posteriors = posterior_kind(encoders.fingerprints["vae"], latent_shape, data.size, data.background)
     contexts = None

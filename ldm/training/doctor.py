@@ -110,7 +110,7 @@ def _examine(config: Config) -> Iterator[Finding]:
         mean, told = report_reconstruction(vae, pictures, config.data.size)
         far = "; that is low: raise vae_training.steps or vae_model.latent_channels"
         yield Finding("ok", "VAE", told) if mean >= BLURRED else Finding("warning", "VAE", told + far)
-    yield from before_unet(config, accelerator, source, Encoders(lambda: vae, lambda: text))
+    yield from before_unet(config, accelerator, source, Encoders(vae, text))
 
 
 def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:
@@ -165,7 +165,7 @@ def before_unet(
     config: Config, accelerator: Accelerator, source: ConditionedPictures, encoders: Encoders
 ) -> Iterator[Finding]:
     """Room for the U-Net's training, and a trial of it on samples encoded for it alone."""
-    vae, text = encoders.load()
+    vae, text = encoders.vae, encoders.text
     shape, loop, data = latent_shape(vae, config.data.size), config.loop, config.data
     build = denoiser(config, source, text, shape)
     learned = config.diffusion.variance == "learned"

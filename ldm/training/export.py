@@ -1,7 +1,14 @@
-"""RUN/pipeline: the averaged weights as a pipeline, replaced only by one that is whole and is what was trained."""
+"""RUN/pipeline: the averaged weights as a pipeline, replaced only by one that is whole and is what was trained.
+
+All of a pipeline but its U-Net is there before the first step, and no step changes it. It is saved once, in RUN/frozen,
+while VAE and text encoder are in memory anyway; pipelines share its files, by hard links where the disk knows them. So
+an export takes the time and the memory of a U-Net, however large the text encoder is.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,19 +20,47 @@ from torch import Tensor, nn
 
 from ldm.training.checkpoint import DISK_ERRORS, on_rank_0
 from ldm.training.disk import put_in_place, temporary_beside
+from ldm.training.ranks import while_others_wait
 from ldm.training.samples import Batch
-from ldm.training.selfcheck import PipelineMismatch, check_pipeline, quiet
+from ldm.training.selfcheck import PipelineMismatch, check_frozen, check_unet, quiet
 from ldm.training.signals import RunError
 from ldm.training.trainee import averaged_weights
 
 if TYPE_CHECKING:
     from ldm.training.loop import Training
 
-#: U-Net weights on the CPU => the pipeline they make.
-BuildPipeline = Callable[[dict[str, Tensor]], Any]
+#: U-Net weights on the CPU => the U-Net that pipelines have.
+BuildUNet = Callable[[dict[str, Tensor]], Any]
 
 
-def export(training: Training, build_pipeline: BuildPipeline, stored: Batch, done: int) -> Any:
+def save_frozen(run: Path, build_pipeline: Callable[[], Any]) -> None:
+    """Save RUN/frozen. Every rank must call it; rank 0 builds the pipeline, with whatever U-Net.
+
+    Raises:
+        RunError: if there is no room for it, or what was written is not what is in memory.
+    """
+    final = run / "frozen"
+
+    def save(_: Callable[[], None]) -> None:
+        pipeline = build_pipeline()
+        try:
+            temporary = temporary_beside(final)
+            with quiet():
+                pipeline.save_pretrained(temporary)
+                check_frozen(temporary, pipeline)
+            shutil.rmtree(temporary / "unet")
+            put_in_place(temporary, final)
+        except PipelineMismatch as error:
+            raise RunError(f"what was written to {temporary} is not what is in memory: {error}") from error
+        except DISK_ERRORS as error:
+            raise RunError(
+                f"{final} could not be saved: {error}; make room, then the same command tries again"
+            ) from error
+
+    while_others_wait(save)
+
+
+def export(training: Training, build_unet: BuildUNet, stored: Batch, done: int) -> Path | None:
     """Save RUN/pipeline with the averaged weights; returns it on rank 0, None elsewhere. Every rank must call it.
 
     A disk that is full costs this export, not the run, unless it is the last one.
@@ -35,22 +70,22 @@ def export(training: Training, build_pipeline: BuildPipeline, stored: Batch, don
     """
     weights = averaged_weights(training.unet, training.ema)
     expected = training.averaged_error(stored)
-    final = Path(training.config.run) / "pipeline"
-    built: list[Any] = []
+    frozen, final = (Path(training.config.run) / name for name in ("frozen", "pipeline"))
 
     @torch.no_grad()
     def loss_of(unet: nn.Module) -> float:
-        return float(replace(training, unet=unet.eval()).error(stored))
+        unet = unet.to(training.accelerator.device).eval()
+        return float(replace(training, unet=unet).error(stored))
 
     def write() -> int:
-        temporary = temporary_beside(final)
         try:
-            pipeline = build_pipeline(weights)
+            temporary = temporary_beside(final)
+            shutil.copytree(frozen, temporary, copy_function=link, dirs_exist_ok=True)
+            unet = build_unet(weights)
             with quiet():
-                pipeline.save_pretrained(temporary)
-                check_pipeline(temporary, pipeline, expected, loss_of, training.accelerator.mixed_precision)
+                unet.save_pretrained(temporary / "unet")
+                check_unet(temporary, unet, expected, loss_of, training.accelerator.mixed_precision)
             put_in_place(temporary, final)
-            built.append(pipeline)
         except PipelineMismatch as error:
             raise RunError(
                 f"the pipeline of step {done}, left in {temporary}, is not what was trained: {error}. {final} is as "
@@ -64,5 +99,12 @@ def export(training: Training, build_pipeline: BuildPipeline, stored: Batch, don
             return 0
         return 1
 
-    on_rank_0(training.accelerator, write)
-    return built[0] if built else None
+    return final if on_rank_0(training.accelerator, write) else None
+
+
+def link(file: str, to: str) -> None:
+    """The same file under another name; a copy where the file system has no such links."""
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copy2(file, to)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
+from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -21,16 +22,18 @@ from ldm.evaluation.heldout import by_quarter
 from ldm.evaluation.text_use import TextQuestions, measure_text_use
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged, build_ema
+from ldm.pipeline import LDMPipeline
 from ldm.training.checkpoint import resume, save_checkpoint
 from ldm.training.config import Config, to_dict
 from ldm.training.drawing import Wish, draw_wishes
 from ldm.training.encoders import Encoders
-from ldm.training.export import BuildPipeline, export
+from ldm.training.export import BuildUNet, export
 from ldm.training.health import Watch, batch_of, mean_of_finite, telling, update
 from ldm.training.learning_rate import learning_rate
 from ldm.training.objective import Objective, build_objective, build_timesteps
 from ldm.training.peers import Peers
 from ldm.training.samples import Batch, Samples, batches, numbers_of
+from ldm.training.selfcheck import quiet
 from ldm.training.signals import Noted, Stopped, noted
 from ldm.training.tracking import Tracker
 from ldm.training.trainee import Trainee
@@ -164,7 +167,7 @@ def fit(
     samples: Samples,
     questions: TextQuestions | None,
     wishes: Sequence[Wish],
-    build_pipeline: BuildPipeline,
+    build_unet: BuildUNet,
     tracker: Tracker,
     encoders: Encoders,
 ) -> list[float]:
@@ -174,8 +177,8 @@ def fit(
         samples: sample n of the run.
         questions: held-out pictures, or None if there are none.
         wishes: what to draw on the way.
-        build_pipeline: makes what is saved in RUN/pipeline and draws.
-        encoders: of the samples if they have no cache; else let go as soon as a pipeline is saved and has drawn.
+        build_unet: makes what is saved in RUN/pipeline, beside what lies in RUN/frozen.
+        encoders: of the samples, if they have no cache.
     Returns:
         The loss of each step that this call trained, averaged over all processes.
     Raises:
@@ -210,9 +213,7 @@ def fit(
             log_heldout(training, questions, done, bar, tracker)
         drawing = due(done, loop.sample_every, loop.steps)
         if drawing or due(done, loop.checkpoint_every, loop.steps) or done == loop.steps:
-            save_and_draw(training, wishes if drawing else (), build_pipeline, stored, done, tracker, signal)
-            if samples.cache is not None:
-                encoders.free()
+            save_and_draw(training, wishes if drawing else (), build_unet, stored, done, tracker, signal)
             accelerator.wait_for_everyone()
 
     bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, unit="step", desc="U-Net")
@@ -243,18 +244,22 @@ def fit(
 def save_and_draw(
     training: Training,
     wishes: Sequence[Wish],
-    build_pipeline: BuildPipeline,
+    build_unet: BuildUNet,
     stored: Batch,
     done: int,
     tracker: Tracker,
     signal: Noted,
 ) -> None:
     """Save RUN/pipeline and draw the wishes with it. Every rank must call it."""
-    pipeline = export(training, build_pipeline, stored, done)
-    if pipeline is not None and wishes:
+    folder = export(training, build_unet, stored, done)
+    if folder is not None and wishes:
+        with quiet():
+            pipeline = LDMPipeline.from_pretrained(folder).to(training.accelerator.device)
         grid = draw_wishes(pipeline, wishes, training.config, signal)
         if grid is not None:
             tracker.picture("samples", done, grid)
+        del pipeline
+        clear_device_cache(garbage_collection=True)
 
 
 def log_losses(training: Training, watch: Watch, done: int, bar: Any, tracker: Tracker) -> list[float]:

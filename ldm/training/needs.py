@@ -23,10 +23,10 @@ def network_needs(config: Config, weights: int, moments: int, other: int, name: 
     """Bytes that checkpoints and what is made of them take, one on its way counted in.
 
     Args:
-        weights, other: of the network, and of those that are saved beside it.
+        weights, other: of the network, and of those that are saved beside it, once.
         moments: how often a checkpoint holds the weights: itself, averages, moments of the optimizer.
     """
-    return {"checkpoints": moments * weights * (config.loop.keep + 1), name: 2 * (weights + other)}
+    return {"checkpoints": moments * weights * (config.loop.keep + 1), name: 2 * weights + other}
 
 
 def cache_needs(
@@ -35,8 +35,7 @@ def cache_needs(
     """Bytes that the cache of latents and contexts takes."""
     if config.data.cache == "off":
         return {}
-    _, text = encoders.load()
-    told, data = encoders.fingerprints, config.data
+    text, told, data = encoders.text, encoders.fingerprints, config.data
     posterior = posterior_kind(told["vae"], shape, data.size, data.background)
     size = len(source.train.all_pictures) * posterior.record.itemsize * (2 if data.flip else 1)
     if text:

@@ -138,7 +138,7 @@ def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders)
         for name, value in collated.items()
     }
     if "pixels" in here:
-        vae, text = encoders.load()
+        vae, text = encoders.vae, encoders.text
         with torch.no_grad():
             posterior = encode(vae, here["pixels"])
             if "condition_pixels" in here:

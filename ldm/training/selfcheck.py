@@ -1,8 +1,9 @@
 """A pipeline replaces the one before it only if what lies on the disk is what was trained.
 
 It is loaded again from the folder it was written to. Every weight of every network must come back bit by bit, the
-scheduler with every setting, and its U-Net must give a stored batch the loss that the averaged weights give it inside
-the training process: weights can be right and the config beside them wrong.
+scheduler with every setting, the tokenizer with every rule, and the U-Net must give a stored batch the loss that the
+averaged weights give it inside the training process: weights can be right and the config beside them wrong. What no
+step changes is looked at once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
+
+from ldm.models.fingerprint import tokenizer_facts
+from ldm.models.loading import NETWORKS, load_network
+from ldm.pipeline import LDMPipeline
 
 #: Relative difference of the two losses: attention kernels and TF32 round differently, half precision more so.
 TOLERANCE = {"no": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
@@ -40,33 +46,54 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def check_pipeline(
-    folder: Path, pipeline: Any, expected: float, loss_of: Callable[[nn.Module], float], precision: str
+def check_frozen(folder: Path, pipeline: Any) -> None:
+    """Compare all of a saved pipeline but its U-Net with the one in memory, one network after the other.
+
+    Raises:
+        PipelineMismatch: says what differs.
+    """
+    with loadable():
+        loaded = type(pipeline).from_pretrained(folder, **dict.fromkeys(NETWORKS))
+    if settings(loaded.scheduler) != settings(pipeline.scheduler):
+        raise PipelineMismatch("scheduler: other settings than in memory")
+    if loaded.tokenizer is not None and tokenizer_facts(loaded.tokenizer) != tokenizer_facts(pipeline.tokenizer):
+        raise PipelineMismatch("tokenizer: other tokens than in memory")
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name != "unet":
+            with loadable():
+                found = load_network(type(part), folder / name, whole=isinstance(part, ModelMixin))
+            check_weights(name, part.state_dict(), found.state_dict())
+
+
+def check_unet(
+    folder: Path, unet: nn.Module, expected: float, loss_of: Callable[[nn.Module], float], precision: str
 ) -> None:
-    """Compare a saved pipeline with the one in memory.
+    """Compare the U-Net of a saved pipeline, loaded as pipelines are, with the one in memory.
 
     Args:
-        folder: where it was saved.
-        pipeline: what was saved.
+        folder: where the pipeline was saved.
+        unet: what was saved.
         expected: the loss of the averaged weights on the stored batch, in the training process.
         loss_of: the loss of a U-Net on it.
         precision: accelerate's mixed_precision of the run.
     Raises:
         PipelineMismatch: says what differs.
     """
-    try:
-        loaded = type(pipeline).from_pretrained(folder)
-    except Exception as error:  # whatever loading a damaged folder raises
-        raise PipelineMismatch(f"it can't be loaded again: {type(error).__name__}: {error}") from error
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            check_weights(name, part.state_dict(), getattr(loaded, name).state_dict())
-    if settings(loaded.scheduler) != settings(pipeline.scheduler):
-        raise PipelineMismatch("scheduler: other settings than in memory")
-    found = loss_of(loaded.unet.to(pipeline.device))
-    close = math.isclose(found, expected, rel_tol=TOLERANCE[precision])
-    if not close:
+    with loadable():
+        loaded = LDMPipeline.from_pretrained(folder, vae=None, text_encoder=None)
+    check_weights("unet", unet.state_dict(), loaded.unet.state_dict())
+    found = loss_of(loaded.unet)
+    if not math.isclose(found, expected, rel_tol=TOLERANCE[precision]):
         raise PipelineMismatch(f"unet: loss {found:.6g} on the stored batch, {expected:.6g} in memory")
+
+
+@contextlib.contextmanager
+def loadable() -> Iterator[None]:
+    """Inside, whatever loading a damaged folder raises is a PipelineMismatch."""
+    try:
+        yield
+    except Exception as error:
+        raise PipelineMismatch(f"it can't be loaded again: {type(error).__name__}: {error}") from error
 
 
 def check_weights(name: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
