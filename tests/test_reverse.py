@@ -220,6 +220,30 @@ def test_ancestral_sampling_with_the_exact_variance_is_exact() -> None:
     assert 0 < missing < 2e-4 and gain > 0
 
 
+@given(
+    kind=st.sampled_from(PREDICTIONS),
+    variance=st.sampled_from(["beta", "beta_tilde", "learned"]),
+    t=st.sampled_from([0, 1, 500, 998, 999]),
+    far=st.booleans(),
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_step_of_any_shape_and_dtype_is_that_of_float64(
+    kind: Prediction, variance: Any, t: int, far: bool, shape: list[int], dtype: torch.dtype
+) -> None:
+    schedule, ts = NoiseSchedule.linear(), torch.full((2,), t)
+    ss = torch.full((2,), max(t - 100, -1) if far else t - 1)
+    channels = 2 * shape[0] if variance == "learned" else shape[0]
+    answer = randn(2, channels, *shape[1:], seed=1).tanh().to(dtype)
+    x, noise = randn(2, *shape, seed=2).to(dtype), randn(2, *shape, seed=3).to(dtype)
+    found = reverse.ancestral_step(Denoiser(lambda *_: answer, schedule, kind, variance), x, ts, ss, noise)
+    wide = Denoiser(lambda *_: answer.double(), schedule, kind, variance)
+    expected = reverse.ancestral_step(wide, x.double(), ts, ss, noise.double())
+    assert found.shape == x.shape and found.dtype == dtype and bool(found.isfinite().all())
+    slack = 20 * torch.finfo(dtype).eps / float(schedule.alpha[t])  # x0 of eps divides by alpha
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=slack)
+
+
 def test_a_draw_is_a_function_of_its_generator() -> None:
     data, schedule = plane(), NoiseSchedule.linear(20)
     x, denoiser = randn(4, 2), data.denoiser(schedule)
