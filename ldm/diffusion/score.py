@@ -50,7 +50,7 @@ def langevin_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: Tensor, snr
     Args:
         x_t, noise: [B, ...].
         t: int64 [B].
-        snr: size of the move relative to the noise in x_t.
+        snr: how long the move along the score is beside that along the noise.
     """
     _, sigma = denoiser.schedule.at(t, x_t)
     step = 2 * (snr * sigma) ** 2
