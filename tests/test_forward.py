@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from oracles import SCHEDULES, Mixture, assert_drawn_from, generator, plane, randn
 
 from ldm.diffusion import forward
@@ -56,3 +58,20 @@ def test_each_sample_has_its_own_t() -> None:
         torch.testing.assert_close(together[i : i + 1], one, rtol=0, atol=0)
         expected = schedule.alpha_bar[t[i]].sqrt() * x0[i] + (1 - schedule.alpha_bar[t[i]]).sqrt() * eps[i]
         torch.testing.assert_close(together[i], expected)
+
+
+@given(
+    name=st.sampled_from(sorted(SCHEDULES)),
+    t=st.sampled_from([0, 1, 500, 998, 999]),
+    shape=st.lists(st.integers(1, 3), max_size=3),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_any_shape_and_dtype_is_noised_as_float64_is(name: str, t: int, shape: list[int], dtype: torch.dtype) -> None:
+    schedule, steps = SCHEDULES[name], torch.full((2,), t)
+    x, noise = randn(2, *shape, seed=1).to(dtype), randn(2, *shape, seed=2).to(dtype)
+    for draw in (forward.q_step, forward.q_sample):
+        found, expected = draw(schedule, x, steps, noise), draw(schedule, x.double(), steps, noise.double())
+        assert found.shape == x.shape and found.dtype == dtype
+        # Where beta ends near 1 ("cosine"), its rounding error is large beside 1 - beta, and the root makes it larger.
+        slack = torch.finfo(dtype).eps ** (0.5 if draw is forward.q_step and t == 999 else 1)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=10 * slack)

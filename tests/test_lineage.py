@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,22 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from oracles import randn
 from PIL import Image
 from safetensors.torch import load_file
 
 from ldm import LDMPipeline
 from ldm.data.captioned import BadDataError, read_captioned
 from ldm.data.conditioned import ConditionedPictures
+from ldm.diffusion import objective, timesteps
+from ldm.diffusion.reverse import Denoiser
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.text import TextEncoder
 from ldm.models.vae import load_vae
 from ldm.training.caching import build_cache
 from ldm.training.config import Config
 from ldm.training.encoders import Encoders
+from ldm.training.objective import DiffusionConfig, build_objective, build_schedule, build_timesteps
 from ldm.training.samples import build_samples
 from train.train_ldm import main as train_ldm
 
@@ -293,6 +300,69 @@ def test_every_objective_trains_by_config(home: Path, tmp_path: Path, name: str)
     assert np.isfinite(losses).all() and len(losses) == 20
     heldout = list(road.logged(tmp_path, "heldout/total").values())
     assert heldout[-1] < heldout[0]
+
+
+MEANT: dict[str, tuple[dict[str, Any], Callable[..., torch.Tensor]]] = {
+    "by default": ({}, objective.diffusion_loss),
+    "of v": ({"prediction": "v"}, partial(objective.diffusion_loss, prediction="v")),
+    "l1": ({"loss": "l1", "prediction": "x0"}, partial(objective.diffusion_loss, prediction="x0", norm="l1")),
+    "min-SNR": (
+        {"weighting": "min_snr", "min_snr_gamma": 3.0},
+        partial(objective.diffusion_loss, weighting=objective.min_snr(3.0)),
+    ),
+    "truncated SNR": (
+        {"weighting": "truncated_snr"}, partial(objective.diffusion_loss, weighting=objective.truncated_snr()),
+    ),
+    "P2": (
+        {"weighting": "p2", "p2_gamma": 0.7, "p2_k": 2.0},
+        partial(objective.diffusion_loss, weighting=objective.p2(0.7, 2.0)),
+    ),
+}  # fmt: skip
+#: The same, of the denoiser's whole answer.
+MEANT_OF_STEPS: dict[str, tuple[dict[str, Any], str, Callable[..., torch.Tensor]]] = {
+    "the bound": ({"loss": "vlb"}, "beta_tilde", objective.vlb_loss),
+    "the bound, learned": ({"loss": "vlb", "variance": "learned"}, "learned", objective.vlb_loss),
+    "hybrid": (
+        {"variance": "learned", "vlb_weight": 0.3, "weighting": "min_snr"}, "learned",
+        partial(objective.hybrid_loss, vlb_weight=0.3, weighting=objective.min_snr()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MEANT, *MEANT_OF_STEPS])
+def test_the_config_names_what_is_minimized(name: str) -> None:
+    """To the last bit the loss of ldm.diffusion that the words say, and none of the others."""
+    words = (MEANT | MEANT_OF_STEPS)[name][0]
+    config = DiffusionConfig(**words)
+    schedule, x0, eps, t = (
+        build_schedule(config),
+        randn(4, 2, 3),
+        randn(4, 2, 3, seed=1),
+        torch.tensor([0, 9, 500, 999]),
+    )
+    channels = 4 if config.variance == "learned" else 2
+    network = lambda x, t: randn(4, channels, 3, seed=2).tanh()  # noqa: E731
+    found = build_objective(config, schedule)(network, x0, t, eps)
+    if name in MEANT:
+        expected = MEANT[name][1](network, NoiseSchedule.scaled_linear(), x0, t, eps)
+    else:
+        _, variance, loss = MEANT_OF_STEPS[name]
+        expected = loss(Denoiser(network, NoiseSchedule.scaled_linear(), "eps", variance), x0, t, eps)
+    assert torch.equal(found, expected)
+
+
+def test_the_config_names_the_process_and_the_draw_of_t() -> None:
+    for name in ("linear", "scaled_linear", "cosine", "sigmoid"):
+        for zero in (False, True):
+            config = DiffusionConfig(schedule=name, timesteps=77, zero_terminal_snr=zero, prediction="v")  # type: ignore[arg-type]
+            expected = NoiseSchedule.from_name(name, 77, zero_terminal_snr=zero)
+            assert torch.equal(build_schedule(config).betas, expected.betas)
+    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    for name, expected_draw in (("uniform", timesteps.uniform(77)), ("logit_normal", timesteps.logit_normal(77))):
+        draw = build_timesteps(DiffusionConfig(timesteps=77, timestep_sampling=name))  # type: ignore[arg-type]
+        assert torch.equal(draw(u)[0], expected_draw(u)[0])
+    draw = build_timesteps(DiffusionConfig(timesteps=77, loss="vlb", timestep_sampling="loss_second_moment"))
+    assert isinstance(draw, timesteps.LossSecondMoment) and len(draw.count) == 77
 
 
 def test_learned_variance_is_cut_off_for_stock_pipelines(home: Path, tmp_path: Path) -> None:

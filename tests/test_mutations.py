@@ -21,6 +21,7 @@ import test_draws
 import test_forward
 import test_guidance
 import test_likelihood
+import test_nll
 import test_objective
 import test_prediction
 import test_reverse
@@ -69,6 +70,9 @@ FAULTS = [
           test_prediction.test_the_exact_network_gives_the_posterior_mean_and_the_score, (plane(), "eps")),
     Fault("score with the wrong sign", "prediction.score_from_eps", "-eps", "eps",
           test_prediction.test_the_exact_network_gives_the_posterior_mean_and_the_score, (plane(), "v")),
+    Fault("mean not turned back", "reverse.x0_from_mean",
+          "/ c.x0_factor.to(x_t)", "* c.x0_factor.to(x_t)",
+          test_prediction.test_every_form_gives_every_other, ("mean", "x0", "linear")),
     # the reverse process
     Fault("posterior coefficients swapped", "reverse.posterior",
           "c.x0_factor.to(x_t) * x0 + c.x_t_factor.to(x_t) * x_t",
@@ -98,11 +102,13 @@ FAULTS = [
           test_objective.test_weights_are_those_of_the_papers),
     Fault("min-SNR from below", "objective.min_snr", "clamp(max=gamma)", "clamp(min=gamma)",
           test_objective.test_weights_are_those_of_the_papers),
+    Fault("SNR truncated from above", "objective.truncated_snr", "clamp(min=1.0)", "clamp(max=1.0)",
+          test_objective.test_weights_are_those_of_the_papers),
     Fault("trained towards x0, called eps", "objective.diffusion_loss",
           "target(prediction, x0, eps,", "target(prediction, eps, x0,",
-          test_objective.test_gradient_is_zero_at_the_exact_denoiser, ("simple", "eps", 300)),
+          test_objective.test_gradient_is_zero_at_the_exact_denoiser, ("simple", "eps", 300, 1)),
     Fault("clean sample shown to the network", "objective.diffusion_loss", "network(x_t, t)", "network(x0, t)",
-          test_objective.test_descent_arrives_at_the_exact_denoiser, ("simple", "v")),
+          test_objective.test_descent_arrives_at_the_exact_denoiser, ("simple", "v", 1)),
     Fault("absolute errors called squares", "objective.diffusion_loss", 'norm == "l1"', 'norm == "l2"',
           test_objective.test_the_absolute_error_is_least_at_the_median),
     Fault("L_vlb allowed to move the mean", "objective.hybrid_loss", "prediction.detach()", "prediction",
@@ -136,11 +142,16 @@ FAULTS = [
           "math.inf, (x + half", "(x + half - mean) / std, (x + half",
           test_likelihood.test_bins_against_scipy, (0.5,)),
     Fault("nats called bits", "likelihood.bits_per_dim", " / math.log(2)", "", test_likelihood.test_units),
+    Fault("a drawn step counted once", "evaluation/nll.nll", " / p[drawn]", "",
+          test_nll.test_a_subset_of_steps_is_unbiased, (8,)),
+    Fault("weights of the steps after", "evaluation/nll.nll",
+          "weights[run.start : run.stop] / weights", "weights.roll(-1)[run.start : run.stop] / weights",
+          test_nll.test_a_subset_of_steps_is_unbiased, (3,)),
     # guidance
     Fault("scale counted from the condition", "guidance.guide", "negative + scale", "positive + scale",
-          test_guidance.test_guided_score_is_the_combination_of_the_exact_scores, ("eps", 3.0)),
+          test_guidance.test_guided_score_is_the_combination_of_the_exact_scores, ("eps", 3.0, "linear")),
     Fault("positive and negative exchanged", "guidance.guide", "(positive - negative)", "(negative - positive)",
-          test_guidance.test_guided_sampling_draws_what_the_guided_ode_says, ("v", 2.0)),
+          test_guidance.test_guided_sampling_draws_what_the_guided_ode_says, ("v", 1, 2.0)),
     Fault("one deviation for the whole batch", "guidance.rescale", "range(1, guided.ndim)", "range(guided.ndim)",
           test_guidance.test_rescale_restores_the_deviation_of_each_sample),
     Fault("away from the class", "guidance.classifier_guidance", "scale * gradient", "-scale * gradient",
@@ -149,6 +160,11 @@ FAULTS = [
           test_guidance.test_an_exact_classifier_guides_like_the_pair, ("eps", 1.0)),
     Fault("v moved like eps", "prediction.add_to_score", "- sigma * per_alpha * change", "- sigma * change",
           test_prediction.test_adding_to_the_score_is_the_same_for_every_prediction, ("linear",)),
+    Fault("interval open below and closed above", "guidance.interval_scale",
+          "low <= t / T < high", "low < t / T <= high",
+          test_guidance.test_interval_guides_inside_and_nowhere_else),
+    Fault("classifier of clean samples", "guidance.classifier_loss", "q_sample(schedule, x0, t, eps)", "x0",
+          test_guidance.test_the_classifier_loss_is_least_at_the_true_posterior),
     # the score view
     Fault("Langevin's sqrt(2) missing", "score.langevin_step", "(2 * step).sqrt()", "step.sqrt()",
           test_score.test_langevin_converges_to_the_marginal_with_order_one, (400,)),
@@ -163,6 +179,8 @@ FAULTS = [
           test_score.test_ode_likelihood_in_both_forms, ("linear", "ve")),
     Fault("VE state shown to a VP network", "score._slope", "denoiser.eps(alpha * state, t)", "denoiser.eps(state, t)",
           test_score.test_first_step_of_each_form_is_its_equation),
+    Fault("trace without its last element", "score.exact_divergence", "range(columns.shape[1])",
+          "range(columns.shape[1] - 1)", test_score.test_divergence_of_pictures),
     Fault("Hutchinson's probe used once", "score.hutchinson_divergence", "(product * probe)", "product",
           test_score.test_hutchinson_is_unbiased),
 ]  # fmt: skip

@@ -9,10 +9,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import PREDICTIONS, SCHEDULES, Mixture, double, expectation_grid, gaussian, hermite, line, plane, randn
+from oracles import (
+    PREDICTIONS,
+    SCHEDULES,
+    Mixture,
+    double,
+    expectation_grid,
+    gaussian,
+    generator,
+    hermite,
+    line,
+    plane,
+    randn,
+    space,
+)
 from torch import Tensor
 
-from ldm.diffusion import forward, likelihood, objective
+from ldm.diffusion import forward, likelihood, objective, prediction
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
@@ -54,48 +67,142 @@ LEAST_SQUARES: dict[str, Objective] = {
 
 
 def features(x: Tensor) -> Tensor:
-    return torch.cat([torch.ones_like(x), x, x**2, (3 * x).sin(), (2 * x).tanh()], dim=1)  # (N, 5)
+    parts = [torch.ones_like(x), x, x**2, (3 * x).sin(), (2 * x).tanh(), x.roll(1, dims=1).cos()]
+    return torch.stack(parts)  # (6, N, d)
 
 
 def gradient_norm(loss: Objective, network: Network, kind: Prediction, grid: Any, t: int) -> tuple[float, float]:
-    """The gradient of the expected loss along the features, at `network`; and the loss."""
+    """The gradient of the expected loss along the features, in each dimension, at `network`; and the loss."""
     x0, eps, w = grid
-    theta = torch.zeros(5, 1, dtype=torch.float64, requires_grad=True)
-    value = loss(lambda x, ts: network(x, ts) + features(x) @ theta, kind, x0, torch.full((len(x0),), t), eps) @ w
+    theta = torch.zeros(6, 1, x0.shape[1], dtype=torch.float64, requires_grad=True)
+    moved = lambda x, ts: network(x, ts) + (features(x) * theta).sum(0)  # noqa: E731
+    value = loss(moved, kind, x0, torch.full((len(x0),), t), eps) @ w
     (gradient,) = torch.autograd.grad(value, theta)
     return float(gradient.abs().max()), value.item()
 
 
+def posterior_grid(data: Mixture, t: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (x0, eps) and weights for n draws of x_t: given x_t, x0 is the mean of a component, as likely as it is.
+
+    Least squares is quadratic in x0, so its gradient sees x0 through E[x0 | x_t] only, which these few points carry.
+    """
+    alpha, sigma = float(SCHEDULE.alpha[t]), float(SCHEDULE.sigma[t])
+    x_t = (alpha * data.sample(n, generator(1)) + sigma * randn(n, data.dim, seed=2))[:, None]
+    log_p, x0, _ = data.components(x_t[:, 0], alpha, sigma)  # (n, K), (n, K, d)
+    eps = (x_t - alpha * x0) / sigma
+    return x0.flatten(0, 1), eps.flatten(0, 1), log_p.softmax(1).flatten() / n
+
+
+DATA = {1: line(), 2: plane(), 64: space()}
 GRID = expectation_grid(line(), 80)
 
 
 @pytest.mark.parametrize("name", LEAST_SQUARES)
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize("t", [20, 300, 700])
-def test_gradient_is_zero_at_the_exact_denoiser(name: str, kind: Prediction, t: int) -> None:
+@pytest.mark.parametrize("dim", DATA)
+def test_gradient_is_zero_at_the_exact_denoiser(name: str, kind: Prediction, t: int, dim: int) -> None:
     """In whatever direction the network moves; and isn't zero next to it."""
-    exact = line().network(SCHEDULE, kind)
-    gradient, value = gradient_norm(LEAST_SQUARES[name], exact, kind, GRID, t)
-    nearby, worse = gradient_norm(LEAST_SQUARES[name], lambda x, ts: exact(x, ts) + 0.1 * x, kind, GRID, t)
+    exact = DATA[dim].network(SCHEDULE, kind)
+    grid = GRID if dim == 1 else posterior_grid(DATA[dim], t, 50)
+    gradient, value = gradient_norm(LEAST_SQUARES[name], exact, kind, grid, t)
+    nearby, worse = gradient_norm(LEAST_SQUARES[name], lambda x, ts: exact(x, ts) + 0.1 * x, kind, grid, t)
     assert gradient < 1e-4 * nearby
     assert worse > value
 
 
-@pytest.mark.parametrize("kind", PREDICTIONS)
-@pytest.mark.parametrize("t", [0, 300, 999])
-def test_gradient_of_the_absolute_error_is_zero_on_a_gaussian(kind: Prediction, t: int) -> None:
-    """Where mean and median agree. x_t and the error of x0 are independent there: a grid over them, symmetric."""
+@pytest.mark.parametrize("t", [0, 1, 20, 300, 700, 999])
+def test_gradient_of_the_bound_is_zero_at_the_exact_reverse_step(t: int) -> None:
+    """With learned variance L_vlb moves both halves of the answer, on a Gaussian to p(x_s | x_t) = q(x_s | x_t)."""
     data = gaussian([0.7], [0.5])
-    alpha, sigma = float(SCHEDULE.alpha[t]), float(SCHEDULE.sigma[t])
-    z, w = hermite(20)
+    z, w = hermite(40)
     pairs = torch.cartesian_prod(z, z)
-    x_t = alpha * 0.7 + (alpha**2 * 0.25 + sigma**2) ** 0.5 * pairs[:, :1]
-    x0 = data.denoise(x_t, alpha, sigma) + data.total_variance(x_t, alpha, sigma)[:, None].sqrt() * pairs[:, 1:]
-    grid = x0, (x_t - alpha * x0) / sigma, torch.outer(w, w).flatten()
-    exact = data.network(SCHEDULE, kind)
-    gradient, _ = gradient_norm(weighted(norm="l1"), exact, kind, grid, t)
-    nearby, _ = gradient_norm(weighted(norm="l1"), lambda x, ts: exact(x, ts) + 0.5 * x, kind, grid, t)
-    assert gradient < 1e-9 and nearby > 1e-3
+    grid = 0.7 + 0.5 * pairs[:, :1], pairs[:, 1:], torch.outer(w, w).flatten()
+    exact = data.exact_reverse(SCHEDULE).network
+
+    def bound(half: int) -> Objective:
+        """The network handed in answers one half, the exact one the other."""
+
+        def loss(f: Network, kind: Prediction, x0: Tensor, ts: Tensor, eps: Tensor) -> Tensor:
+            def network(x: Tensor, ts: Tensor) -> Tensor:
+                halves = list(exact(x, ts).chunk(2, 1))
+                halves[half] = f(x, ts)
+                return torch.cat(halves, 1)
+
+            return objective.vlb_loss(Denoiser(network, SCHEDULE, kind, "learned"), x0, ts, eps)
+
+        return loss
+
+    for half in (0, 1):
+
+        def moved(by: float, half: int = half) -> Network:
+            return lambda x, ts: exact(x, ts)[:, half : half + 1] + by
+
+        gradient, value = gradient_norm(bound(half), moved(0.0), "v", grid, t)
+        nearby, worse = gradient_norm(bound(half), moved(0.1), "v", grid, t)
+        assert gradient < 1e-3 * nearby
+        assert worse > value
+
+
+# --- the absolute error ------------------------------------------------------------------------
+
+
+def median_grid(data: Mixture, t: int, n: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs (x0, eps) and weights, for x_t at 60 of its quantiles and x0 at n of its own, given x_t; and the x_t."""
+    alpha, sigma = float(SCHEDULE.alpha[t]), float(SCHEDULE.sigma[t])
+    x_t = data.transport(torch.linspace(-2, 2, 60, dtype=torch.float64)[:, None], (0.0, 1.0), (alpha, sigma))
+    x0 = posterior_quantiles(data, x_t, t, (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    x0, x_t = x0.reshape(-1, 1), x_t.repeat_interleave(n, 0)
+    return x0, (x_t - alpha * x0) / sigma, torch.full((len(x0),), 1 / len(x0), dtype=torch.float64), x_t
+
+
+def posterior_quantiles(data: Mixture, x_t: Tensor, t: int, shares: Tensor) -> Tensor:
+    """The x0 [B, n] below which lie these shares [n] of q(x0 | x_t), for x_t [B, 1], by bisection."""
+    log_p, mean, var = data.components(x_t, float(SCHEDULE.alpha[t]), float(SCHEDULE.sigma[t]))
+    weights, std = log_p.softmax(1)[..., None], var.sqrt()  # (B, K, 1)
+    low, high = torch.full((len(x_t), len(shares)), -20.0).double(), torch.full((len(x_t), len(shares)), 20.0).double()
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (weights * torch.special.ndtr((middle[:, None] - mean) / std)).sum(1) < shares
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return middle
+
+
+def median_network(data: Mixture, kind: Prediction) -> Network:
+    """The median of the target given x_t: that of x0 and, each prediction being monotonic in x0, of all."""
+
+    def network(x: Tensor, ts: Tensor) -> Tensor:
+        alpha, sigma = SCHEDULE.at(ts[:1], x)
+        x0 = posterior_quantiles(data, x, int(ts[0]), double([0.5]))
+        return prediction.target(kind, x0, (x - alpha * x0) / sigma, alpha, sigma)
+
+    return network
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("t", [100, 400, 999])
+def test_gradient_of_the_absolute_error_is_zero_at_the_median(kind: Prediction, t: int) -> None:
+    """On a mixture, where the exact denoiser of least squares is another network."""
+    data = line()
+    *grid, _ = median_grid(data, t)
+    gradient, value = gradient_norm(weighted(norm="l1"), median_network(data, kind), kind, grid, t)
+    at_mean, worse = gradient_norm(weighted(norm="l1"), data.network(SCHEDULE, kind), kind, grid, t)
+    assert gradient < 1e-9 and at_mean > 1e-3
+    assert worse > value
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_descent_on_the_absolute_error_arrives_at_the_exact_denoiser_of_a_gaussian(kind: Prediction) -> None:
+    """Where mean and median agree, and every prediction is a + b x."""
+    data, t = gaussian([0.7], [0.5]), 400
+    x0, eps, w, x_t = median_grid(data, t)
+    ts = torch.full((len(x0),), t)
+
+    def loss(theta: Tensor) -> Tensor:
+        return weighted(norm="l1")(lambda x, _: theta[0] + theta[1] * x, kind, x0, ts, eps) @ w
+
+    theta = descend(loss, [0.0, 0.5])
+    torch.testing.assert_close(theta[0] + theta[1] * x_t, data.network(SCHEDULE, kind)(x_t, ts), rtol=0, atol=0.01)
 
 
 def test_the_absolute_error_is_least_at_the_median() -> None:
@@ -140,25 +247,44 @@ def descend(loss: Callable[[Tensor], Tensor], start: list[float]) -> Tensor:
     return theta.detach()
 
 
+def bent(theta: Tensor, x: Tensor) -> Tensor:
+    """a + b x + c tanh(d x + e): what every prediction is for two components of one width."""
+    a, c, d = theta[2:].reshape(3, x.shape[1])
+    return a + theta[0] * x + c * (x @ d + theta[1]).tanh()[:, None]
+
+
+def straight(theta: Tensor, x: Tensor) -> Tensor:
+    """A x + b: what every prediction is for one Gaussian."""
+    return x @ theta[x.shape[1] :].reshape(x.shape[1], x.shape[1]) + theta[: x.shape[1]]
+
+
+#: Small models that can be exact, where they start from, and their data.
+TWO = Mixture(PAIR.weights, double([[-1.0, 0.4], [0.8, -0.2]]), 0.16 * torch.eye(2).double().expand(2, 2, 2))
+ONE = Mixture(double([1.0]), space().means[:1], space().covs[:1])
+MODELS: dict[int, tuple[Callable[[Tensor, Tensor], Tensor], list[float], Mixture]] = {
+    1: (bent, [0.5, 0, 0, 0.5, 1], PAIR),
+    2: (bent, [0.5, 0, 0, 0, 0.5, -0.5, 1, -1], TWO),
+    64: (straight, [0.0] * (64 + 64**2), ONE),
+}
+
+
 @pytest.mark.parametrize("name", LEAST_SQUARES)
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_descent_arrives_at_the_exact_denoiser(name: str, kind: Prediction) -> None:
-    """A small model that can be exact: two components of one width make every prediction a + b x + c tanh(d x + e)."""
-    x0, eps, w = expectation_grid(PAIR, 40)
-    t = torch.full((len(x0),), 400)
+@pytest.mark.parametrize("dim", MODELS)
+def test_descent_arrives_at_the_exact_denoiser(name: str, kind: Prediction, dim: int) -> None:
+    """A small model that can be exact, fitted from elsewhere."""
+    (model, start, data), t = MODELS[dim], 400
+    x0, eps, w = expectation_grid(data, 40) if dim == 1 else posterior_grid(data, t, 100)
+    ts = torch.full((len(x0),), t)
     objective_of = LEAST_SQUARES[name]
-
-    def model(theta: Tensor, x: Tensor) -> Tensor:
-        return theta[0] + theta[1] * x + theta[2] * (theta[3] * x + theta[4]).tanh()
-
-    scale = float(objective_of(lambda x, _: 0 * x, kind, x0, t, eps) @ w)
+    scale = float(objective_of(lambda x, _: 0 * x, kind, x0, ts, eps) @ w)
 
     def loss(theta: Tensor) -> Tensor:
-        return objective_of(lambda x, _: model(theta, x), kind, x0, t, eps) @ w / scale
+        return objective_of(lambda x, _: model(theta, x), kind, x0, ts, eps) @ w / scale
 
-    theta = descend(loss, [0, 0.5, 0.5, 1, 0])
-    x = torch.linspace(-2.5, 2.5, 50, dtype=torch.float64)[:, None]
-    exact = PAIR.network(SCHEDULE, kind)(x, torch.full((50,), 400))
+    theta = descend(loss, start)
+    x = forward.q_sample(SCHEDULE, data.sample(50, generator(3)), ts[:1], randn(50, dim, seed=4))
+    exact = data.network(SCHEDULE, kind)(x, torch.full((50,), t))
     torch.testing.assert_close(model(theta, x), exact, rtol=0, atol=2e-3)
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import diffusers
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import PREDICTIONS, SCHEDULES, Mixture, line, plane, randn, space
+from torch import Tensor
 
-from ldm.diffusion import forward, prediction
+from ldm.diffusion import forward, prediction, reverse
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
+
+
+class Case(NamedTuple):
+    schedule: NoiseSchedule
+    t: Tensor
+    x0: Tensor
+    eps: Tensor
+    x_t: Tensor
+    alpha: Tensor
+    sigma: Tensor
 
 
 @given(
@@ -40,6 +54,45 @@ def test_a_target_gives_back_the_pair(
     found = prediction.to_v(kind, answer, x_t, alpha, sigma)
     torch.testing.assert_close(found, v, rtol=0, atol=slack / float(torch.minimum(alpha, sigma).min()))
     assert found.dtype == dtype and found.shape == x0.shape
+
+
+#: The five forms: what stands for the pair (x0, eps) at t, and which x0 stands behind an answer.
+FORMS: dict[str, tuple[Callable[[Case], Tensor], Callable[[Case, Tensor], Tensor]]] = {
+    "eps": (lambda c: c.eps, lambda c, a: prediction.x0_from_eps(c.x_t, a, c.alpha, c.sigma)),
+    "x0": (lambda c: c.x0, lambda c, a: a),
+    "v": (lambda c: c.alpha * c.eps - c.sigma * c.x0, lambda c, a: prediction.x0_from_v(c.x_t, a, c.alpha, c.sigma)),
+    "score": (
+        lambda c: (c.alpha * c.x0 - c.x_t) / c.sigma**2,
+        lambda c, a: prediction.x0_from_eps(c.x_t, prediction.eps_from_score(a, c.sigma), c.alpha, c.sigma),
+    ),
+    "mean": (
+        lambda c: reverse.posterior(c.schedule, c.x0, c.x_t, c.t, c.t - 1)[0],
+        lambda c, a: reverse.x0_from_mean(c.schedule, a, c.x_t, c.t, c.t - 1),
+    ),
+}
+#: Which answer of each form an x0 is.
+ANSWERS: dict[str, Callable[[Case, Tensor], Tensor]] = {
+    "eps": lambda c, x0: prediction.eps_from_x0(c.x_t, x0, c.alpha, c.sigma),
+    "x0": lambda c, x0: x0,
+    "v": lambda c, x0: prediction.v_from_x0(c.x_t, x0, c.alpha, c.sigma),
+    "score": lambda c, x0: prediction.score_from_eps(prediction.eps_from_x0(c.x_t, x0, c.alpha, c.sigma), c.sigma),
+    "mean": lambda c, x0: reverse.posterior(c.schedule, x0, c.x_t, c.t, c.t - 1)[0],
+}
+
+
+@pytest.mark.parametrize("given_form", FORMS)
+@pytest.mark.parametrize("wanted", FORMS)
+@pytest.mark.parametrize("name", [n for n in SCHEDULES if n != "zero_snr"])
+def test_every_form_gives_every_other(given_form: str, wanted: str, name: str) -> None:
+    """Noise, x0, v, score and the mean of the step to t - 1, at both ends and between."""
+    schedule, t = SCHEDULES[name], torch.tensor([0, 1, 400, 998, 999])
+    x0, eps = randn(5, 2, 3, seed=1), randn(5, 2, 3, seed=2)
+    alpha, sigma = schedule.at(t, x0)
+    case = Case(schedule, t, x0, eps, forward.q_sample(schedule, x0, t, eps), alpha, sigma)
+    answer, _ = FORMS[wanted]
+    given_answer, x0_of = FORMS[given_form]
+    found = ANSWERS[wanted](case, x0_of(case, given_answer(case)))
+    torch.testing.assert_close(found, answer(case), rtol=1e-6, atol=1e-6)
 
 
 def test_v_is_that_of_diffusers() -> None:

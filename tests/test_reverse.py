@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import diffusers
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import PREDICTIONS, SCHEDULES, gaussian, generator, order_of, plane, randn
+from torch import Tensor
 
 from ldm.diffusion import forward, reverse
 from ldm.diffusion.prediction import Prediction
@@ -170,15 +172,26 @@ def test_the_clean_sample_gets_no_noise(t: int) -> None:
     torch.testing.assert_close(reverse.ancestral_step(denoiser, x_t, ts, ts * 0 - 1, noise), answer)
 
 
-def moments(denoiser: Denoiser, mean: float, var: float, timesteps: list[int]) -> tuple[float, float]:
-    """Of what ancestral sampling draws, on Gaussian data: each step is x -> a x + b + c noise; no sampling."""
+def moments(steps: Iterable[Callable[[Tensor, Tensor], Tensor]], mean: float, var: float) -> tuple[float, float]:
+    """Of what a sampler draws, on Gaussian data: its steps (x, noise) => x are a x + b + c noise; no sampling."""
     basis = torch.tensor([[0.0], [1.0], [0.0]], dtype=torch.float64)
     noise = torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64)
-    for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        drawn = reverse.ancestral_step(denoiser, basis, torch.full((3,), t), torch.full((3,), s), noise)
-        b, ab, cb = drawn.flatten().tolist()
+    for step in steps:
+        b, ab, cb = step(basis, noise).flatten().tolist()
         mean, var = (ab - b) * mean + b, (ab - b) ** 2 * var + (cb - b) ** 2
     return mean, var
+
+
+def ancestral(denoiser: Denoiser, t: int, s: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def step(x: Tensor, noise: Tensor) -> Tensor:
+        return reverse.ancestral_step(denoiser, x, torch.full((len(x),), t), torch.full((len(x),), s), noise)
+
+    return step
+
+
+def ancestral_moments(denoiser: Denoiser, mean: float, var: float, timesteps: list[int]) -> tuple[float, float]:
+    pairs = zip(timesteps, [*timesteps[1:], -1], strict=True)
+    return moments((ancestral(denoiser, t, s) for t, s in pairs), mean, var)
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
@@ -188,7 +201,7 @@ def test_ancestral_sampling_converges_with_order_one(variance: Any) -> None:
     denoiser = Denoiser(data.network(schedule, "v"), schedule, "v", variance)
     errors = []
     for n in (125, 250, 500, 1000):
-        mean, var = moments(denoiser, alpha * 0.7, alpha**2 * 0.25 + sigma**2, schedule.timesteps(n))
+        mean, var = ancestral_moments(denoiser, alpha * 0.7, alpha**2 * 0.25 + sigma**2, schedule.timesteps(n))
         errors.append(abs(var / 0.25 - 1) + abs(mean - 0.7))
     assert errors[-1] < 0.02
     assert order_of(errors) > 0.8
@@ -197,12 +210,38 @@ def test_ancestral_sampling_converges_with_order_one(variance: Any) -> None:
 def test_ancestral_sampling_with_the_exact_variance_is_exact() -> None:
     data, schedule = gaussian([0.7], [0.5]), NoiseSchedule.linear(100)
     alpha, sigma = float(schedule.alpha[-1]), float(schedule.sigma[-1])
-    mean, var = moments(data.exact_reverse(schedule), alpha * 0.7, alpha**2 * 0.25 + sigma**2, schedule.timesteps())
+    mean, var = ancestral_moments(
+        data.exact_reverse(schedule), alpha * 0.7, alpha**2 * 0.25 + sigma**2, schedule.timesteps()
+    )
     # The last step draws no noise, so what x0 leaves open there is missing, and nothing else is.
     gain, _, missing = conditioned(schedule, 0, -1, var0=0.25)
     assert mean == pytest.approx(0.7, abs=1e-9)
     assert var + missing == pytest.approx(0.25, abs=1e-9)
     assert 0 < missing < 2e-4 and gain > 0
+
+
+@given(
+    kind=st.sampled_from(PREDICTIONS),
+    variance=st.sampled_from(["beta", "beta_tilde", "learned"]),
+    t=st.sampled_from([0, 1, 500, 998, 999]),
+    far=st.booleans(),
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_step_of_any_shape_and_dtype_is_that_of_float64(
+    kind: Prediction, variance: Any, t: int, far: bool, shape: list[int], dtype: torch.dtype
+) -> None:
+    schedule, ts = NoiseSchedule.linear(), torch.full((2,), t)
+    ss = torch.full((2,), max(t - 100, -1) if far else t - 1)
+    channels = 2 * shape[0] if variance == "learned" else shape[0]
+    answer = randn(2, channels, *shape[1:], seed=1).tanh().to(dtype)
+    x, noise = randn(2, *shape, seed=2).to(dtype), randn(2, *shape, seed=3).to(dtype)
+    found = reverse.ancestral_step(Denoiser(lambda *_: answer, schedule, kind, variance), x, ts, ss, noise)
+    wide = Denoiser(lambda *_: answer.double(), schedule, kind, variance)
+    expected = reverse.ancestral_step(wide, x.double(), ts, ss, noise.double())
+    assert found.shape == x.shape and found.dtype == dtype and bool(found.isfinite().all())
+    slack = 20 * torch.finfo(dtype).eps / float(schedule.alpha[t])  # x0 of eps divides by alpha
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=slack)
 
 
 def test_a_draw_is_a_function_of_its_generator() -> None:

@@ -7,13 +7,26 @@ them, for every prediction and schedule, must draw the data, within the sampling
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from oracles import PREDICTIONS, SCHEDULES, Mixture, assert_drawn_from, generator, line, order_of, plane, space
+from oracles import (
+    PREDICTIONS,
+    SCHEDULES,
+    Mixture,
+    assert_drawn_from,
+    gaussian,
+    generator,
+    line,
+    order_of,
+    plane,
+    space,
+)
 from test_forward import noised
+from test_reverse import ancestral, moments
 from test_score import QUANTILES, level
 from torch import Tensor
 
@@ -22,6 +35,8 @@ from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
 
 diffusers.utils.logging.set_verbosity_error()  # from_config says which arguments a sampler doesn't know
+
+Step = Callable[[Tensor, Tensor], Tensor]
 
 STOCK: dict[str, Any] = {
     "DDPM": diffusers.DDPMScheduler,
@@ -32,10 +47,16 @@ STOCK: dict[str, Any] = {
     "Heun": diffusers.HeunDiscreteScheduler,
 }
 #: The order that each promises. UniPC of order 2 promises 3 where the corrector has what it needs.
-ORDERS = {"DDIM": 1, "DPM-Solver++": 2, "UniPC": 2, "Euler": 1, "Heun": 2, "ODE": 2}
-SAMPLERS = [*STOCK, "predictor-corrector", "ODE"]
+ORDERS = {"DDIM": 1, "DPM-Solver++": 2, "UniPC": 2, "Euler": 1, "Heun": 2, "ODE": 2, "ODE, VE form": 2}
+SAMPLERS = [*STOCK, "predictor-corrector", "ODE", "ODE, VE form"]
 #: Every pair that is possible: noise prediction can't start from zero SNR.
 PAIRS = [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) != ("zero_snr", "eps")]
+
+
+def possible(samplers: Iterable[str]) -> list[tuple[str, str, Prediction]]:
+    """Where alpha is 0, or next to it, as at the end of "cosine", the VE form has no place to start from."""
+    found = [(sampler, *pair) for sampler in samplers for pair in PAIRS]
+    return [(a, s, p) for a, s, p in found if not (a == "ODE, VE form" and s in ("zero_snr", "cosine"))]
 
 
 def build(sampler: str, schedule: NoiseSchedule, prediction: Prediction) -> Any:
@@ -55,10 +76,11 @@ def draw(
     timesteps = schedule.timesteps(n)
     if sampler == "predictor-corrector":
         return score.predictor_corrector(denoiser, x, timesteps, generator(1))
-    if sampler == "ODE" and stop >= 0:
-        return score.probability_flow(denoiser, x, timesteps[: timesteps.index(stop) + 1])[0]
-    if sampler == "ODE":
-        return score.ode_sample(denoiser, x, timesteps)
+    if sampler in ("ODE", "ODE, VE form"):
+        form: score.Form = "vp" if sampler == "ODE" else "ve"
+        if stop >= 0:
+            return score.probability_flow(denoiser, x, timesteps[: timesteps.index(stop) + 1], form=form)[0]
+        return score.ode_sample(denoiser, x, timesteps, form=form)
     stock, exploding = build(sampler, schedule, prediction), sampler in ("Euler", "Heun")
     stock.set_timesteps(n)
     if exploding:
@@ -72,8 +94,7 @@ def draw(
     return x * level(schedule, stop)[0] if exploding and stop >= 0 else x
 
 
-@pytest.mark.parametrize("sampler", ORDERS)
-@pytest.mark.parametrize("schedule_name, prediction", PAIRS)
+@pytest.mark.parametrize("sampler, schedule_name, prediction", possible(ORDERS))
 def test_error_falls_with_the_order_of_the_method(sampler: str, schedule_name: str, prediction: Prediction) -> None:
     data, schedule = line(), SCHEDULES[schedule_name]
     top, stop = level(schedule, 999), 399
@@ -98,8 +119,44 @@ def test_unipc_has_order_three_where_the_schedule_is_smooth(schedule_name: str) 
     assert order_of(errors) > 2.7
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["DDPM", "predictor-corrector"])
 @pytest.mark.parametrize("schedule_name, prediction", PAIRS)
+def test_error_of_the_random_ones_falls_with_order_one(
+    sampler: str, schedule_name: str, prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Gaussian, where mean and variance of what is drawn follow from the steps, without drawing anything."""
+    data, schedule = gaussian([0.7], [0.5]), SCHEDULES[schedule_name]
+    alpha, sigma = level(schedule, 999)
+    denoiser = data.denoiser(schedule, prediction)
+    at = lambda x, t: torch.full((len(x),), int(t))  # noqa: E731
+
+    def ddpm(n: int) -> Iterator[Step]:
+        stock = build("DDPM", schedule, prediction)
+        stock.set_timesteps(n)
+        for t in stock.timesteps:
+
+            def step(x: Tensor, noise: Tensor, t: Any = t) -> Tensor:
+                monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noise)
+                return stock.step(denoiser.network(x, at(x, t)), t, x, return_dict=False)[0]  # type: ignore[no-any-return]
+
+            yield step
+
+    def predictor_corrector(n: int) -> Iterator[Step]:
+        timesteps = schedule.timesteps(n)
+        for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            yield ancestral(denoiser, t, s)
+            if s >= 0:
+                yield lambda x, noise, s=s: score.langevin_step(denoiser, x, at(x, s), noise)
+
+    errors = []
+    for n in (50, 100, 200):
+        steps = ddpm(n) if sampler == "DDPM" else predictor_corrector(n)
+        mean, var = moments(steps, alpha * 0.7, alpha**2 * 0.25 + sigma**2)
+        errors.append(abs(var / 0.25 - 1) + abs(mean - 0.7))
+    assert errors[-1] < 0.1 and order_of(errors) > 0.65, errors
+
+
+@pytest.mark.parametrize("sampler, schedule_name, prediction", possible(SAMPLERS))
 def test_every_combination_draws_the_data(sampler: str, schedule_name: str, prediction: Prediction) -> None:
     """Means, covariances and the weights of the components, in the plane."""
     data, schedule = plane(), SCHEDULES[schedule_name]
@@ -107,11 +164,22 @@ def test_every_combination_draws_the_data(sampler: str, schedule_name: str, pred
     assert_drawn_from(draw(sampler, data, schedule, prediction, x, 100), data, bias=0.04)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws_in_64_dimensions(sampler: str) -> None:
-    data, schedule = space(), SCHEDULES["cosine"]
+@pytest.mark.parametrize("sampler, schedule_name, prediction", possible(SAMPLERS))
+def test_every_combination_draws_on_a_line(sampler: str, schedule_name: str, prediction: Prediction) -> None:
+    data, schedule = line(), SCHEDULES[schedule_name]
+    x = noised(data, *level(schedule, 999)).sample(1000, generator(2))
+    assert_drawn_from(draw(sampler, data, schedule, prediction, x, 100), data, bias=0.04)
+
+
+#: With v every schedule, with sigmoid every prediction.
+IN_SPACE = [(a, s, p) for a, s, p in possible(SAMPLERS) if p == "v" or s == "sigmoid"]
+
+
+@pytest.mark.parametrize("sampler, schedule_name, prediction", IN_SPACE)
+def test_every_sampler_draws_in_64_dimensions(sampler: str, schedule_name: str, prediction: Prediction) -> None:
+    data, schedule = space(), SCHEDULES[schedule_name]
     x = noised(data, *level(schedule, 999)).sample(500, generator(3))
-    assert_drawn_from(draw(sampler, data, schedule, "v", x, 100), data, bias=0.04)
+    assert_drawn_from(draw(sampler, data, schedule, prediction, x, 100), data, bias=0.04)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0"])

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from oracles import SCHEDULES, Mixture, assert_drawn_from, gaussian, generator, line, order_of, plane, randn, space
 from test_forward import noised
 from torch import Tensor
@@ -146,6 +148,28 @@ def test_first_step_of_each_form_is_its_equation() -> None:
         torch.testing.assert_close(found - x, drift, rtol=1e-4, atol=1e-12)
 
 
+@given(
+    form=st.sampled_from(["vp", "ve"]),
+    t=st.sampled_from([0, 1, 500, 998, 999]),
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_steps_of_any_shape_and_dtype_are_those_of_float64(
+    form: Any, t: int, shape: list[int], dtype: torch.dtype
+) -> None:
+    """One of Langevin, and one along the ODE, down to the timestep before or to clean data."""
+    x, noise = randn(2, *shape, seed=1).to(dtype), randn(2, *shape, seed=2).to(dtype)
+    denoiser, ts = Denoiser(lambda x, t: x.sin(), SCHEDULE, "v"), torch.full((2,), t)
+    for step in (
+        lambda x, noise: score.langevin_step(denoiser, x, ts, noise),
+        lambda x, noise: score.probability_flow(denoiser, x, [t, t - 1], form=form)[0],
+    ):
+        found, expected = step(x, noise), step(x.double(), noise.double())
+        assert found.shape == x.shape and found.dtype == dtype
+        slack = 50 * torch.finfo(dtype).eps / (float(SCHEDULE.alpha[t]) if form == "ve" else 1)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=slack)
+
+
 def test_ve_refuses_infinite_noise() -> None:
     with pytest.raises(ValueError, match="infinite at zero terminal SNR"):
         score.probability_flow(line().denoiser(ZERO_SNR), randn(2, 1), [999, 998], form="ve")
@@ -206,6 +230,8 @@ def test_hutchinson_is_unbiased() -> None:
         for p in probes
     ]
     torch.testing.assert_close(torch.stack(found).mean(0), data.log_prob(x0), rtol=0, atol=1e-2)
+    by_trace = score.ode_log_likelihood(data.denoiser(ZERO_SNR), x0, timesteps=steps)  # itself exact to 1e-3, above
+    torch.testing.assert_close(torch.stack(found).mean(0), by_trace, rtol=0, atol=1e-9)
 
 
 def test_divergence_of_pictures() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_guidance import solved, tilted
+from test_mutations import FAULTS
 
 ROOT = Path(__file__).parents[1]
 THEORY = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
@@ -45,6 +46,11 @@ def test_every_code_block_says_where_it_is_from() -> None:
 @pytest.mark.parametrize("path, name", TESTS, ids=[name for _, name in TESTS])
 def test_named_tests_exist(path: str, name: str) -> None:
     assert definition(path, name) is not None, f"{path} has no {name}"
+
+
+def test_what_is_counted() -> None:
+    assert "nine files of plain tensors" in THEORY and len(MODULES) - 1 == 9  # __init__ holds words only
+    assert "some sixty small faults" in THEORY and 55 <= len(FAULTS) <= 65
 
 
 def test_links_lead_somewhere() -> None:

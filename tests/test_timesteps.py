@@ -93,6 +93,24 @@ def test_the_estimate_varies_less() -> None:
     assert float((weight * LOSSES[t]).var()) < 0.05 * float(evenly.var())
 
 
+@given(
+    u=st.floats(0, 1, exclude_max=True) | st.just(1 - 2**-53), T=st.integers(1, 1200),
+    mean=st.floats(-5, 5), std=st.floats(0.1, 20),
+)  # fmt: skip
+def test_every_u_gives_a_t(u: float, T: int, mean: float, std: float) -> None:
+    """Also the last before 1, where the last t ends a rounding error too early, and where the logistic is 1."""
+    for sampler in (timesteps.uniform(T), timesteps.logit_normal(T, mean, std), timesteps.LossSecondMoment(T)):
+        t, weight = sampler(torch.tensor([u], dtype=torch.float64))
+        assert t.dtype == torch.int64 and weight.dtype == torch.float64
+        assert 0 <= int(t) < T and float(weight) == pytest.approx(1)
+
+
+def test_the_ends_of_the_draw() -> None:
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert timesteps.LossSecondMoment(7)(last)[0].tolist() == [6]  # seven times 1/7 is less
+    assert timesteps.logit_normal(1000, std=10.0)(last)[0].tolist() == [999]
+
+
 @given(losses=st.lists(st.floats(0, 1e6), min_size=1, max_size=8))
 def test_no_t_is_ever_forgotten(losses: list[float]) -> None:
     p = trained(torch.tensor(losses, dtype=torch.float64)).probabilities()

@@ -41,15 +41,16 @@ Form = Literal["vp", "ve"]
 
 
 def langevin_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: Tensor, snr: float = 0.16) -> Tensor:
-    """One step of Langevin dynamics in q(x_t), the corrector of Song et al. 2021 (alg. 5).
+    """One step of Langevin dynamics in q(x_t), the corrector of Song et al. 2021 (alg. 4).
 
     The paper's step is 2 (snr |noise| / |score|)**2 with norms averaged over the batch, which ties the samples of a
-    batch to each other. Here both norms have their expected values, sqrt(d) and sqrt(d) / sigma_t.
+    batch to each other. Here both norms have their expected values, sqrt(d) and sqrt(d) / sigma_t. (Alg. 5, for
+    variance-preserving processes, has a further factor 1 - beta_t, nearly 1.)
 
     Args:
         x_t, noise: [B, ...].
         t: int64 [B].
-        snr: size of the move relative to the noise in x_t.
+        snr: how long the move along the score is beside that along the noise.
     """
     _, sigma = denoiser.schedule.at(t, x_t)
     step = 2 * (snr * sigma) ** 2

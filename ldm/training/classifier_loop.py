@@ -1,4 +1,4 @@
-"""Training the classifier of noisy latents: -log p(y | x_t, t) at uniform t (Dhariwal & Nichol 2021, section 4.2)."""
+"""Training the classifier of noisy latents: -log p(y | x_t, t) at uniform t (Dhariwal & Nichol 2021, section 4.3)."""
 
 from __future__ import annotations
 
