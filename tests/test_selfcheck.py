@@ -13,8 +13,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm.manifest import sha256
 from ldm.pipeline import LDMPipeline
-from ldm.training.manifest import sha256
 from ldm.training.selfcheck import PipelineMismatch, check_pipeline
 from ldm.training.signals import RunError
 from train.train_ldm import main as train_ldm
