@@ -38,8 +38,7 @@ def tell(message: str) -> None:
 class Network:
     """A function of a torch network, computed by OpenVINO, in the dtype of its weights.
 
-    Compiled for each batch size, which takes less time than a single picture gains by it against one compilation for
-    all sizes (docs/experiments.md, 13).
+    Compiled for each batch size: one compilation for all of them makes every call longer (docs/experiments.md, 13).
     """
 
     def __init__(
