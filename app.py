@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import importlib.util
 import queue
 import secrets
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 
 from ldm import LDMPipeline, recipe
+from ldm.defaults import ENGINES
 from ldm.devices import best_device, best_dtype
 from ldm.models.fingerprint import model_sha256
 
@@ -226,26 +229,48 @@ def default_model(folders: Sequence[str] = DEFAULT_MODELS) -> str:
     )
 
 
+def load(model: str, engine: str) -> LDMPipeline:
+    """A pipeline to serve.
+
+    Args:
+        engine: torch, openvino, or auto: OpenVINO where it is installed and the CPU draws, since a page stays open long
+            enough for what starting it costs.
+    Raises:
+        ValueError: if OpenVINO is asked for and can't draw it; auto then says so and takes torch.
+    """
+    device = torch.device("cpu") if engine == "openvino" else best_device()
+    pipeline = LDMPipeline.from_pretrained(model, dtype=best_dtype(device)).to(device)
+    pipeline.set_progress_bar_config(disable=True)  # the page has its own
+    if engine == "openvino":
+        return pipeline.enable_openvino()
+    if engine == "auto" and device.type == "cpu" and importlib.util.find_spec("openvino"):
+        try:
+            return pipeline.enable_openvino()
+        except ValueError as error:
+            print(f"{error}; drawing with torch", file=sys.stderr)
+    return pipeline
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw with a trained model, in the browser.")
     parser.add_argument("--model", help=f"pipeline folder or Hub id (default: {', else '.join(DEFAULT_MODELS)})")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    told = "what computes U-Net and VAE decoder (default: auto, OpenVINO where it is installed and a CPU draws)"
+    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help=told)
     parser.add_argument("--share", action="store_true", help="make a public link through gradio.live")
     arguments = parser.parse_args()
     try:
-        device = best_device()
-        pipeline = LDMPipeline.from_pretrained(arguments.model or default_model(), dtype=best_dtype(device))
-        pipeline.set_progress_bar_config(disable=True)  # the page has its own
-        build_demo(pipeline.to(device)).launch(
+        pipeline = load(arguments.model or default_model(), arguments.engine)
+        build_demo(pipeline).launch(
             server_name=arguments.host,
             server_port=arguments.port,
             share=arguments.share,
             footer_links=[],
             **SERVING,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -72,6 +72,7 @@ class Arm:
             "dtype": str(self.pipeline.unet.dtype),
             "scheduler": [type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if k[0] != "_"}],
             "defaults": vars(self.pipeline.defaults) if hasattr(self.pipeline, "defaults") else None,
+            "engine": engine_of(self.pipeline),
         }
 
 
@@ -88,15 +89,22 @@ def children_cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def ours(folder: Path, plain: torch.device | None = None) -> Arm:
-    """LDMPipeline as `ldm sample` and the page have it, told nothing but what to draw; or plainly, in float32."""
+def engine_of(pipeline: Any) -> str:
+    """What computes U-Net and VAE decoder, by its name in ldm.defaults.ENGINES."""
+    engine = getattr(pipeline, "engine", None)
+    return "torch" if engine is None else str(engine.name)
+
+
+def ours(folder: Path, plain: torch.device | None = None, engine: str = "torch") -> Arm:
+    """LDMPipeline as `ldm sample --engine …` has it, told nothing but what to draw; or plainly, in float32."""
     from ldm import LDMPipeline
     from ldm.devices import best_device, best_dtype
 
     if plain:
         return Arm("ours in float32", LDMPipeline.from_pretrained(folder).to(plain))
     device = best_device()
-    return Arm("ours", LDMPipeline.from_pretrained(folder, dtype=best_dtype(device)).to(device))
+    pipeline = LDMPipeline.from_pretrained(folder, dtype=best_dtype(device)).to(device)
+    return Arm("ours", pipeline.enable_openvino() if engine == "openvino" else pipeline)
 
 
 def stock(folder: Path, name: str, guidance_scale: float, device: torch.device) -> Arm:

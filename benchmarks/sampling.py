@@ -18,14 +18,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.drawing import AGAINST, PROMPTS, Arm, ours, random_pipeline, stock, timed
+from benchmarks.drawing import AGAINST, PROMPTS, Arm, engine_of, ours, random_pipeline, stock, timed
 from benchmarks.harness import Comparison, Measured, arguments, compare, report
 from benchmarks.quality import Judge, compare_quality, quality_table
+from ldm.defaults import ENGINES
 
 COLD_OURS = """
 import sys
 from ldm import LDMPipeline
 pipeline = LDMPipeline.from_pretrained(sys.argv[1]).to_best_device()
+if sys.argv[3] == "openvino":
+    pipeline.enable_openvino()
 pipeline(["red heart"] * int(sys.argv[2]), seed=0)
 """
 COLD_STOCK = """
@@ -51,6 +54,8 @@ def cold(arm: Arm, folder: Path, batch: int, threads: int, log: Path) -> Measure
     if arm.told:
         dtype = str(arm.pipeline.unet.dtype).removeprefix("torch.")
         words += [str(arm.told["num_inference_steps"]), str(arm.told["guidance_scale"]), dtype]
+    else:
+        words.append(engine_of(arm.pipeline))
     script = COLD_STOCK if arm.told else COLD_OURS
     seconds, cpu = timed([sys.executable, "-c", script, *words], threads, log)
     return {"value": batch / seconds, "per_cpu_second": batch / cpu}
@@ -82,6 +87,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
     add = parser.add_argument
     add("--model", type=Path, help="a pipeline folder (default: random weights of real size)")
+    add("--engine", choices=ENGINES, default="torch", help="what computes ours (default: torch, as `ldm sample`)")
     add("--data", help="what it was trained on; then retrieval and KID are told beside the speed")
     add("--split", choices=("train", "heldout"), default="heldout", help="whose captions are judged (default: heldout)")
     add("--holdout", type=float, default=0.05, help="the run's data.holdout (default: 0.05)")
@@ -104,7 +110,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     out: Path = chosen.out.resolve()
     folder = (chosen.model or random_pipeline(out / "random-pipeline")).resolve()
-    mine = ours(folder)
+    mine = ours(folder, engine=chosen.engine)
     scale, device = mine.pipeline.defaults.guidance_scale, mine.pipeline.device
     others = [stock(folder, name, scale, device) for name in AGAINST]
     judge, captions = None, [PROMPTS[i % len(PROMPTS)] for i in range(chosen.pictures)]

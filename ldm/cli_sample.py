@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from ldm.defaults import DTYPES
+from ldm.defaults import DTYPES, ENGINES
 
 EXAMPLE = """ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its recipe inside)
   ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="what the networks compute in; auto is bfloat16 where the device is faster in it, else float32, in which "
         "stock diffusers draws the same to the bit (default: auto; with --like, the recipe's)")  # fmt: skip
+    add("--engine", choices=ENGINES,
+        help="what computes U-Net and VAE decoder; openvino takes a second to start, is then faster on a CPU, and "
+        "draws the same but for rounding (default: torch; with --like, the recipe's)")  # fmt: skip
     add("--negative-prompt", help="what to steer away from")
     add("--classifier", help="a classifier's folder (RUN/classifier) that steers towards --class-label")
     add("--class-label", nargs="+", metavar="CLASS",
@@ -63,7 +67,9 @@ def draw(arguments: argparse.Namespace) -> None:
     from ldm.models.classifier import NoisyClassifier
     from ldm.models.fingerprint import model_sha256
 
-    pipeline = load(arguments.model, arguments.dtype)
+    pipeline = load(arguments.model, arguments.dtype, arguments.engine)
+    if arguments.engine == "openvino":
+        pipeline.enable_openvino()
     prompts, labels, count = arguments.prompts or [None], arguments.class_label or [None], arguments.images_per_prompt
     asks = max(len(prompts), len(labels))
     prompts, labels = one_each("prompts", prompts, asks), one_each("--class-label", labels, asks)
@@ -118,7 +124,15 @@ def draw_again(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--classifier: {arguments.like} {use}")
     if arguments.dtype != "auto":
         raise ValueError("--dtype: with --like the picture's recipe says it; leave it out")
-    pipeline, model = find(arguments.model, wanted.model, wanted.dtype or "float32")
+    engine = arguments.engine or wanted.engine
+    if engine == "openvino" and importlib.util.find_spec("openvino") is None:
+        raise ValueError(
+            f"--engine: {arguments.like} was drawn with OpenVINO, which isn't installed; pip install openvino, or draw "
+            "it with --engine torch, which rounds otherwise"
+        )
+    pipeline, model = find(arguments.model, wanted.model, wanted.dtype or "float32", engine)
+    if engine == "openvino":
+        pipeline.enable_openvino()
     steering: dict[str, Any] = {}
     if wanted.classifier:
         classifier = NoisyClassifier.load(arguments.classifier)
@@ -134,27 +148,32 @@ def draw_again(arguments: argparse.Namespace) -> None:
         print(f"the same picture, byte for byte, is in {out}")
         return
     again = recipe.read(out)
-    names = ("model", "scheduler", "classifier", "drawn_with")
-    differ = [name for name in names if getattr(again, name) != getattr(wanted, name)]
-    reasons = [f"{name}: {getattr(wanted, name)} then, {getattr(again, name)} now" for name in differ]
+    then, now = (
+        {"model": r.model, "scheduler": r.scheduler, "engine": r.engine or "torch", "classifier": r.classifier,
+         "drawn_with": r.drawn_with} for r in (wanted, again)
+    )  # fmt: skip
+    reasons = [f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
     reasons = reasons or ["another machine rounds otherwise"]
     print(f"drawn again in {out}, but not the same file\n  " + "\n  ".join(reasons))
 
 
-def load(folder: str, dtype: str) -> Any:
-    """The pipeline on the best device, in a dtype of this name or, for auto, in the one that suits the device."""
+def load(folder: str, dtype: str, engine: str | None) -> Any:
+    """The pipeline on the best device for an engine, in a dtype of this name or, for auto, in the one that suits it."""
+    import torch
+
     from ldm import LDMPipeline, devices
 
-    device = devices.best_device()
+    device = torch.device("cpu") if engine == "openvino" else devices.best_device()
     kind = devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)
     return LDMPipeline.from_pretrained(folder, dtype=kind).to(device)
 
 
-def find(named: str | None, sha256: str, dtype: str) -> tuple[Any, str]:
+def find(named: str | None, sha256: str, dtype: str, engine: str | None) -> tuple[Any, str]:
     """The pipeline that was named, or the one of this hash among models/ and runs/; and its hash.
 
     Args:
         dtype: of the networks' weights, on which the hash depends.
+        engine: what it is going to be drawn with.
     Raises:
         ValueError: if none was named and none of them has it.
     """
@@ -162,7 +181,7 @@ def find(named: str | None, sha256: str, dtype: str) -> tuple[Any, str]:
 
     folders = [str(path.parent) for pattern in MODELS for path in sorted(Path().glob(pattern))]
     for folder in [named] if named else folders:
-        pipeline = load(folder, dtype)
+        pipeline = load(folder, dtype, engine)
         found = model_sha256(pipeline)
         if found == sha256:
             return pipeline, found

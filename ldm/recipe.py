@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.defaults import EVERYWHERE
+from ldm.defaults import ENGINES, EVERYWHERE
 
 KEY = "ldm"
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
@@ -37,6 +37,7 @@ class Recipe:
         scheduler: its class.
         guidance_interval: low and high, fractions of the timesteps; None is everywhere.
         dtype: what the networks computed in; None is float32.
+        engine: what computed U-Net and VAE decoder; None is torch.
         prompt, negative_prompt, class_label: what the model was told.
         pictures, place: it was the place-th (from 0) of so many, drawn at once from seeds that follow each other.
         condition: the SHA-256 of the picture that it was made of.
@@ -53,6 +54,7 @@ class Recipe:
     scheduler: str
     guidance_interval: list[float] | None = None
     dtype: str | None = None
+    engine: str | None = None
     prompt: str | None = None
     negative_prompt: str | None = None
     class_label: str | None = None
@@ -124,6 +126,7 @@ def stamp(
             guidance_scale=float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
             guidance_interval=None if interval == EVERYWHERE else [float(end) for end in interval],
             dtype=None if dtype == "float32" else dtype,
+            engine=None if pipeline.engine is None else pipeline.engine.name,
             width=picture.width,
             height=picture.height,
             scheduler=type(pipeline.scheduler).__name__,
@@ -137,6 +140,7 @@ def stamp(
                 "torch": torch.__version__,
                 "diffusers": diffusers.__version__,
                 "device": str(pipeline.device.type),
+                **({} if pipeline.engine is None else {pipeline.engine.name: pipeline.engine.version}),
             },
             **told,
         )
@@ -191,6 +195,8 @@ def checked(said: Any, path: Path) -> Recipe:
         if not isinstance(value, types) or isinstance(value, bool):
             raise ValueError(f"{path}: its recipe: {name}: expected {kind}, got {value!r}")
     recipe = Recipe(**said)
+    if recipe.engine not in (None, *ENGINES):
+        raise ValueError(f"{path}: its recipe: engine: expected {' or '.join(ENGINES)}, got {recipe.engine!r}")
     if not 0 <= recipe.place < recipe.pictures or recipe.seed < recipe.place:
         raise ValueError(f"{path}: its recipe: place: expected one of {recipe.pictures} pictures, got {recipe.place}")
     return recipe

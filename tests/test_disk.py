@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import road
 
+from ldm.manifest import NAME, fault, write_manifest
 from ldm.training import disk
 from ldm.training.disk import check_room, exchange, put_in_place, settle, temporary_beside
-from ldm.training.manifest import NAME, fault, write_manifest
 
 
 def filled(folder: Path, content: str) -> Path:

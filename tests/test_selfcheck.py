@@ -14,8 +14,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from ldm.manifest import sha256
 from ldm.pipeline import LDMPipeline
-from ldm.training.manifest import sha256
 from ldm.training.selfcheck import PipelineMismatch, check_frozen, check_unet
 from ldm.training.signals import RunError
 from train.train_ldm import main as train_ldm

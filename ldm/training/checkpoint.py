@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.manifest import fault, write_manifest
 from ldm.training.changes import check_changes, differences, digest
 from ldm.training.disk import check_room, hold, put_in_place, temporary_beside
-from ldm.training.manifest import fault, write_manifest
 from ldm.training.signals import RunError
 from ldm.training.trainee import Trainee
 

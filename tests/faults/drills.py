@@ -24,8 +24,8 @@ from world import (
     reference,
 )
 
+from ldm.manifest import fault
 from ldm.training.checkpoint import checkpoints
-from ldm.training.manifest import fault
 from ldm.training.signals import EXIT_CODES
 
 Figures = dict[str, Any]

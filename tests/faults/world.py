@@ -30,11 +30,11 @@ from accelerate import Accelerator  # noqa: F401
 
 import ldm.pipeline  # noqa: F401
 from ldm.data.captioned import read_captioned
+from ldm.manifest import fault, sha256
 from ldm.models.vae import VAEConfig, build_vae, normalize
 from ldm.training import caching, command_line, latents, loop, plain_loop, vae_loop
 from ldm.training.checkpoint import checkpoints, number_of
 from ldm.training.config import Config
-from ldm.training.manifest import fault, sha256
 from train import train_ldm, train_vae
 
 torch.set_num_threads(1)
