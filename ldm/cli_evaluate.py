@@ -108,7 +108,7 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
     Raises:
         FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
     """
-    from ldm.pipeline import find_pipeline
+    from ldm.opening import find_pipeline
     from ldm.training.checkpoint import checkpoints
 
     path = Path(name)

@@ -29,9 +29,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ldm.arguments import check_known, check_number, check_prompts, one_each, one_generator_each
+from ldm.arguments import check_known, check_number, one_each, one_generator_each
 from ldm.data.labels import Labels
-from ldm.data.pictures import to_pixels, to_square
 from ldm.defaults import EVERYWHERE, Defaults, check_interval
 from ldm.devices import best_device
 from ldm.drawing import GuidanceInterval, NullContext, decoded_in_slices, text_kept
@@ -40,8 +39,10 @@ from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
 from ldm.models.loading import load_networks, loading
 from ldm.models.text import TextEncoder
-from ldm.models.trust import check_index, check_model_folder, read_json
+from ldm.knowledge import known_classes, known_conditions, known_texts
+from ldm.models.trust import check_model_folder, read_json
 from ldm.models.vae import encode
+from ldm.opening import check_options, find_pipeline, read_prompts
 from ldm.saved import forget_calls, forget_loading
 from ldm.steering import ClassifierSteering, steered
 
@@ -102,14 +103,7 @@ class LDMPipeline(StableDiffusionPipeline):
                 of other networks than its configs'.
             OSError: if there is no such Hub id, or its weights aren't safetensors.
         """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError("use_safetensors: expected True; other weights are pickles, which can run any code")
-        for name in ("custom_pipeline", "trust_remote_code", "use_flashpack", "use_onnx"):
-            if kwargs.pop(name, None):
-                raise ValueError(f"{name}: a pipeline holds data alone, and no code of its own is run")
-        for name in ("device_map", "quantization_config"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"{name}: networks are loaded whole, as they are; then move them with pipe.to(device)")
+        check_options(kwargs)
         folder = find_pipeline(pretrained_model_name_or_path, **kwargs)
         check_model_folder(folder)
         index = read_json(folder / "model_index.json")
@@ -121,11 +115,7 @@ class LDMPipeline(StableDiffusionPipeline):
         kwargs |= load_networks(folder, wanted, kwargs.get("variant"), dtype)
         with loading(folder):
             pipeline: LDMPipeline = super().from_pretrained(str(folder), **{**kwargs, "local_files_only": True})
-        if (folder / PROMPTS_FILE).exists():
-            try:
-                pipeline.example_prompts = tuple((folder / PROMPTS_FILE).read_text("utf-8").splitlines())
-            except UnicodeDecodeError:
-                raise ValueError(f"{folder / PROMPTS_FILE}: is not UTF-8") from None
+        pipeline.example_prompts = read_prompts(folder / PROMPTS_FILE)
         if (folder / LABELS_FILE).exists():
             pipeline.labels = Labels.load(folder / LABELS_FILE)
         pipeline.defaults = Defaults.load(folder)
@@ -253,12 +243,12 @@ class LDMPipeline(StableDiffusionPipeline):
         height, width = self.edge("height", height), self.edge("width", width)
 
         embeds = kwargs.get("prompt_embeds")
-        prompts = self.check_texts("prompt", prompt) if embeds is None else []
-        negatives = self.check_texts("negative_prompt", negative_prompt) if negative_prompt is not None else []
+        prompts = known_texts("prompt", prompt, self.tokenizer) if embeds is None else []
+        negatives = [] if negative_prompt is None else known_texts("negative_prompt", negative_prompt, self.tokenizer)
         names: list[Any] = list(class_label) if isinstance(class_label, list | tuple) else [class_label]
         goals = [classifier.class_id(name) for name in names] if classifier is not None else []
-        ids = self.class_ids(names if self.labels is not None or not goals else [None])
-        pixels = self.condition_pixels(condition, height, width)
+        ids = known_classes(names if self.labels is not None or not goals else [None], self.labels)
+        pixels = known_conditions(condition, self.condition_channels, height, width)
         asked = max(1 if embeds is None else len(embeds), len(prompts), len(ids), len(goals), len(pixels))
         if prompts:
             kwargs["prompt"] = one_each("prompt", prompts, asked)
@@ -324,37 +314,6 @@ class LDMPipeline(StableDiffusionPipeline):
     def _null_context(self) -> NullContext:
         return NullContext()
 
-    def check_texts(self, name: str, texts: Any) -> list[str]:
-        """The texts, checked; none for a model that knows no text."""
-        if self.tokenizer is not None:
-            return check_prompts(name, texts, self.tokenizer)
-        if texts is not None:
-            raise ValueError(f"{name}: this model knows no text")
-        return []
-
-    def class_ids(self, names: list[Any]) -> list[int]:
-        """The numbers of these classes, that of the null class for None; none for a model that knows no classes."""
-        if self.labels is None:
-            if names != [None]:
-                raise ValueError("class_label: this model knows no classes; give it a classifier that does")
-            return []
-        null_class = len(self.labels.names)
-        return [null_class if name is None else self.labels.id(name) for name in names]
-
-    def condition_pixels(self, pictures: Any, height: int, width: int) -> list[Tensor]:
-        """The pictures to make pictures of, as pixels [3,height,width]; none for a model that takes none."""
-        if not self.condition_channels:
-            if pictures is not None:
-                raise ValueError("condition: this model makes no pictures of pictures")
-            return []
-        listed = pictures if isinstance(pictures, list | tuple) else [pictures]
-        if not listed or not all(isinstance(picture, Image.Image) for picture in listed):
-            kind = type(listed[0]).__name__ if listed else "an empty list"
-            raise ValueError(f"condition: this model makes pictures of pictures; expected a PIL picture, got {kind}")
-        if height != width:
-            raise ValueError(f"width: pictures are made of square ones; expected {height}, got {width}")
-        return [torch.from_numpy(to_pixels(to_square(picture.convert("RGB"), width))) for picture in listed]
-
     def to_best_device(self) -> LDMPipeline:
         """The same pipeline on CUDA or Apple's GPU, where there is one."""
         return self.to(best_device())  # type: ignore[no-any-return]
@@ -389,31 +348,3 @@ class LDMPipeline(StableDiffusionPipeline):
         if not isinstance(pixels, Integral) or pixels % step or not smallest <= pixels <= MAX_EDGE:
             raise ValueError(f"{name}: expected a multiple of {step} from {smallest} to {MAX_EDGE}, got {pixels!r}")
         return int(pixels)
-
-
-def find_pipeline(name: str | PathLike[str], **asked: Any) -> Path:
-    """A pipeline's folder as it is; a Hub id => the folder of its snapshot, with safetensors weights alone.
-
-    Args:
-        asked: from_pretrained's arguments, of which revision, variant, token, cache_dir, force_download and
-            local_files_only choose the snapshot.
-    Raises:
-        FileNotFoundError: if a name that looks like a folder isn't a pipeline's.
-        ValueError: if a downloaded model_index.json names classes that no pipeline here is made of; then nothing else
-            is downloaded.
-        OSError: if there is no such Hub id.
-    """
-    folder = Path(name).expanduser()
-    if (folder / "model_index.json").exists():
-        return folder
-    if len(folder.parts) != 2 or folder.is_absolute() or folder.parent.exists():
-        hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline/model_index.json").exists() else ""
-        raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
-    from huggingface_hub import hf_hub_download
-
-    choice = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
-    chosen: dict[str, Any] = {key: asked[key] for key in choice & asked.keys()}
-    check_index(Path(hf_hub_download(str(name), "model_index.json", **chosen)))
-    if "variant" in asked:
-        chosen["variant"] = asked["variant"]
-    return Path(StableDiffusionPipeline.download(str(name), use_safetensors=True, **chosen))
