@@ -43,15 +43,15 @@ lint: $(VENV)/installed
 
 bench: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl runs/openmoji64/vae/config.json nets/openmoji/net.json
 	$(MEASURE)mfu $(ONTO)
-	$(MEASURE)memory $(ONTO) $(AGAINST)
-	$(MEASURE)train_throughput $(ONTO) $(AGAINST)
+	$(MEASURE)memory $(ONTO) $(AGAINST) --settings A --pictures 96
+	$(MEASURE)train_throughput $(ONTO) $(AGAINST) --steps 12 --warmup 2 --pictures 224
 	$(MEASURE)time_to_quality $(ONTO) $(AGAINST) --vae runs/openmoji64/vae --net nets/openmoji
 	$(MEASURE)sampling $(ONTO) $(DRAWN)
 	$(MEASURE)startup $(ONTO) --explain
 	$(MEASURE)growth $(ONTO)
 
 bench-quick: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl
-	$(MEASURE)mfu $(ONTO) --pairs 2 --batch-size 16
+	$(MEASURE)mfu $(ONTO) --pairs 2
 	$(MEASURE)memory $(ONTO) $(AGAINST) --settings C --pairs 1 --pictures 48 --batch-size 8
 	$(MEASURE)train_throughput $(ONTO) $(AGAINST) --pairs 1 --pictures 48 --batch-size 8 --steps 4 --warmup 2 --no-search --no-defaults
 	$(MEASURE)sampling $(ONTO) --quick

@@ -76,7 +76,7 @@ def main() -> None:
     """Measure every setting and report."""
     parser = arguments(__doc__)
     parser.add_argument("--settings", default="C", help="which of A, B and C")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16, help="(default: 16)")
     parser.add_argument("--steps", type=int, default=3, help="steps of each measurement, of which the fastest counts")
     chosen = parser.parse_args()
     comparisons, facts = [], {}

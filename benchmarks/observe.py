@@ -7,8 +7,9 @@ What this adds to the script, which runs by `runpy` as its own __main__ in this 
 - torch's public hook after every optimizer step (`register_optimizer_step_post_hook`) notes the time, and CPU time and
   peak size of this process. No function is replaced, and nothing waits: on a CPU a step is over when it returns.
 - After STEPS steps OUT.json is written and the process left, so that neither side's saving at the end is timed.
-- With --snapshots, `EMAModel.step` of diffusers, which both sides call, is followed by a look whether FOLDER holds a
-  file want-NAME; if so the averaged weights are saved as FOLDER/NAME.safetensors, with the time in its metadata.
+- With --snapshots, the average's `step` (of diffusers' EMAModel, or of our `Average`) is followed by a look whether
+  FOLDER holds a file want-NAME; if so the averaged weights are saved as FOLDER/NAME.safetensors, with the time in its
+  metadata.
 """
 
 from __future__ import annotations
@@ -68,10 +69,12 @@ def watch_average(folder: Path) -> None:
     from diffusers.training_utils import EMAModel
     from safetensors.torch import save_file
 
-    step = EMAModel.step
+    from ldm.models.ema import Average
+
+    steps = {EMAModel: EMAModel.step, Average: Average.step}
 
     def stepped(self: Any, parameters: Any) -> None:
-        step(self, parameters)
+        steps[type(self)](self, parameters)
         for wanted in folder.glob("want-*"):
             facts = {"time": str(time.monotonic()), "step": str(self.optimization_step)}
             weights = {f"{i:04d}": weight.contiguous() for i, weight in enumerate(self.shadow_params)}
@@ -80,7 +83,7 @@ def watch_average(folder: Path) -> None:
             (folder / f".{name}.new").rename(folder / f"{name}.safetensors")
             wanted.unlink()
 
-    EMAModel.step = stepped
+    EMAModel.step = Average.step = stepped
 
 
 def peak_bytes() -> int:

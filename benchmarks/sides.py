@@ -119,7 +119,7 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
     add("--peer-script", type=Path, required=True, help="diffusers' examples/text_to_image/train_text_to_image.py")
     add("--source", default="data/openmoji", help="captioned pictures (default: data/openmoji)")
     add("--pictures", type=int, default=0, help="training pictures, spread evenly; 0 is all")
-    add("--batch-size", type=int, default=64, help="of both sides")
+    add("--batch-size", type=int, default=16, help="of both sides (default: 16)")
 
 
 def script_facts(script: Path) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def test_loading_restores_weights_moments_and_average(tmp_path: Path) -> None:
 def test_the_average_is_lent_and_taken_back() -> None:
     trainee = small()
     assert trainee.ema is not None
+    trainee.module.weight.data += 1  # type: ignore[union-attr, operator]
     before = trainee.module.weight.detach().clone()  # type: ignore[union-attr, operator]
     with pytest.raises(RuntimeError, match="on purpose"), averaged(trainee.module, trainee.ema):
         assert not torch.equal(trainee.module.weight, before)  # type: ignore[arg-type]

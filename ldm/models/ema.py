@@ -1,31 +1,44 @@
 """A slow average of the U-Net's weights, which is what draws.
 
-The average is diffusers' EMAModel; here is only how it is lent to the network and taken back.
+The average is diffusers' EMAModel, but for its step: that is one pass over the weights here. Beside it, how the average
+is lent to the network and taken back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-
-if TYPE_CHECKING:
-    from diffusers.training_utils import EMAModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-def build_ema(unet: nn.Module, decay: float) -> EMAModel:
-    """An exponential moving average of the U-Net's weights that starts at its present ones.
+class Average(EMAModel):
+    """An exponential moving average of weights that all learn."""
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """average <- average + (1 - decay) (weights - average), in place.
+
+        EMAModel's own step takes three passes and holds a copy of the weights meanwhile (docs/experiments.md, 16); it
+        is left to the sharded weights of FSDP, for which torch has no such call.
+        """
+        weights = list(parameters)
+        if any(isinstance(weight, DTensor) for weight in weights):
+            return super().step(weights)
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        get_ema_multi_avg_fn(self.cur_decay_value)(self.shadow_params, weights, None)
+
+
+def build_ema(unet: nn.Module, decay: float) -> Average:
+    """An average of the U-Net's weights that starts at its present ones.
 
     Its decay grows as (1 + step) / (10 + step) up to `decay`, so that a short run is not mostly its own beginning.
     """
-    from diffusers.training_utils import EMAModel
-
-    # one call for all weights, which torch has for tensors but not for the sharded ones of FSDP
-    foreach = not any(isinstance(weight, DTensor) for weight in unet.parameters())
-    return EMAModel(unet.parameters(), decay=decay, foreach=foreach)
+    sharded = any(isinstance(weight, DTensor) for weight in unet.parameters())
+    return Average(unet.parameters(), decay=decay, foreach=not sharded)  # one call for all weights where torch has it
 
 
 @contextmanager
