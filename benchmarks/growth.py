@@ -87,7 +87,6 @@ class Trainer:
         from ldm.models.unet import build_unet, choose_attention
         from ldm.training.config import Config, LoopConfig
         from ldm.training.device import build_accelerator
-        from ldm.training.encoders import Encoders
         from ldm.training.loop import Training
         from ldm.training.objective import DiffusionConfig, build_schedule
         from ldm.training.samples import batches, build_samples, numbers_of
@@ -98,7 +97,6 @@ class Trainer:
         accelerator = build_accelerator(loop)
         self.opening: dict[str, float] = {}
         self.streams = {}
-        nobody = Encoders(lambda: None, lambda: None)
         for setting in settings:
             start = time.perf_counter()
             source = setting.rows.source()
@@ -108,7 +106,7 @@ class Trainer:
             edge = setting.rows.edge
             samples = build_samples(config, source, (CHANNELS, edge, edge), cache)
             numbers = numbers_of(0, 1000, setting.batch, 1, 0, 1)
-            self.streams[setting] = batches(samples, numbers, accelerator.device, nobody)
+            self.streams[setting] = batches(samples, numbers, accelerator.device, None)
         torch.manual_seed(0)
         network = build_unet(unet, latent_shape=(CHANNELS, 16, 16), context_dim=settings[0].rows.context[1])
         choose_attention(network, accelerator.device)

@@ -131,13 +131,14 @@ def fixed_questions(
     return TextQuestions.of(true, [row.captions for row in source.pictures], text.encode([""]), rng)
 
 
-def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders) -> Batch:
+def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders | None) -> Batch:
     """Collated samples => a batch on the device; they are encoded here where there was no cache."""
     here: dict[str, Any] = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "u" else value
         for name, value in collated.items()
     }
     if "pixels" in here:
+        assert encoders is not None, "samples without a cache need encoders"
         vae, text = encoders.vae, encoders.text
         with torch.no_grad():
             posterior = encode(vae, here["pixels"])
@@ -182,9 +183,9 @@ def numbers_of(
 
 
 def batches(
-    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device, encoders: Encoders
+    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device, encoders: Encoders | None
 ) -> Iterator[Batch]:
-    """The batches with these sample numbers, one after the other; the encoders are asked only without a cache."""
+    """The batches with these sample numbers, one after the other; the encoders are those of samples without a cache."""
     loader: DataLoader[dict[str, Any]] = DataLoader(
         samples,
         batch_sampler=cast(Any, numbers),  # whose stubs want lists, of which a long run's would be 250 MB
