@@ -26,7 +26,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ldm.arguments import check_known, check_number, one_each, one_generator_each
@@ -35,11 +34,11 @@ from ldm.defaults import EVERYWHERE, Defaults, check_interval
 from ldm.devices import best_device
 from ldm.drawing import GuidanceInterval, NullContext, decoded_in_slices, text_kept
 from ldm.engine import OpenVINO, drawn_by
+from ldm.knowledge import known_classes, known_conditions, known_texts
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
 from ldm.models.loading import load_networks, loading
 from ldm.models.text import TextEncoder
-from ldm.knowledge import known_classes, known_conditions, known_texts
 from ldm.models.trust import check_model_folder, read_json
 from ldm.models.vae import encode
 from ldm.opening import check_options, find_pipeline, read_prompts
