@@ -109,15 +109,16 @@ def main(config: Config) -> list[float]:
         return averaged
 
     save_frozen(run, build_pipeline)
-    del vae
-    words = ' "a prompt"' if text else f" --class-label {source.labels.names[0]}" if source.labels else ""
-    del text
+    del vae, text
     if cache:
         encoders.free()
 
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     training = Training.prepare(config, accelerator, schedule, unet)
     losses = fit(training, samples, questions, wishes, build_unet, tracker, encoders)
+    words = (
+        ' "a prompt"' if config.text.encoder else f" --class-label {source.labels.names[0]}" if source.labels else ""
+    )
     say(f"done: {run / 'pipeline'} can be loaded; draw with: ldm sample {run / 'pipeline'}{words}")
     accelerator.end_training()
     return losses
