@@ -5,6 +5,7 @@ Importing this costs nothing; `LDMPipeline` and what it needs (torch, diffusers,
 
 from typing import TYPE_CHECKING, Any
 
+from ldm.importing import import_networks
 from ldm.version import __version__
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ __all__ = ["LDMPipeline", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "LDMPipeline":
+        import_networks()
         from ldm.pipeline import LDMPipeline
 
         return LDMPipeline

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.importing import import_networks
+
 if TYPE_CHECKING:
     from ldm.data.captioned import CaptionedPictures
 
@@ -76,6 +78,7 @@ def interval(text: str) -> tuple[float, float]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Fit the net, evaluate the model, or both."""
+    import_networks()
     import torch
 
     from ldm.evaluation.run_record import FILE as RUN_FILE

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.importing import import_networks
+
 if TYPE_CHECKING:
     from ldm.pipeline import LDMPipeline
 
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export."""
+    import_networks()
     from ldm.cli_evaluate import find_model, run_of
     from ldm.evaluation.run_record import record_run
     from ldm.pipeline import LDMPipeline

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.importing import import_networks
+
 EXAMPLE = """ldm push runs/demo user/name --license mit --data "my photographs" --data-license cc0-1.0 --dry-run out
   (without --dry-run it is uploaded; `hf auth login` once before)"""
 
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write or upload."""
+    import_networks()
     from ldm import hub
     from ldm.cli_evaluate import find_model
     from ldm.hub_card import Terms

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.defaults import DTYPES, ENGINES
+from ldm.importing import import_networks
 
 EXAMPLE = """ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its recipe inside)
   ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
@@ -50,12 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw."""
-    if arguments.like is not None:
-        draw_again(arguments)
-        return
-    if arguments.model is None:
+    if arguments.model is None and arguments.like is None:
         raise ValueError("prompts: name a pipeline folder and what to draw, or a picture to draw again with --like")
-    draw(arguments)
+    import_networks()
+    if arguments.like is None:
+        draw(arguments)
+    else:
+        draw_again(arguments)
 
 
 def draw(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,69 @@
+"""How torch, diffusers and transformers are imported: without looking for garbage meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import road
+
+from ldm.importing import collector_at_rest
+
+COUNTED = """
+import gc, sys
+looks = []
+gc.callbacks.append(lambda phase, told: looks.append(told) if phase == "start" and "torch" in sys.modules else None)
+{statement}
+assert "diffusers" in sys.modules and gc.isenabled() and gc.get_freeze_count() == 0
+print(len(looks), len(gc.get_objects(generation=2)))
+"""
+
+
+def looks_for_garbage(statement: str) -> tuple[int, int]:
+    """How often a fresh process looks for garbage in this statement, and how many old objects it has afterwards."""
+    command = [sys.executable, "-c", COUNTED.format(statement=statement)]
+    looks, old = subprocess.run(command, capture_output=True, text=True, check=True, cwd=road.ROOT).stdout.split()
+    return int(looks), int(old)
+
+
+def test_no_look_for_garbage_while_networks_are_imported() -> None:
+    assert looks_for_garbage("import ldm.pipeline")[0] > 100  # as Python does it
+    looks, old = looks_for_garbage("import ldm; ldm.LDMPipeline")
+    assert looks <= 1  # perhaps afterwards
+    assert old > 300_000  # the next look at the young ones doesn't go through what was imported
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """Whatever a test does to it, the collector is on afterwards, and nothing is frozen."""
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collector")
+def test_the_collector_is_afterwards_as_it_was() -> None:
+    with collector_at_rest():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+    with pytest.raises(ImportError), collector_at_rest():
+        raise ImportError
+    assert gc.isenabled()
+
+    gc.disable()
+    with collector_at_rest():
+        pass
+    assert not gc.isenabled()
+
+
+@pytest.mark.usefixtures("collector")
+def test_what_others_have_frozen_stays_frozen() -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with collector_at_rest():
+        pass
+    assert gc.get_freeze_count() == frozen > 0
