@@ -164,7 +164,7 @@ def weigh(axis: Axis, turns: int, work: Path, unet: UNetConfig, threads: int) ->
         for place in tqdm(places if turn % 2 == 0 else places[::-1], f"memory over {axis.name}", unit="process"):
             setting = axis.settings[place]
             words = [setting.rows.folder, setting.rows.count, setting.rows.edge, setting.batch]
-            command = [sys.executable, "-m", "benchmarks.growth", "--resident", answer, *map(str, words)]
+            command = [sys.executable, "-m", "benchmarks.growth", "--resident", str(answer), *map(str, words)]
             fresh([*command, *(["--small"] if unet == SMALL else []), "--threads", str(threads)], threads, log)
             found[place] = json.loads(answer.read_text("utf-8"))
         for name in found[0]:

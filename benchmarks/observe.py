@@ -83,7 +83,8 @@ def watch_average(folder: Path) -> None:
             (folder / f".{name}.new").rename(folder / f"{name}.safetensors")
             wanted.unlink()
 
-    EMAModel.step = Average.step = stepped
+    for kind in steps:
+        setattr(kind, "step", stepped)  # noqa: B010
 
 
 def peak_bytes() -> int:

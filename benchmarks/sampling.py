@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -78,8 +78,11 @@ def compare_warm(ours: Arm, arm: Arm, batch: int, pairs: int) -> Comparison:
 def compare_cold(ours: Arm, arm: Arm, batch: int, pairs: int, folder: Path, threads: int, log: Path) -> Comparison:
     """Pictures/s of two fresh processes."""
     comparison = Comparison(f"batch {batch}, cold, {arm.name}", "pictures/s", target=AGAINST[arm.name])
-    sides = [lambda each=each: cold(each, folder, batch, threads, log) for each in (ours, arm)]
-    return compare(comparison, *sides, pairs)
+
+    def side(each: Arm) -> Callable[[], Measured]:
+        return lambda: cold(each, folder, batch, threads, log)
+
+    return compare(comparison, side(ours), side(arm), pairs)
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -79,8 +79,8 @@ def slowest_imports(command: Sequence[str], most: int = 12) -> list[str]:
     for own, _, module in (line.split("|") for line in told.splitlines() if line.count("|") == 2):
         microseconds = own.removeprefix("import time:").strip()
         if microseconds.isdigit():  # the first line names the columns
-            spent[module.strip().split(".")[0]] += int(microseconds) / 1e6
-    return [f"{seconds:6.2f} s  {package}" for package, seconds in spent.most_common(most)]
+            spent[module.strip().split(".")[0]] += int(microseconds)
+    return [f"{own / 1e6:6.2f} s  {package}" for package, own in spent.most_common(most)]
 
 
 def main() -> None:
@@ -97,9 +97,9 @@ def main() -> None:
     for name, (ours, stock, target) in commands(folder, out).items():
         if chosen.quick and target is None:
             continue
-        arms = [process(command, chosen.threads, out / "startup.log") for command in (ours, stock)]
+        mine, theirs = (process(command, chosen.threads, out / "startup.log") for command in (ours, stock))
         pairs = 2 if chosen.quick else chosen.pairs
-        found = compare(Comparison(f"{name} (lower is better)", "s", target=target), *arms, pairs)
+        found = compare(Comparison(f"{name} (lower is better)", "s", target=target), mine, theirs, pairs)
         cpu = Comparison(f"{name} (lower is better), by CPU time", "CPU s")
         comparisons += [found, cpu.with_values(found, lambda told: told["cpu_seconds"])]
     report("startup", comparisons, out, chosen.threads, model=str(folder), defaults=vars(Defaults.load(folder)))

@@ -66,16 +66,15 @@ class Rows:
         mean = chance.standard_normal((PART, *self.posteriors.shape[1:]), np.float32)
         latents = np.stack([mean, np.full_like(mean, 0.05)], 1)  # mean and std
         states = chance.standard_normal((PART, *self.contexts.shape), np.float32)
-        numbers = keys
+        found = {}
         for kind, wanted, payloads in ((self.posteriors, keys, latents), (self.contexts, captions, states)):
             with builder.writer(kind) as writer:
                 for start in tqdm(range(0, len(wanted), PART), f"{self.count:,} {kind.name}", leave=False, delay=2):
                     part = wanted[start : start + PART]
                     writer.append(part, payloads[: len(part)])
                 writer.commit()
-                if kind.name == self.posteriors.name:
-                    numbers = writer.find(keys)
-        save_table(table, numbers.reshape(-1, 1))
+                found[kind.name] = writer.find(wanted)
+        save_table(table, found[self.posteriors.name].reshape(-1, 1))
 
     def pictures(self) -> CaptionedPictures:
         """The rows, read as training reads them but for the pictures, which nobody looks at."""
