@@ -15,7 +15,6 @@ from typing import Any
 
 import ldm
 from ldm import cli_evaluate, cli_export, cli_push, cli_sample
-from ldm.importing import import_networks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -152,7 +151,6 @@ def run_doctor(arguments: argparse.Namespace) -> None:
     from ldm.training.command_line import parse_config
 
     config = parse_config(["--config", arguments.config, *arguments.overrides])
-    import_networks()
     from ldm.training.doctor import run
 
     if not run(config):

@@ -1,7 +1,7 @@
 """The training loop and what keeps it safe.
 
 config.py         one frozen dataclass = one YAML file
-command_line.py   what people type => the config
+command_line.py   what people type => the config (plain_yaml.py: the part of YAML that it knows)
 bounds.py         what a number of the config may be
 objective.py      its diffusion section => process, timesteps, loss
 device.py         what the device can do
@@ -12,6 +12,8 @@ encoders.py       VAE and text encoder, in memory only until all is encoded
 caching.py        the latent cache of a run
 ranks.py          work that one process does for all
 samples.py        (seed, sample) => the tensors of a batch
+denoiser.py       the U-Net that a recipe asks for
+doctor.py         before hours are spent: can it learn here? (needs.py: room; trial.py: a few steps; findings.py: told)
 learning_rate.py  a function of the step
 drawing.py        what a run draws of itself
 loop.py           one step, one loop
@@ -21,7 +23,6 @@ classifier_loop.py  the step of the classifier of noisy latents
 checkpoint.py     atomic save, verified resume
 trainee.py        what is trained, as plain tensors
 disk.py           folders that are whole or absent
-manifest.py       what a folder must hold, with hashes
 changes.py        which config keys may change on resume
 signals.py        SIGTERM, SIGINT, SIGUSR1
 peers.py          a lost rank ends the others
@@ -30,3 +31,7 @@ export.py         RUN/pipeline
 selfcheck.py      an exported pipeline is what was trained
 tracking.py       scalars and pictures
 """
+
+from ldm.importing import import_networks
+
+import_networks()  # nothing here goes without them

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-from ldm.importing import import_networks
 from ldm.training.bounds import check_plain
 from ldm.training.config import Config
 
@@ -98,9 +97,7 @@ def start(main: Callable[[Config], object], description: str | None) -> None:
 
     install()
     try:
-        config = parse_config(description=description)
-        import_networks()
-        main(config)
+        main(parse_config(description=description))
     except (ValueError, OSError, ModuleNotFoundError, RunError) as error:
         leave_group()
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
