@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sweep-guidance", nargs="+", type=float, metavar="SCALE", help="(default: 1 2 3 4 6)")
     add("--sweep-steps", nargs="+", type=int, metavar="N", help="(default: 8 12 20)")
     add("--sweep-intervals", nargs="+", type=interval, metavar="LOW:HIGH",
-        help="where in t/T to guide (default: 0:1 0.2:0.8)")  # fmt: skip
+        help="where in t/T to guide (default: 0:1 0.2:1 0.2:0.8)")  # fmt: skip
     add("--sweep-pictures", type=int, metavar="N", help="captions of each set (default: 64)")
     add("--write-defaults", action="store_true", help="write the best setting into the pipeline, as its defaults")
 

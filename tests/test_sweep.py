@@ -11,11 +11,12 @@ import pytest
 import tiny
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from scipy.stats import binomtest
 
 from ldm.cli import main
 from ldm.defaults import Defaults
 from ldm.evaluation.intervals import share_figure
-from ldm.evaluation.sweep import choose, lines, plot, sweep, table
+from ldm.evaluation.sweep import chance_of_losing, choose, lines, plot, sweep, table
 from ldm.pipeline import LDMPipeline
 
 
@@ -25,7 +26,8 @@ def row(
     found = {"top1": share_figure(hits // 2, 100), "top5": share_figure(hits, 100)}
     figure = {"value": kid, "low": kid - 0.02, "high": kid + 0.02, "standard_error": 0.01, "n": 100}
     cost = {"steps": steps, "guidance_interval": list(interval), "evaluations": evaluations or 2 * steps}
-    return {**cost, "guidance_scale": scale, "retrieval": {"heldout": found}, "kid": figure}
+    each = {"heldout": [i < hits for i in range(100)]}
+    return {**cost, "guidance_scale": scale, "retrieval": {"heldout": found}, "found": each, "kid": figure}
 
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -49,8 +51,26 @@ def row(
 )
 def test_the_three_rules(rows: list[dict[str, Any]], chosen: tuple[float, int]) -> None:
     for order in (rows, rows[::-1]):
-        best = choose(order, "heldout")
+        best = choose(order, ["heldout"])
         assert (best["guidance_scale"], best["num_inference_steps"]) == chosen
+
+
+def test_training_captions_decide_where_held_out_ones_cannot() -> None:
+    """Where half of the held-out captions are beyond a model, every setting draws the same other half right."""
+    cheap, better, worse = row(8, 2.0, 56, 0.1), row(12, 3.0, 56, 0.1), row(20, 4.0, 20, 0.1)
+    for each, hits in ((cheap, 70), (better, 92), (worse, 95)):
+        each["found"]["train"] = [i < hits for i in range(100)]
+    assert choose([cheap, better, worse], ["heldout"])["num_inference_steps"] == 8
+    assert choose([cheap, better, worse], ["heldout", "train"])["num_inference_steps"] == 12
+    assert choose([cheap, better, worse], ["train"])["num_inference_steps"] == 12
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (5, 0), (7, 1), (3, 3), (0, 4), (40, 25)])
+def test_what_is_lost_by_chance_is_the_exact_test_of_scipy(lost: int, won: int) -> None:
+    found = [False] * lost + [True] * won + [True, False] * 10
+    best = [True] * lost + [False] * won + [True, False] * 10
+    expected = binomtest(lost, lost + won, alternative="greater").pvalue if lost + won else 1.0
+    assert chance_of_losing(found, best) == pytest.approx(expected)
 
 
 def test_every_setting_is_judged_once_told_and_plotted(tmp_path: Path) -> None:
@@ -58,7 +78,7 @@ def test_every_setting_is_judged_once_told_and_plotted(tmp_path: Path) -> None:
 
     def judge(settings: Any) -> dict[str, Any]:
         tried.append(settings)
-        return {key: row(1, 1, 50, 0.1)[key] for key in ("retrieval", "kid", "evaluations")}
+        return {key: row(1, 1, 50, 0.1)[key] for key in ("retrieval", "found", "kid", "evaluations")}
 
     rows = sweep(judge, (1.0, 3.0), (5, 10), ((0.0, 1.0), (0.2, 0.8)), seed=4)
     wide, narrow = (0.0, 1.0), (0.2, 0.8)

@@ -182,20 +182,21 @@ def run_sweep(
     only = {space.name: real[space.name]}
 
     def judge(tried: Settings) -> dict[str, Any]:
-        found, drawn = {}, []
+        recalls, found, drawn = {}, {}, []
         for asked in few:
             paths = subject.draw_all(asked, tried, out, plan.batch_size)
             vectors = embed_all([space], map(pixels_of, examine.parts(paths)))
-            found[asked.name] = examine.retrieval([space], gallery, only, vectors, asked)[0][space.name]
+            recall, rank = examine.retrieval([space], gallery, only, vectors, asked)
+            recalls[asked.name], found[asked.name] = recall[space.name], (rank[space.name] <= 5).tolist()
             drawn.append(vectors[space.name])
         kid = kid_figure(torch.cat(drawn), reference, plan.resamples)
-        return {"evaluations": subject.evaluations(tried), "retrieval": found, "kid": kid}
+        return {"evaluations": subject.evaluations(tried), "retrieval": recalls, "found": found, "kid": kid}
 
     rows = sweep(judge, plan.sweep_guidance, plan.sweep_steps, plan.sweep_intervals, settings.seed)
     names = [asked.name for asked in few]
     say(table(rows, names))
     plot(rows, names[-1], out / "sweep.png")
-    best = choose(rows, names[-1])
+    best = choose(rows, names[::-1])
     return {"space": space.name, "n": {asked.name: len(asked) for asked in few}, "rows": rows, "best": best,
             "chosen_on": names[-1], "plot": "sweep.png"}  # fmt: skip
 
