@@ -15,6 +15,7 @@ from typing import Any
 
 import ldm
 from ldm import cli_evaluate, cli_export, cli_push, cli_sample
+from ldm.importing import import_networks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,6 +151,7 @@ def run_check(arguments: argparse.Namespace) -> None:
 def run_doctor(arguments: argparse.Namespace) -> None:
     from ldm.training.command_line import parse_config
 
+    import_networks()
     config = parse_config(["--config", arguments.config, *arguments.overrides])
     from ldm.training.doctor import run
 

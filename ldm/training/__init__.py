@@ -31,7 +31,3 @@ export.py         RUN/pipeline
 selfcheck.py      an exported pipeline is what was trained
 tracking.py       scalars and pictures
 """
-
-from ldm.importing import import_networks
-
-import_networks()  # nothing here goes without them
