@@ -70,7 +70,7 @@ def by_cpu(comparison: Comparison) -> Comparison:
 def compare_warm(ours: Arm, arm: Arm, batch: int, pairs: int) -> Comparison:
     """Pictures/s of two pipelines that have drawn before."""
     for each in (ours, arm):
-        each.draw([PROMPTS[0]] * batch, num_inference_steps=2)
+        each.draw([PROMPTS[0]] * batch)  # every step: an engine compiles for the batches with guidance and without
     comparison = Comparison(f"batch {batch}, warm, {arm.name}", "pictures/s", target=AGAINST[arm.name])
     return compare(comparison, lambda: ours.rate(batch), lambda: arm.rate(batch), pairs)
 
