@@ -1,7 +1,7 @@
 """Import torch, diffusers and transformers in three quarters of the time.
 
 Their 3,700 modules make a million objects, all of which stay. Python's garbage collector looks through them again and
-again while they come, and finds nothing to free: a fifth of the seconds. So it rests until they are there, and then
+again while they come, and finds nothing to free: a quarter of the seconds. So it rests until they are there, and then
 takes them for what they are, old: else its next look at the young ones would go through all of them.
 """
 

@@ -73,9 +73,8 @@ def test_stock_diffusers_draws_the_identical_array_in_a_process_without_ldm(
     (tmp_path / "cases.json").write_text(json.dumps(cases), "utf-8")
 
     command = [sys.executable, str(Path(__file__).with_name("stock_draws.py")), str(tmp_path / "cases.json")]
-    threads = {
-        "OMP_NUM_THREADS": str(torch.get_num_threads())
-    }  # which sums are rounded by; tests before may have set it
+    # how sums are rounded depends on it, and tests before this one may have set it
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **threads}
     )
