@@ -6,10 +6,11 @@
 The peer, at its best flags, trains for a budget of seconds, and so does ours, in turns (benchmarks/turns.py); the clock
 of each begins with its process, so ours has to encode everything first. Ours leaves its averaged weights at twenty-one
 moments, each 1.19 times the last. Afterwards, off the clock, both draw the held-out captions, and one frozen feature
-net judges: how often a picture of the caption is among the five nearest of all real ones, and KID. Ours has reached the
-peer at the first moment at which it is at least as good in both.
+net judges: the rank of the caption's picture among all real ones (geometric mean), and KID. Ours is looked at from the
+end backwards. It has reached the peer at the earliest moment from which on it is at least as good in both, whenever it
+is looked at.
 
-Everybody draws once without guidance and once with; for each the better retrieval counts.
+What is tried on our side alone, such as another objective, is said with --ours and told in the JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def train(folders: Folders, work: Path, seed: int, flags: Sequence[str], chosen:
     warmup, steps = chosen.lr_warmup, int(FASTEST * chosen.budget)
     ours_words = folders.ours(
         work / "run", chosen.batch_size, steps, chosen.threads,
-        f"seed={seed}", f"optim.lr={chosen.lr}", f"optim.warmup={warmup}",
+        f"seed={seed}", f"optim.lr={chosen.lr}", f"optim.warmup={warmup}", *chosen.ours,
     )  # fmt: skip
     peer_words = folders.peer(
         work / "peer-run", chosen.batch_size, steps, *flags, f"--seed={seed}", f"--learning_rate={chosen.lr}",
@@ -62,15 +63,16 @@ def train(folders: Folders, work: Path, seed: int, flags: Sequence[str], chosen:
 
 
 def reached(judge: Judge, snapshots: Sequence[Snapshot], goal: dict[str, Any]) -> tuple[float | None, list[Any]]:
-    """The seconds after which ours is as good as `goal`, or None; and what was seen on the way."""
-    seen = []
-    for snapshot in snapshots:
+    """The seconds from which on ours is as good as `goal`, None if it isn't in the end; and what was seen, in order."""
+    since, seen = None, []
+    for snapshot in reversed(snapshots):
         found = judge.look(snapshot.file)
-        seen.append({"seconds": snapshot.seconds, "step": snapshot.step, **found})
+        seen.insert(0, {"seconds": snapshot.seconds, "step": snapshot.step, **found})
         print(f"ours, {snapshot.seconds:.0f} s, step {snapshot.step}: {found}", file=sys.stderr)
-        if as_good(found, goal):
-            return snapshot.seconds, seen
-    return None, seen
+        if not as_good(found, goal):
+            break
+        since = snapshot.seconds
+    return since, seen
 
 
 def main() -> None:
@@ -84,9 +86,10 @@ def main() -> None:
     add("--budget", type=float, default=3600, help="seconds of training for each side and seed")
     add("--seeds", type=int, default=3)
     add("--turn", type=float, default=30, help="seconds that a side runs before the other goes on")
-    add("--captions", type=int, default=100, help="held-out captions that are drawn, spread evenly")
-    add("--drawing-steps", type=int, default=20)
-    add("--guidance-scale", type=float, nargs="+", default=[1.0, 3.0])
+    add("--captions", type=int, default=0, help="held-out captions that are drawn, spread evenly; 0 is all")
+    add("--drawing-steps", type=int, default=10)
+    add("--guidance-scale", type=float, nargs="+", default=[3.0], help="of several, each look takes the best rank")
+    add("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="settings that only our side gets")
     add("--lr", type=float, default=5e-4)
     add("--lr-warmup", type=int, default=100, help="in steps; then the learning rate stays")
     chosen = parser.parse_args()
@@ -110,10 +113,10 @@ def main() -> None:
         for folder in (folders.model.parent, work / "ours", work / "peer", work / "run", work / "peer-run"):
             shutil.rmtree(folder)  # gigabytes; what was drawn stays, in work / "judged"
         comparison.pair(["ours", "peer"] if seed % 2 == 0 else ["peer", "ours"], told, theirs, canary)
-    facts = {**script_facts(chosen.peer_script), "P1": flags, "budget_seconds": chosen.budget}
+    facts = {**script_facts(chosen.peer_script), "P1": flags, "ours": chosen.ours, "budget_seconds": chosen.budget}
     facts |= {
         "batch_size": chosen.batch_size,
-        "captions": chosen.captions,
+        "captions": len(judge.asked),
         "lr": chosen.lr,
         "pictures": folders.pictures,
     }

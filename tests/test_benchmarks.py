@@ -8,13 +8,15 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from benchmarks.harness import ROOT, Comparison, Target, compare, median_interval, report
-from benchmarks.judge import as_good
+from benchmarks.judge import Judge, as_good
 from benchmarks.settings import SETTINGS, build
-from benchmarks.turns import Runner, take_turns
+from benchmarks.time_to_quality import reached
+from benchmarks.turns import Runner, Snapshot, take_turns
 from ldm.data.captioned import read_captioned
 
 SCRIPT = """
@@ -182,7 +184,35 @@ def test_a_training_that_ends_too_early_is_an_error_with_its_last_words(tmp_path
 
 
 def test_as_good_means_in_both_figures() -> None:
-    goal = {"top5": 0.2, "kid": 1.0}
-    assert as_good({"top5": 0.2, "kid": 1.0}, goal)
-    assert not as_good({"top5": 0.3, "kid": 1.1}, goal)
-    assert not as_good({"top5": 0.1, "kid": 0.5}, goal)
+    goal = {"rank": 200.0, "kid": 1.0}
+    assert as_good({"rank": 200.0, "kid": 1.0}, goal)
+    assert not as_good({"rank": 100.0, "kid": 1.1}, goal)
+    assert not as_good({"rank": 300.0, "kid": 0.5}, goal)
+
+
+class Ranks:
+    """A judge that knows the rank of every snapshot beforehand."""
+
+    def __init__(self, *ranks: float) -> None:
+        self.ranks, self.looks = ranks, 0
+        self.snapshots = [Snapshot(Path(str(place)), 10.0 * (place + 1), place) for place in range(len(ranks))]
+
+    def look(self, weights: Path) -> dict[str, Any]:
+        self.looks += 1
+        return {"rank": self.ranks[int(weights.name)], "kid": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "since", "looks"),
+    [
+        ([400, 250, 190, 150], 30.0, 3),
+        ([400, 150, 250, 190, 150], 40.0, 3),  # a lucky moment before a worse one doesn't count
+        ([190, 180], 10.0, 2),
+        ([190, 210], None, 1),
+    ],
+)
+def test_a_quality_is_reached_when_it_is_kept_from_then_on(ranks: list[float], since: float | None, looks: int) -> None:
+    judge = Ranks(*ranks)
+    found, seen = reached(cast(Judge, judge), judge.snapshots, {"rank": 200.0, "kid": 0.0})
+    assert found == since and judge.looks == looks
+    assert [look["rank"] for look in seen] == ranks[-looks:]  # in the order of training
