@@ -206,7 +206,7 @@ def test_class_and_caption_are_dropped_together(home: Path, tmp_path: Path, cach
         home, tmp_path, data__label_column="color", data__cache=cache, diffusion__caption_dropout=0.4, data__flip="true"
     )
     source = ConditionedPictures.read(read_captioned(home / "data", holdout=0, progress=False), "color", progress=False)
-    encoders = Encoders(load_vae(home / "vae"), TextEncoder.load(config.text))
+    encoders = Encoders(lambda: load_vae(home / "vae"), lambda: TextEncoder.load(config.text))
     folder = config.cache_folder()
     stored = build_cache(config, folder, source.pictures, encoders, (4, 8, 8)) if folder else None
     samples = build_samples(config, source, (4, 8, 8), stored)

@@ -32,6 +32,7 @@ from ldm.training.config import Config
 from ldm.training.loop import Training
 from ldm.training.samples import fixed_questions
 from ldm.training.signals import RunError
+from ldm.training.trial import OVERFIT, TIMED
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
 
@@ -266,7 +267,7 @@ def test_the_cache_changes_nothing(home: Path, tmp_path: Path) -> None:
 def test_the_encoders_are_in_memory_only_while_they_are_needed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
-    """Counted among all objects of the process, at every step: before, between and after pipelines are saved."""
+    """Counted among all objects of the process, at every step: of the trial, and before, between and after pipelines."""
 
     def alive() -> set[int]:
         return {id(o) for o in gc.get_objects() if isinstance(o, (AutoencoderKL, BertModel))}
@@ -279,9 +280,12 @@ def test_the_encoders_are_in_memory_only_while_they_are_needed(
 
     monkeypatch.setattr(Training, "step", looking)
     drawing = tmp_path / "run/samples/step_0000004.png"
-    train_ldm(config_of(home, tmp_path / "run", data__cache=cache, loop__checkpoint_every=2, loop__sample_every=4))
+    words = {"doctor": True, "data__cache": cache, "loop__checkpoint_every": 2, "loop__sample_every": 4}
+    train_ldm(config_of(home, tmp_path / "run", **words))
     assert drawing.exists()
-    assert found == [0 if cache == "auto" else 2] * 6
+    tried = len(found) - 6
+    assert tried == 1 + TIMED + OVERFIT
+    assert found == [0] * tried + [0 if cache == "auto" else 2] * 6
 
 
 def test_a_second_start_encodes_nothing_and_new_rows_only_themselves(

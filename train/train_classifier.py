@@ -55,7 +55,7 @@ def main(config: Config) -> list[float]:
     # the frozen VAE, the process, and the classifier
     measure_pretrained(config, pictures.train, accelerator.device)
     vae = load_normalized(config, accelerator.device)
-    encoders = Encoders(vae, None)
+    encoders = Encoders(lambda: vae, lambda: None)
     check_scale(vae, pictures.train, data.size)
     schedule = build_schedule(config.diffusion)
     shape = latent_shape(vae, data.size)

@@ -62,13 +62,12 @@ def main(config: Config) -> list[float]:
 
     # the frozen encoders: pixels => latents, caption => context
     measure_pretrained(config, pictures.train, device)
-    text, vae = load_text(config.text, device), load_normalized(config, device)
-    encoders = Encoders(vae, text)
-    check_scale(vae, pictures.train, data.size)
-    say(report_reconstruction(vae, pictures, data.size)[1])
-    if text:
-        say(report_captions(text, pictures))
-        check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not after the first hours
+    encoders = Encoders(lambda: load_normalized(config, device), lambda: load_text(config.text, device))
+    check_scale(encoders.vae, pictures.train, data.size)
+    say(report_reconstruction(encoders.vae, pictures, data.size)[1])
+    if encoders.text:
+        say(report_captions(encoders.text, pictures))
+        check_prompts("loop.prompts", config.loop.prompts or ("",), encoders.text.tokenizer)  # now, not hours later
 
     def look() -> Iterator[Finding]:
         if accelerator.is_main_process:
@@ -79,8 +78,8 @@ def main(config: Config) -> list[float]:
 
     # the process, and the denoiser that reverses it
     schedule = build_schedule(diffusion)
-    shape = latent_shape(vae, data.size)
-    new_unet = denoiser(config, source, text, shape)
+    shape = latent_shape(encoders.vae, data.size)
+    new_unet = denoiser(config, source, encoders.text, shape)
     torch.manual_seed(config.seed)
     unet = new_unet(learned_variance=diffusion.variance == "learned")
     say(
@@ -89,8 +88,8 @@ def main(config: Config) -> list[float]:
     )
 
     # what it learns from, what it is asked on the way, and what it draws
-    questions = fixed_questions(config, source.heldout, vae, text)
-    wishes = build_wishes(config, source, text)
+    questions = fixed_questions(config, source.heldout, encoders.vae, encoders.text)
+    wishes = build_wishes(config, source, encoders.text)
     folder = config.cache_folder()
     cache = build_cache(config, folder, source.train.all_pictures, encoders, shape) if folder else None
     samples = build_samples(config, source.train, shape, cache)
@@ -108,8 +107,7 @@ def main(config: Config) -> list[float]:
         averaged.load_state_dict(without_variance(weights, shape[0]))
         return averaged
 
-    save_frozen(run, build_pipeline)
-    del vae, text
+    save_frozen(run, build_pipeline, encoders.free)
     if cache:
         encoders.free()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,11 +19,25 @@ def fingerprint(network: nn.Module, *facts: Any) -> str:
     config = {key: value for key, value in items if not key.startswith("_") and key != "transformers_version"}
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([type(network).__name__, config, facts], sort_keys=True, default=str).encode())
+    for part in weights_of(network):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(network: nn.Module) -> str:
+    """A hash of a network's weights alone: their names, shapes, dtypes and every bit."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in weights_of(network):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def weights_of(network: nn.Module) -> Iterator[bytes | memoryview]:
+    """A network's weights as bytes, in the order of their names, with what they are."""
     for name, tensor in sorted(network.state_dict().items()):
         data = tensor.detach().cpu().contiguous().flatten()
-        digest.update(f"\n{name} {data.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(data.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        yield f"\n{name} {data.dtype} {list(tensor.shape)}\n".encode()
+        yield data.view(torch.uint8).numpy().data
 
 
 def tokenizer_facts(tokenizer: Any) -> list[Any]:

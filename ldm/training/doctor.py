@@ -110,7 +110,7 @@ def _examine(config: Config) -> Iterator[Finding]:
         mean, told = report_reconstruction(vae, pictures, config.data.size)
         far = "; that is low: raise vae_training.steps or vae_model.latent_channels"
         yield Finding("ok", "VAE", told) if mean >= BLURRED else Finding("warning", "VAE", told + far)
-    yield from before_unet(config, accelerator, source, Encoders(vae, text))
+    yield from before_unet(config, accelerator, source, Encoders(lambda: vae, lambda: text))
 
 
 def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:
@@ -165,16 +165,15 @@ def before_unet(
     config: Config, accelerator: Accelerator, source: ConditionedPictures, encoders: Encoders
 ) -> Iterator[Finding]:
     """Room for the U-Net's training, and a trial of it on samples encoded for it alone."""
-    vae, text = encoders.vae, encoders.text
-    shape, loop, data = latent_shape(vae, config.data.size), config.loop, config.data
-    build = denoiser(config, source, text, shape)
+    shape, loop, data = latent_shape(encoders.vae, config.data.size), config.loop, config.data
+    build = denoiser(config, source, encoders.text, shape)
     learned = config.diffusion.variance == "learned"
 
     def prepare(config: Config) -> Training:
         torch.manual_seed(config.seed)
         return Training.prepare(config, accelerator, build_schedule(config.diffusion), build(learned_variance=learned))
 
-    frozen = bytes_of(vae) + (bytes_of(text.model) if text else 0)
+    frozen = bytes_of(encoders.vae) + (bytes_of(encoders.text.model) if encoders.text else 0)
     needs = network_needs(config, bytes_of(build()), 4, frozen, "pipeline")
     yield disk(config, needs | cache_needs(config, source, encoders, shape), "U-Net disk")
     fresh = replace(config, data=replace(data, cache="off", workers=0))
@@ -182,6 +181,7 @@ def before_unet(
     rank, processes = accelerator.process_index, accelerator.num_processes
     numbers = numbers_of(0, 1 + TIMED, loop.batch_size, loop.accumulation, rank, processes)
     *parts, few = batches(samples, [*numbers, range(FEW)], accelerator.device, encoders)
+    encoders.free()  # as they are while the run takes its steps
     steps = [parts[i : i + loop.accumulation] for i in range(0, len(parts), loop.accumulation)]
     yield from try_steps(config, "optim", prepare, steps, [few], accelerator, "U-Net")
 

@@ -22,7 +22,7 @@ from ldm.training.checkpoint import DISK_ERRORS, on_rank_0
 from ldm.training.disk import put_in_place, temporary_beside
 from ldm.training.ranks import while_others_wait
 from ldm.training.samples import Batch
-from ldm.training.selfcheck import PipelineMismatch, check_frozen, check_unet, quiet
+from ldm.training.selfcheck import Frozen, PipelineMismatch, check_frozen, check_unet, quiet
 from ldm.training.signals import RunError
 from ldm.training.trainee import averaged_weights
 
@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 BuildUNet = Callable[[dict[str, Tensor]], Any]
 
 
-def save_frozen(run: Path, build_pipeline: Callable[[], Any]) -> None:
-    """Save RUN/frozen. Every rank must call it; rank 0 builds the pipeline, with whatever U-Net.
+def save_frozen(run: Path, build_pipeline: Callable[[], Any], free: Callable[[], None]) -> None:
+    """Save RUN/frozen. Every rank must call it.
 
+    Args:
+        build_pipeline: called by rank 0; with whatever U-Net.
+        free: lets go of the pipeline's networks, before what was written is loaded again to be compared.
     Raises:
         RunError: if there is no room for it, or what was written is not what is in memory.
     """
@@ -47,7 +50,10 @@ def save_frozen(run: Path, build_pipeline: Callable[[], Any]) -> None:
             temporary = temporary_beside(final)
             with quiet():
                 pipeline.save_pretrained(temporary)
-                check_frozen(temporary, pipeline)
+                expected = Frozen.of(pipeline)
+                del pipeline
+                free()
+                check_frozen(temporary, expected)
             shutil.rmtree(temporary / "unet")
             put_in_place(temporary, final)
         except PipelineMismatch as error:

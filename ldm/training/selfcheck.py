@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from ldm.models.fingerprint import tokenizer_facts
+from ldm.models.fingerprint import tokenizer_facts, weights_fingerprint
 from ldm.models.loading import NETWORKS, load_network
 from ldm.pipeline import LDMPipeline
 
@@ -46,23 +47,51 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def check_frozen(folder: Path, pipeline: Any) -> None:
-    """Compare all of a saved pipeline but its U-Net with the one in memory, one network after the other.
+@dataclass(frozen=True)
+class Frozen:
+    """All of a pipeline that no step changes, in a few hashes: what they were taken of may be let go.
+
+    Attributes:
+        pipeline: its class.
+        networks: name => class and hash of the weights, the U-Net left out.
+        tokenizer: all that decides which tokens a caption becomes; None without one.
+        scheduler: its settings.
+    """
+
+    pipeline: Any
+    networks: dict[str, tuple[type, str]]
+    tokenizer: list[Any] | None
+    scheduler: dict[str, Any]
+
+    @classmethod
+    def of(cls, pipeline: Any) -> Frozen:
+        """What a pipeline in memory has."""
+        networks = {
+            name: (type(part), weights_fingerprint(part))
+            for name, part in pipeline.components.items()
+            if isinstance(part, nn.Module) and name != "unet"
+        }
+        tokenizer = None if pipeline.tokenizer is None else tokenizer_facts(pipeline.tokenizer)
+        return cls(type(pipeline), networks, tokenizer, settings(pipeline.scheduler))
+
+
+def check_frozen(folder: Path, expected: Frozen) -> None:
+    """Compare all of a saved pipeline but its U-Net with what was in memory, one network after the other.
 
     Raises:
         PipelineMismatch: says what differs.
     """
     with loadable():
-        loaded = type(pipeline).from_pretrained(folder, **dict.fromkeys(NETWORKS))
-    if settings(loaded.scheduler) != settings(pipeline.scheduler):
+        loaded = expected.pipeline.from_pretrained(folder, **dict.fromkeys(NETWORKS))
+    if settings(loaded.scheduler) != expected.scheduler:
         raise PipelineMismatch("scheduler: other settings than in memory")
-    if loaded.tokenizer is not None and tokenizer_facts(loaded.tokenizer) != tokenizer_facts(pipeline.tokenizer):
+    if loaded.tokenizer is not None and tokenizer_facts(loaded.tokenizer) != expected.tokenizer:
         raise PipelineMismatch("tokenizer: other tokens than in memory")
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and name != "unet":
-            with loadable():
-                found = load_network(type(part), folder / name, whole=isinstance(part, ModelMixin))
-            check_weights(name, part.state_dict(), found.state_dict())
+    for name, (kind, weights) in expected.networks.items():
+        with loadable():
+            found = weights_fingerprint(load_network(kind, folder / name, whole=issubclass(kind, ModelMixin)))
+        if found != weights:
+            raise PipelineMismatch(f"{name}: what was written differs from the weights in memory")
 
 
 def check_unet(
