@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.settings import SIZE
 from ldm.data.captioned import CaptionedPictures
+from ldm.devices import best_dtype
 from ldm.evaluation import examine
 from ldm.evaluation.contrastive import load_net
 from ldm.evaluation.distribution import kid_figure
@@ -64,7 +65,7 @@ class Judge:
         with torch.no_grad():
             for name, parameter in zip(sorted(averaged), pipeline.unet.parameters(), strict=True):
                 parameter.copy_(averaged[name])
-        subject = Subject(pipeline, self.model)
+        subject = Subject(pipeline.to(best_dtype(torch.device("cpu"))), self.model)
         looks = [self.drawn(subject, scale) for scale in self.guidance_scales]
         return min(looks, key=lambda look: (look["rank"], look["kid"]))
 

@@ -3,12 +3,12 @@
     python -m benchmarks.time_to_quality --peer-script train_text_to_image.py --vae runs/openmoji64/vae \\
         --net nets/openmoji --budget 3600 --seeds 3
 
-The peer, at its best flags, trains for a budget of seconds, and so does ours, in turns (benchmarks/turns.py); the clock
-of each begins with its process, so ours has to encode everything first. Ours leaves its averaged weights at twenty-one
-moments, each 1.19 times the last. Afterwards, off the clock, both draw the held-out captions, and one frozen feature
-net judges: the rank of the caption's picture among all real ones (geometric mean), and KID. Ours is looked at from the
-end backwards. It has reached the peer at the earliest moment from which on it is at least as good in both, whenever it
-is looked at.
+The peer, at its best flags, trains for a budget of seconds, and ours for as many or fewer (--share), in turns
+(benchmarks/turns.py); the clock of each begins with its process, so ours has to encode everything first. Ours leaves
+its averaged weights at twenty-one moments, each 1.19 times the last. Afterwards, off the clock, both draw the held-out
+captions, and one frozen feature net judges: the rank of the caption's picture among all real ones (geometric mean), and
+KID. Ours is looked at from the end backwards. It has reached the peer at the earliest moment from which on it is at
+least as good in both, whenever it is looked at.
 
 What is tried on our side alone, such as another objective, is said with --ours and told in the JSON.
 """
@@ -35,7 +35,7 @@ FASTEST = 10  # steps a second; the budget ends both sides before they run out o
 
 
 def marks(budget: float) -> list[float]:
-    """The seconds at which ours leaves its weights: from a thirty-second of the budget to all of it."""
+    """The seconds at which ours leaves its weights: from a thirty-second of its budget to all of it."""
     return [budget * 32 ** (i / (MOMENTS - 1) - 1) for i in range(MOMENTS)]
 
 
@@ -56,15 +56,18 @@ def train(folders: Folders, work: Path, seed: int, flags: Sequence[str], chosen:
         observe += ["--snapshots", work / name, script]
         return Runner([*observe, *words], work / name, moments, chosen.threads, work / f"{name}.log")
 
-    ours = runner("ours", TRAIN, ours_words, marks(chosen.budget))
+    ours = runner("ours", TRAIN, ours_words, marks(chosen.share * chosen.budget))
     peer = runner("peer", chosen.peer_script.resolve(), peer_words, [chosen.budget])
     take_turns([ours, peer] if seed % 2 == 0 else [peer, ours], chosen.turn, lambda line: print(line, file=sys.stderr))
     return [ours, peer]
 
 
-def reached(judge: Judge, snapshots: Sequence[Snapshot], goal: dict[str, Any]) -> tuple[float | None, list[Any]]:
+def reached(
+    judge: Judge, snapshots: Sequence[Snapshot], goal: dict[str, Any]
+) -> tuple[float | None, list[dict[str, Any]]]:
     """The seconds from which on ours is as good as `goal`, None if it isn't in the end; and what was seen, in order."""
-    since, seen = None, []
+    since: float | None = None
+    seen: list[dict[str, Any]] = []
     for snapshot in reversed(snapshots):
         found = judge.look(snapshot.file)
         seen.insert(0, {"seconds": snapshot.seconds, "step": snapshot.step, **found})
@@ -84,11 +87,12 @@ def main() -> None:
     add("--net", type=Path, required=True, help="the judge: a net that `ldm evaluate --data SOURCE --fit-net` left")
     add("--setting", choices=SETTINGS, default="C")
     add("--budget", type=float, default=3600, help="seconds of training for each side and seed")
+    add("--share", type=float, default=1.0, help="of the budget, that ours trains for")
     add("--seeds", type=int, default=3)
     add("--turn", type=float, default=30, help="seconds that a side runs before the other goes on")
     add("--captions", type=int, default=0, help="held-out captions that are drawn, spread evenly; 0 is all")
     add("--drawing-steps", type=int, default=10)
-    add("--guidance-scale", type=float, nargs="+", default=[3.0], help="of several, each look takes the best rank")
+    add("--guidance-scale", type=float, nargs="+", default=[1.0, 3.0], help="each look takes the one of the best rank")
     add("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="settings that only our side gets")
     add("--lr", type=float, default=5e-4)
     add("--lr-warmup", type=int, default=100, help="in steps; then the learning rate stays")
@@ -117,6 +121,7 @@ def main() -> None:
     facts |= {
         "batch_size": chosen.batch_size,
         "captions": len(judge.asked),
+        "share": chosen.share,
         "lr": chosen.lr,
         "pictures": folders.pictures,
     }

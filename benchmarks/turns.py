@@ -106,12 +106,16 @@ class Runner:
 
 
 def take_turns(runners: Sequence[Runner], seconds: float, say: Callable[[str], None] = lambda _: None) -> None:
-    """Run all of them to their last marks, in turns of so many seconds; they are killed whatever happens."""
+    """Run all of them to their last marks in turns; they are killed whatever happens.
+
+    The one that runs longest has turns of so many seconds, and the others shorter ones: all end at about the same time.
+    """
+    longest = max(runner.marks[-1] for runner in runners)
     try:
         while not all(runner.done for runner in runners):
             for runner in runners:
                 if not runner.done:
-                    runner.turn(seconds)
+                    runner.turn(seconds * runner.marks[-1] / longest)
             say(
                 ", ".join(
                     f"{runner.folder.name} {runner.seconds:.0f} s of {runner.marks[-1]:.0f}" for runner in runners

@@ -267,7 +267,7 @@ def test_the_cache_changes_nothing(home: Path, tmp_path: Path) -> None:
 def test_the_encoders_are_in_memory_only_while_they_are_needed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
-    """Counted among all objects of the process, at every step: of the trial, and before, between and after pipelines."""
+    """Counted among all objects of the process, in every step: of the trial, before, between, after pipelines."""
 
     def alive() -> set[int]:
         return {id(o) for o in gc.get_objects() if isinstance(o, (AutoencoderKL, BertModel))}
