@@ -22,7 +22,7 @@ from ldm.training.config import Config
 from ldm.training.ranks import while_others_wait
 
 MEASURED = 1024  # pictures; the mean of a channel is then known to a thirtieth of its std, or better
-CHECKED = 512
+CHECKED = 256  # pictures, at every start
 SCALE_FILE = "vae_scale.json"  # in RUN
 STD_RANGE = (0.9, 1.1)
 
@@ -121,7 +121,7 @@ def check_scale(vae: Any, pictures: CaptionedPictures, size: int) -> None:
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: Any, pictures: CaptionedPictures, size: int, most: int = 512) -> Tensor:
+def reconstruction_psnr(vae: Any, pictures: CaptionedPictures, size: int, most: int = CHECKED) -> Tensor:
     """PSNR in dB, float32 [N], of at most so many pictures through the VAE and back: no model can draw better."""
     return torch.cat(
         [
