@@ -8,8 +8,8 @@ What this adds to the script, which runs by `runpy` as its own __main__ in this 
   peak size of this process. No function is replaced, and nothing waits: on a CPU a step is over when it returns.
 - After STEPS steps OUT.json is written and the process left, so that neither side's saving at the end is timed.
 - With --snapshots, the average's `step` (of diffusers' EMAModel, or of our `Average`) is followed by a look whether
-  FOLDER holds a file want-NAME; if so the averaged weights are saved as FOLDER/NAME.safetensors, with the time in its
-  metadata.
+  FOLDER holds a file want-NAME; if so the averaged weights are saved as FOLDER/NAME.safetensors. Its metadata say when,
+  after how many steps, and of which average of the process: a trial before the first step has one of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import resource
 import runpy
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,11 +73,18 @@ def watch_average(folder: Path) -> None:
     from ldm.models.ema import Average
 
     steps = {EMAModel: EMAModel.step, Average: Average.step}
+    averages = count()
 
     def stepped(self: Any, parameters: Any) -> None:
         steps[type(self)](self, parameters)
+        if not hasattr(self, "number"):
+            self.number = next(averages)
         for wanted in folder.glob("want-*"):
-            facts = {"time": str(time.monotonic()), "step": str(self.optimization_step)}
+            facts = {
+                "time": str(time.monotonic()),
+                "step": str(self.optimization_step),
+                "average": str(self.number),
+            }
             weights = {f"{i:04d}": weight.contiguous() for i, weight in enumerate(self.shadow_params)}
             name = wanted.name.removeprefix("want-")
             save_file(weights, folder / f".{name}.new", facts)

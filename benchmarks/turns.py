@@ -89,14 +89,17 @@ class Runner:
         return sum(min(end, moment) - begin for begin, end in self.turns if begin < moment)
 
     def snapshots(self) -> list[Snapshot]:
-        """What it saved, in order; a step that was asked for twice counts once."""
-        found: dict[int, Snapshot] = {}
+        """What it saved of its last average, in order; a step that was asked for twice counts once."""
+        found: dict[tuple[int, int], Snapshot] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
                 facts = opened.metadata()
-            step = int(facts["step"])
-            found.setdefault(step, Snapshot(file, self.own_time(float(facts["time"])), step))
-        return [found[step] for step in sorted(found)]
+            average, step = int(facts["average"]), int(facts["step"])
+            found.setdefault((average, step), Snapshot(file, self.own_time(float(facts["time"])), step))
+        last = max((average for average, _ in found), default=0)
+        return [
+            snapshot for (average, _), snapshot in sorted(found.items(), key=lambda item: item[0]) if average == last
+        ]
 
     def end(self) -> None:
         """Kill it and its workers."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.harness import ROOT, Comparison, Target, compare, median_interval, report
 from benchmarks.judge import Judge, as_good
@@ -110,7 +112,6 @@ def test_a_script_is_watched_as_it_is(
 
 
 def test_both_sides_are_given_the_same_networks_and_only_training_pictures(tmp_path: Path) -> None:
-    import torch
     from diffusers import StableDiffusionPipeline
     from PIL import Image
 
@@ -137,6 +138,33 @@ def test_both_sides_are_given_the_same_networks_and_only_training_pictures(tmp_p
     assert all(torch.equal(weight, fresh[name]) for name, weight in stock.unet.state_dict().items())
 
 
+AVERAGING = """
+import pathlib, sys
+import torch
+from diffusers.training_utils import EMAModel
+from ldm.models.ema import build_ema
+folder = pathlib.Path(sys.argv[1])
+network = torch.nn.Linear(2, 2)
+def average(ema, steps, name):
+    for step in range(steps):
+        (folder / f"want-{name}").touch() if step == steps - 1 else None
+        ema.step(network.parameters())
+average(build_ema(network, 0.9), 4, "000")
+torch.nn.init.constant_(network.weight, 3.0)
+average(EMAModel(network.parameters()) if sys.argv[2] == "theirs" else build_ema(network, 0.9), 2, "001")
+"""
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_snapshots_are_of_the_run_and_not_of_the_trial_before_it(tmp_path: Path, side: str) -> None:
+    (tmp_path / "averaging.py").write_text(AVERAGING, "utf-8")
+    words = [tmp_path / "told.json", "0", "--snapshots", tmp_path, tmp_path / "averaging.py", tmp_path, side]
+    subprocess.run([sys.executable, "-m", "benchmarks.observe", *map(str, words)], cwd=ROOT, check=True)
+    (found,) = Runner([], tmp_path, [1.0], 1, tmp_path / "log", turns=[(0.0, math.inf)]).snapshots()
+    assert found.step == 2 and found.file.name == "001.safetensors"
+    assert torch.equal(load_file(found.file)["0000"], torch.full((2, 2), 3.0))
+
+
 TRAINING = """
 import pathlib, sys, time
 import numpy
@@ -146,7 +174,8 @@ for step in range(1, 100_000):
     time.sleep(0.005)
     print(time.monotonic(), file=beats, flush=True)
     for wanted in folder.glob("want-*"):
-        name, facts = wanted.name.removeprefix("want-"), {"time": str(time.monotonic()), "step": str(step)}
+        name = wanted.name.removeprefix("want-")
+        facts = {"time": str(time.monotonic()), "step": str(step), "average": "0"}
         save_file({"weight": numpy.zeros(1)}, folder / f".{name}", facts)
         (folder / f".{name}").rename(folder / f"{name}.safetensors")
         wanted.unlink()
