@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory --peer-script train_text_to_image.py
 
-The largest resident size of a fresh process that runs from nothing to the saved pipeline: on our side, encoding
-everything and loading both encoders again for the last save are part of it. Both sides read their data in the main
-process, because memory that worker processes share can't be divided among them. The peer is P1. Beside it, the same up
-to the last step, without what the last save takes.
+The largest resident size of a fresh process that runs from nothing to the saved pipeline: on our side,
+encoding everything is part of it. Both sides read their data in the main process, because memory that worker processes
+share can't be divided among them. The peer is P1. Beside it, the same up to the last step, without what the last save
+takes.
 """
 
 from __future__ import annotations
