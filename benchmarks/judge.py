@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -58,14 +59,19 @@ class Judge:
         asked = gallery.ask("heldout", chosen.captions or None)
         return cls(model, space, gallery, real, asked, chosen.drawing_steps, chosen.guidance_scale, out)
 
-    def look(self, weights: Path) -> dict[str, Any]:
-        """{"rank", "kid", "top5", "guidance_scale"} of averaged weights, at the guidance scale of the best rank."""
-        pipeline = LDMPipeline.from_pretrained(self.model)
+    def look(self, weights: Path, frozen: Path | None = None) -> dict[str, Any]:
+        """{"rank", "kid", "top5", "guidance_scale"} of averaged weights, at the guidance scale of the best rank.
+
+        Args:
+            frozen: where the VAE and the text encoder that they were trained with are, if not in the model's folder.
+        """
+        others = frozen or self.model
+        pipeline = LDMPipeline.from_pretrained(others, unet=UNet2DConditionModel.from_pretrained(self.model / "unet"))
         averaged = load_file(weights)  # in the order of the U-Net's parameters
         with torch.no_grad():
             for name, parameter in zip(sorted(averaged), pipeline.unet.parameters(), strict=True):
                 parameter.copy_(averaged[name])
-        subject = Subject(pipeline.to(best_dtype(torch.device("cpu"))), self.model)
+        subject = Subject(pipeline.to(best_dtype(torch.device("cpu"))), others)
         looks = [self.drawn(subject, scale) for scale in self.guidance_scales]
         return min(looks, key=lambda look: (look["rank"], look["kid"]))
 

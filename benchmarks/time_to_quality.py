@@ -63,13 +63,17 @@ def train(folders: Folders, work: Path, seed: int, flags: Sequence[str], chosen:
 
 
 def reached(
-    judge: Judge, snapshots: Sequence[Snapshot], goal: dict[str, Any]
+    judge: Judge, snapshots: Sequence[Snapshot], frozen: Path, goal: dict[str, Any]
 ) -> tuple[float | None, list[dict[str, Any]]]:
-    """The seconds from which on ours is as good as `goal`, None if it isn't in the end; and what was seen, in order."""
+    """The seconds from which on ours is as good as `goal`, None if it isn't in the end; and what was seen, in order.
+
+    Args:
+        frozen: the rest of ours, its VAE and text encoder as it has normalized and standardized them.
+    """
     since: float | None = None
     seen: list[dict[str, Any]] = []
     for snapshot in reversed(snapshots):
-        found = judge.look(snapshot.file)
+        found = judge.look(snapshot.file, frozen)
         seen.insert(0, {"seconds": snapshot.seconds, "step": snapshot.step, **found})
         print(f"ours, {snapshot.seconds:.0f} s, step {snapshot.step}: {found}", file=sys.stderr)
         if not as_good(found, goal):
@@ -111,7 +115,7 @@ def main() -> None:
         last = peer.snapshots()[-1]
         goal = judge.look(last.file)
         print(f"P1, {last.seconds:.0f} s, step {last.step}: {goal}", file=sys.stderr)
-        seconds, seen = reached(judge, ours.snapshots(), goal)
+        seconds, seen = reached(judge, ours.snapshots(), work / "run/frozen", goal)
         told = {"value": chosen.budget / seconds if seconds else 0.0, "seconds": seconds, "seen": seen}
         theirs = {"value": chosen.budget / last.seconds, "seconds": last.seconds, "step": last.step, **goal}
         for folder in (folders.model.parent, work / "ours", work / "peer", work / "run", work / "peer-run"):

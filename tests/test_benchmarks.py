@@ -219,6 +219,9 @@ def test_as_good_means_in_both_figures() -> None:
     assert not as_good({"rank": 300.0, "kid": 0.5}, goal)
 
 
+FROZEN = Path("run/frozen")
+
+
 class Ranks:
     """A judge that knows the rank of every snapshot beforehand."""
 
@@ -226,7 +229,8 @@ class Ranks:
         self.ranks, self.looks = ranks, 0
         self.snapshots = [Snapshot(Path(str(place)), 10.0 * (place + 1), place) for place in range(len(ranks))]
 
-    def look(self, weights: Path) -> dict[str, Any]:
+    def look(self, weights: Path, frozen: Path) -> dict[str, Any]:
+        assert frozen == FROZEN
         self.looks += 1
         return {"rank": self.ranks[int(weights.name)], "kid": 0.0}
 
@@ -242,6 +246,6 @@ class Ranks:
 )
 def test_a_quality_is_reached_when_it_is_kept_from_then_on(ranks: list[float], since: float | None, looks: int) -> None:
     judge = Ranks(*ranks)
-    found, seen = reached(cast(Judge, judge), judge.snapshots, {"rank": 200.0, "kid": 0.0})
+    found, seen = reached(cast(Judge, judge), judge.snapshots, FROZEN, {"rank": 200.0, "kid": 0.0})
     assert found == since and judge.looks == looks
     assert [look["rank"] for look in seen] == ranks[-looks:]  # in the order of training

@@ -92,6 +92,14 @@ def test_a_key_that_the_older_version_did_not_know_counts_if_it_is_set() -> None
     assert differences(old, new, "unet", {}, 0) == {"optim.clip": (1.0, 2.0)}
 
 
+def test_a_run_begun_before_contexts_were_standardized_is_not_gone_on_with_otherwise() -> None:
+    old, new = to_dict(Config()), to_dict(Config())
+    del old["text"]["standardize"]
+    assert differences(old, new, "unet", {}, 0) == {"text.standardize": (False, True)}
+    new["text"]["standardize"] = False
+    assert differences(old, new, "unet", {}, 0) == {}
+
+
 def test_another_number_of_pictures_is_a_change() -> None:
     config = to_dict(Config())
     found = differences(config, config, "unet", {"pictures": (18, 19)}, 0)

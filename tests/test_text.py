@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
 from torch import Tensor
 
-from ldm.models.text import MINILM, TextConfig, TextEncoder, minilm_folder
+from ldm.models.text import MINILM, TextConfig, TextEncoder, measure_context, minilm_folder
 
 CAPTIONS = ["red heart", "", "house with garden", "flag: japan"]
 
@@ -81,6 +82,57 @@ def test_a_caption_s_context_does_not_depend_on_its_batch(
     together = encoders[kind].encode(CAPTIONS)
     for i, caption in enumerate(CAPTIONS):
         assert (encoders[kind].encode([caption])[0] - together[i]).abs().max() < 1e-5
+
+
+# --- standardized --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_standardized_context_is_the_old_one_shifted_and_scaled(tmp_path: Path, kind: tiny.Kind) -> None:
+    text = tiny.text_encoder(tmp_path, kind)
+    with torch.no_grad():  # an encoder says mostly the same, and its channels differ in spread
+        norm = text.model.encoder.layer[-1].output.LayerNorm if kind == "bert" else text.model.get_submodule(
+            "final_layer_norm" if kind == "clip" else "encoder.final_layer_norm"
+        )  # fmt: skip
+        norm.weight.mul_(torch.linspace(0.5, 3, text.dim))
+        if kind != "t5":
+            norm.bias.copy_(torch.linspace(-4, 4, text.dim))
+    before = text.encode(CAPTIONS).double().numpy()
+    mean, std = measure_context([text.encode(CAPTIONS[:3]), text.encode(CAPTIONS[3:])])
+    # numpy, over all captions and places at once, is the second opinion
+    assert np.allclose(mean, before.mean((0, 1)), atol=1e-6)
+    assert np.allclose(std, before.std((0, 1)), atol=1e-6)
+    text.standardize(mean, std)
+    after = text.encode(CAPTIONS).double().numpy()
+    if kind == "t5":  # its norm can't shift
+        assert np.allclose(after, before / np.sqrt((before**2).mean((0, 1))), atol=1e-4)
+        assert np.allclose((after**2).mean((0, 1)), 1, atol=1e-4)
+    else:
+        assert np.allclose(after, (before - before.mean((0, 1))) / before.std((0, 1)), atol=1e-4)
+        assert np.allclose(after.mean((0, 1)), 0, atol=1e-4)
+        assert np.allclose(after.std((0, 1)), 1, atol=1e-4)
+    # what was saved says the same, to a stock class that knows nothing of it
+    text.model.save_pretrained(tmp_path / "saved")
+    stock = type(text.model).from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), text.model.parameters(), strict=True))
+
+
+def test_a_channel_that_never_varies_becomes_zero_and_is_not_blown_up(tmp_path: Path) -> None:
+    # all-MiniLM-L6-v2 has one
+    text = tiny.text_encoder(tmp_path, "bert")
+    with torch.no_grad():
+        norm = text.model.encoder.layer[-1].output.LayerNorm
+        norm.weight[7], norm.bias[7] = 1e-12, -3
+    mean, std = measure_context([text.encode(CAPTIONS)])
+    assert std[7] < 1e-6
+    text.standardize(mean, std)
+    assert text.encode(["an owl"])[..., 7].abs().max() < 1e-5
+
+
+def test_an_encoder_that_says_the_same_of_every_token_is_refused(tmp_path: Path) -> None:
+    text = tiny.text_encoder(tmp_path, "bert")
+    with pytest.raises(ValueError, match=r"text.encoder: it says the same of every token"):
+        text.standardize(torch.zeros(text.dim), torch.zeros(text.dim))
 
 
 # --- tokens --------------------------------------------------------------------------------------------

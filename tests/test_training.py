@@ -25,7 +25,7 @@ from transformers import BertModel
 from ldm.data.captioned import read_captioned
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.records import DamagedError
-from ldm.models.text import TextEncoder
+from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.vae import build_vae, decode, encode, load_vae
 from ldm.pipeline import LDMPipeline
 from ldm.training.config import Config
@@ -291,7 +291,10 @@ def test_the_encoders_are_in_memory_only_while_they_are_needed(
 def test_a_second_start_encodes_nothing_and_new_rows_only_themselves(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pretrained VAE, whose scale is measured, too: once in a run, or every new picture would change all latents."""
+    """A pretrained VAE, whose scale is measured, too: once in a run, or every new picture would change all latents.
+
+    Likewise the text encoder: a new caption would change every context.
+    """
     shutil.copytree(home / "data", tmp_path / "data")
     config = config_of(home, tmp_path / "run", data__source=str(tmp_path / "data"), data__holdout=0, loop__steps=1)
     for said in ("24 pictures and 25 captions to encode", "all 24 pictures and their captions are in"):
@@ -303,9 +306,26 @@ def test_a_second_start_encodes_nothing_and_new_rows_only_themselves(
     assert [path.name for path in (tmp_path / "other/cache").iterdir()] == ["rows.npy"]
     Image.new("RGB", (tiny.SIZE, tiny.SIZE), "brown").save(tmp_path / "data/images/new.png")
     with (tmp_path / "data/metadata.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"file_name": "images/new.png", "text": "red cat"}) + "\n")
+        file.write(json.dumps({"file_name": "images/new.png", "text": "brown cat"}) + "\n")
     train_ldm(road.replace(config, resume={"allow": ("pictures",)}))
-    assert "cache: 1 picture and 0 captions to encode" in capsys.readouterr().out
+    assert "cache: 1 picture and 1 caption to encode" in capsys.readouterr().out
+
+
+def test_what_the_unet_is_told_has_mean_0_and_variance_1(home: Path, tmp_path: Path) -> None:
+    """In the pipeline, that is where pictures are drawn; all of its captions were measured, and nothing else was."""
+    pictures = read_captioned(str(home / "data"), holdout=0.2)
+    captions = sorted({caption for row in pictures.train for caption in row.captions})
+    given = TextEncoder.load(TextConfig(str(home / "text"), tiny.MAX_LENGTH))
+    for standardize in (True, False):
+        run = tmp_path / str(standardize)
+        train_ldm(config_of(home, run, loop__steps=1, text__standardize=standardize))
+        pipeline = LDMPipeline.from_pretrained(run / "pipeline")
+        context = TextEncoder(pipeline.tokenizer, pipeline.text_encoder).encode(captions).double()
+        same = torch.equal(context, given.encode(captions).double())
+        assert same is not standardize and (run / "text_scale.json").exists() is standardize
+        if standardize:
+            assert context.mean((0, 1)).abs().max() < 1e-5
+            assert torch.allclose(context.std((0, 1), correction=0), torch.ones(context.shape[-1]).double(), atol=1e-4)
 
 
 def test_a_damaged_latent_stops_the_run_and_the_next_start_mends_it(

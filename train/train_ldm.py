@@ -30,12 +30,11 @@ def main(config: Config) -> list[float]:
     from ldm.data.conditioned import ConditionedPictures
     from ldm.data.rows import count
     from ldm.diffusion.schedule import scheduler_config
-    from ldm.models.text import load_text
     from ldm.models.unet import choose_attention, without_variance
     from ldm.models.vae import latent_shape
     from ldm.pipeline import LDMPipeline
     from ldm.training.caching import build_cache
-    from ldm.training.captions import report_captions
+    from ldm.training.context import load_text, measure_text, report_captions
     from ldm.training.denoiser import denoiser
     from ldm.training.device import build_accelerator
     from ldm.training.doctor import before_first_step, before_unet, repeated
@@ -62,7 +61,8 @@ def main(config: Config) -> list[float]:
 
     # the frozen encoders: pixels => latents, caption => context
     measure_pretrained(config, pictures.train, device)
-    encoders = Encoders(lambda: load_normalized(config, device), lambda: load_text(config.text, device))
+    measure_text(config, pictures.train, device)
+    encoders = Encoders(lambda: load_normalized(config, device), lambda: load_text(config, device))
     check_scale(encoders.vae, pictures.train, data.size)
     say(report_reconstruction(encoders.vae, pictures, data.size)[1])
     if encoders.text:

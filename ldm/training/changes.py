@@ -67,6 +67,8 @@ UNREAD = {
         ),
     ),
 }
+#: What versions did that did not know the key yet, where it isn't today's default.
+BEFORE = {"text.standardize": False}
 ABSENT = "(absent)"
 
 
@@ -93,14 +95,15 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ and matter to what is trained ("unet", "vae" or "classifier"): key => (old, new).
 
-    A key that the checkpoint's version did not know counts only if it is not at its default.
+    A key that the checkpoint's version did not know counts only if it is not what that version did: today's default,
+    or `BEFORE`.
 
     Args:
         old, new: configs as nested dicts.
         facts: what the config does not say, name => (old, new): the number of pictures.
         done: steps that were trained with the old config.
     """
-    before, after, default = flat(old), flat(new), flat(to_dict(Config()))
+    before, after, default = flat(old), flat(new), flat(to_dict(Config())) | BEFORE
     found = dict(facts)
     for key in dict.fromkeys([*before, *after]):
         was = before.get(key, default.get(key, ABSENT))

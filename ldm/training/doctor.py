@@ -23,12 +23,12 @@ from ldm.data.conditioned import ConditionedPictures
 from ldm.data.duplicates import alike, duplicates, named
 from ldm.data.rows import BadDataError, count
 from ldm.models.classifier import NoisyClassifier
-from ldm.models.text import TextEncoder, load_text
+from ldm.models.text import TextEncoder
 from ldm.models.vae import build_vae, latent_shape, load_vae
-from ldm.training.captions import report_captions
 from ldm.training.checkpoint import checkpoints
 from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples
 from ldm.training.config import Config
+from ldm.training.context import measure_on, report_captions
 from ldm.training.denoiser import denoiser
 from ldm.training.device import build_accelerator
 from ldm.training.encoders import Encoders
@@ -90,9 +90,12 @@ def _examine(config: Config) -> Iterator[Finding]:
     yield from repeated(pictures)
 
     accelerator = build_accelerator(config.loop)
-    text = load_text(config.text, accelerator.device)
-    if text:
+    text = None
+    if config.text.encoder is not None:
+        text = TextEncoder.load(config.text, accelerator.device)
         yield captions(text, pictures)
+        if config.text.standardize:
+            text.standardize(*measure_on(text, pictures.train))
     if config.vae is None and not (Path(config.run) / "vae/config.json").exists():
         torch.manual_seed(config.seed)
         vae = build_vae(config.vae_model).eval().requires_grad_(False).to(accelerator.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ldm.models.fingerprint import fingerprint
 from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normalize, psnr, to_pictures
 from ldm.training.config import Config
 from ldm.training.ranks import while_others_wait
+from ldm.training.scales import Scale
 
 MEASURED = 1024  # pictures; the mean of a channel is then known to a thirtieth of its std, or better
 CHECKED = 256  # pictures, at every start
@@ -36,10 +36,7 @@ def load_normalized(config: Config, device: torch.device) -> Any:
     trained = Path(config.run) / "vae"
     if config.vae is not None:
         vae = load_vae(config.vae)
-        scale = read_scale(config, vae)
-        if scale is None:
-            raise ValueError(f"vae: {Path(config.run) / SCALE_FILE} is not about {config.vae}; start the run again")
-        normalize(vae, *scale)
+        normalize(vae, *latent_scale(config, vae).require(f"vae: {config.vae}"))
         return vae.to(device)
     if (trained / "config.json").exists():
         return load_vae(trained).to(device)
@@ -50,41 +47,22 @@ def load_normalized(config: Config, device: torch.device) -> Any:
 
 
 def measure_pretrained(config: Config, pictures: CaptionedPictures, device: torch.device) -> None:
-    """Measure the latents of `vae` on these pictures, once in a run, and keep their mean and std in RUN.
-
-    Measured anew at each start, the scale of a run's latents would change when pictures are added. Every rank must
-    call it; rank 0 measures.
-    """
+    """Measure the latents of `vae` on these pictures, once in a run. Every rank must call it; rank 0 measures."""
 
     def measured(tick: Callable[[], None]) -> None:
         vae = load_vae(config.vae or "")
-        if read_scale(config, vae) is None:
-            told = scale_facts(config, vae)
-            mean, std = measure_on(vae.to(device), pictures, config.data.size, MEASURED, tick)
-            path = Path(config.run) / SCALE_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_name(f".{path.name}.new")
-            new.write_text(json.dumps({**told, "mean": mean.tolist(), "std": std.tolist()}, indent=2) + "\n", "utf-8")
-            new.rename(path)
+        scale = latent_scale(config, vae)
+        scale.keep(lambda: measure_on(vae.to(device), pictures, config.data.size, MEASURED, tick))
 
     if config.vae is not None:
         while_others_wait(measured)
 
 
-def scale_facts(config: Config, vae: Any) -> dict[str, Any]:
-    """What the scale of a pretrained VAE's latents depends on."""
+def latent_scale(config: Config, vae: Any) -> Scale:
+    """Where the scale of a pretrained VAE's latents is kept, and what it depends on; the VAE as it was loaded."""
     data = config.data
-    return {"vae": fingerprint(vae), "source": data.source, "size": data.size, "background": data.background}
-
-
-def read_scale(config: Config, vae: Any) -> tuple[Tensor, Tensor] | None:
-    """Mean and std of each latent channel, float64 [C], of a VAE as it was loaded, if this run has measured them."""
-    try:
-        told = json.loads((Path(config.run) / SCALE_FILE).read_text("utf-8"))
-        mean, std = (torch.tensor(told.pop(name), dtype=torch.float64) for name in ("mean", "std"))
-    except (OSError, ValueError, KeyError):
-        return None
-    return (mean, std) if told == scale_facts(config, vae) else None
+    facts = {"vae": fingerprint(vae), "source": data.source, "size": data.size, "background": data.background}
+    return Scale(Path(config.run) / SCALE_FILE, facts)
 
 
 def measure_on(
