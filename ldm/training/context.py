@@ -1,7 +1,7 @@
 """From captions to a context that cross-attention can learn from: say what is cut, measure, standardize.
 
-What a text encoder says is mostly the same for every caption: a mean, in channels of different spread, and the
-projections of cross-attention have no bias to take a mean away. Standardized, captions are learned in about half the
+What a text encoder says has a mean that all captions share, in channels of different spread, and the projections of
+cross-attention have no bias to take a mean away. Standardized, captions are learned in about half the
 pictures (docs/experiments.md, 20).
 """
 
