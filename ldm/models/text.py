@@ -138,10 +138,10 @@ class TextEncoder:
         wide = std if bias is not None else (std.square() + mean.square()).sqrt()
         if not float(wide.median()) > 0:
             raise ValueError("text.encoder: it says the same of every token; is it trained, and its tokenizer its own?")
-        wide = wide.clamp(min=0.1 * float(wide.median())).to(norm.weight.device)
-        norm.weight.copy_(norm.weight.double() / wide)
+        wide = wide.clamp(min=0.1 * float(wide.median()))
+        norm.weight.copy_(norm.weight.cpu().double() / wide)  # Apple's GPU has no float64
         if bias is not None:
-            bias.copy_((bias.double() - mean.to(bias.device)) / wide)
+            bias.copy_((bias.cpu().double() - mean) / wide)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption before any cutting, special tokens included."""
