@@ -19,6 +19,8 @@ from ldm.devices import cpu_has_bf16
 TRAIN = ROOT / "train" / "train_ldm.py"
 #: P1's flags whatever the machine: what the script offers that makes its training faster or better.
 BEST = ("--use_ema", "--foreach_ema", "--snr_gamma=5.0")
+#: Optimizers that train_ldm.py steps before the run's own: its trial times one training and tries to learn with another.
+OURS_TRIALS = 2
 PRECISIONS = ("no", "bf16")
 WORKERS = (0, 2)
 
@@ -59,7 +61,7 @@ class Sides:
         cache = cache or run / "cache"
         shutil.rmtree(run, ignore_errors=True)
         words = self.folders.ours(run, self.batch_size, self.warmup + self.steps, self.threads, f"data.cache={cache}")
-        return self.observed(TRAIN, words)
+        return self.observed(TRAIN, words, OURS_TRIALS)
 
     def peer(self, flags: Sequence[str]) -> Measured:
         """The peer, with these flags."""
@@ -67,14 +69,19 @@ class Sides:
         shutil.rmtree(out / "run", ignore_errors=True)  # its data set stays prepared
         return self.observed(self.script, self.folders.peer(out, self.batch_size, self.warmup + self.steps, *flags))
 
-    def observed(self, script: Path, words: Sequence[str]) -> Measured:
-        """Run a script; {"value": samples/s of the timed steps, "start": seconds to the first step's end, …}."""
+    def observed(self, script: Path, words: Sequence[str], trials: int = 0) -> Measured:
+        """Run a script; {"value": samples/s of the timed steps, "start": seconds to the first step's end, …}.
+
+        Args:
+            trials: optimizers that are stepped before the one whose steps are meant.
+        """
         record = self.work / f"{script.stem}.json"
         leave_after = 0 if self.whole else self.warmup + self.steps
         command: list[str | Path] = [
             sys.executable,
             "-m",
             "benchmarks.observe",
+            f"--trials={trials}",
             record,
             str(leave_after),
             script,

@@ -52,8 +52,8 @@ def train(folders: Folders, work: Path, seed: int, flags: Sequence[str], chosen:
     )  # fmt: skip
 
     def runner(name: str, script: Path, words: Sequence[str], moments: Sequence[float]) -> Runner:
-        observe: list[str | Path] = [sys.executable, "-m", "benchmarks.observe", work / f"{name}.json", "0"]
-        observe += ["--snapshots", work / name, script]
+        observe: list[str | Path] = [sys.executable, "-m", "benchmarks.observe", f"--snapshots={work / name}"]
+        observe += [work / f"{name}.json", "0", script]
         return Runner([*observe, *words], work / name, moments, chosen.threads, work / f"{name}.log")
 
     ours = runner("ours", TRAIN, ours_words, marks(chosen.share * chosen.budget))

@@ -7,6 +7,7 @@ import math
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 
 from benchmarks.harness import ROOT, Comparison, Target, compare, median_interval, report
 from benchmarks.judge import Judge, as_good
-from benchmarks.settings import SETTINGS, build
+from benchmarks.settings import SETTINGS, Folders, build
+from benchmarks.sides import OURS_TRIALS, Sides
 from benchmarks.time_to_quality import reached
 from benchmarks.turns import Runner, Snapshot, take_turns
 from ldm.data.captioned import read_captioned
@@ -111,6 +113,33 @@ def test_a_script_is_watched_as_it_is(
         assert alone.read_text("utf-8") == watched
 
 
+def test_the_steps_that_are_timed_on_our_side_are_the_runs_and_not_its_trials(tmp_path: Path) -> None:
+    """A run tries four steps, and thirty of four pictures each, before its first: they say nothing of its speed."""
+    folders = tiny_folders(tmp_path)
+    sides = Sides(folders, tmp_path / "work", Path("unused"), batch_size=2, threads=1, warmup=1, steps=2, whole=True)
+    told = sides.ours()
+    assert len(told["steps"]) == 2  # between the ends of three
+    logged = [json.loads(line) for line in (tmp_path / "work/ours/log.jsonl").read_text("utf-8").splitlines()]
+    assert logged[-1]["step"] == 3
+    record = json.loads((tmp_path / "work/train_ldm.json").read_text("utf-8"))
+    assert record["optimizers"] == OURS_TRIALS + 1  # one more or less would be another's steps
+    leaving = replace(sides, whole=False).ours()
+    assert len(leaving["steps"]) == 2
+    assert not (tmp_path / "work/ours/pipeline").exists()
+
+
+def tiny_folders(folder: Path) -> Folders:
+    """What both sides are given in setting C, of six pictures and with a tiny text encoder."""
+    from PIL import Image
+
+    rows = [{"file_name": f"{i}.png", "text": f"drawing {i}"} for i in range(6)]
+    (folder / "source").mkdir()
+    for row in rows:
+        Image.new("RGB", (64, 64), (255, 0, 0)).save(folder / "source" / row["file_name"])
+    (folder / "source/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return build(SETTINGS["C"], str(folder / "source"), folder / "given")
+
+
 def test_both_sides_are_given_the_same_networks_and_only_training_pictures(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from PIL import Image
@@ -158,7 +187,7 @@ average(EMAModel(network.parameters()) if sys.argv[2] == "theirs" else build_ema
 @pytest.mark.parametrize("side", ["ours", "theirs"])
 def test_snapshots_are_of_the_run_and_not_of_the_trial_before_it(tmp_path: Path, side: str) -> None:
     (tmp_path / "averaging.py").write_text(AVERAGING, "utf-8")
-    words = [tmp_path / "told.json", "0", "--snapshots", tmp_path, tmp_path / "averaging.py", tmp_path, side]
+    words = [f"--snapshots={tmp_path}", tmp_path / "told.json", "0", tmp_path / "averaging.py", tmp_path, side]
     subprocess.run([sys.executable, "-m", "benchmarks.observe", *map(str, words)], cwd=ROOT, check=True)
     (found,) = Runner([], tmp_path, [1.0], 1, tmp_path / "log", turns=[(0.0, math.inf)]).snapshots()
     assert found.step == 2 and found.file.name == "001.safetensors"
