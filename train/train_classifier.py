@@ -29,7 +29,7 @@ def main(config: Config) -> list[float]:
     from ldm.models.vae import latent_shape
     from ldm.training.caching import build_cache
     from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples, labelled_questions
-    from ldm.training.device import build_accelerator
+    from ldm.training.device import build_accelerator, encoding_dtype
     from ldm.training.doctor import before_classifier, before_first_step
     from ldm.training.encoders import Encoders
     from ldm.training.latents import check_scale, load_normalized, measure_pretrained
@@ -53,9 +53,10 @@ def main(config: Config) -> list[float]:
     say(f"{labels.column}: {len(labels.names)} classes, the most frequent {frequent} with {share:.1%} of the pictures")
 
     # the frozen VAE, the process, and the classifier
-    measure_pretrained(config, pictures.train, accelerator.device)
-    vae = load_normalized(config, accelerator.device)
-    encoders = Encoders(lambda: vae, lambda: None)
+    device, dtype = accelerator.device, encoding_dtype(accelerator)
+    measure_pretrained(config, pictures.train, device, dtype)
+    encoders = Encoders(lambda: load_normalized(config, device), lambda: None, dtype)
+    vae = encoders.vae
     check_scale(vae, pictures.train, data.size)
     schedule = build_schedule(config.diffusion)
     shape = latent_shape(vae, data.size)

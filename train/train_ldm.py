@@ -36,7 +36,7 @@ def main(config: Config) -> list[float]:
     from ldm.training.caching import build_cache
     from ldm.training.context import load_text, measure_text, report_captions
     from ldm.training.denoiser import denoiser
-    from ldm.training.device import build_accelerator
+    from ldm.training.device import build_accelerator, encoding_dtype
     from ldm.training.doctor import before_first_step, before_unet, repeated
     from ldm.training.drawing import build_wishes
     from ldm.training.encoders import Encoders
@@ -60,9 +60,10 @@ def main(config: Config) -> list[float]:
     )
 
     # the frozen encoders: pixels => latents, caption => context
-    measure_pretrained(config, pictures.train, device)
-    measure_text(config, pictures.train, device)
-    encoders = Encoders(lambda: load_normalized(config, device), lambda: load_text(config, device))
+    dtype = encoding_dtype(accelerator)
+    measure_pretrained(config, pictures.train, device, dtype)
+    measure_text(config, pictures.train, device, dtype)
+    encoders = Encoders(lambda: load_normalized(config, device), lambda: load_text(config, device), dtype)
     check_scale(encoders.vae, pictures.train, data.size)
     say(report_reconstruction(encoders.vae, pictures, data.size)[1])
     if encoders.text:
@@ -94,10 +95,11 @@ def main(config: Config) -> list[float]:
     cache = build_cache(config, folder, source.train.all_pictures, encoders, shape) if folder else None
     samples = build_samples(config, source.train, shape, cache)
 
-    # what pipelines are made of: all but the U-Net is saved now, and encoded once, pictures need the encoders no more
+    # what pipelines are made of; all but the U-Net is saved now
     def build_pipeline() -> LDMPipeline:
+        encoders.free()  # pipelines have them in float32
         how_to_draw = scheduler_config(schedule, diffusion.prediction)
-        pipeline = LDMPipeline.from_components(encoders.vae, encoders.text, new_unet(), how_to_draw)
+        pipeline = LDMPipeline.from_components(encoders.load_vae(), encoders.load_text(), new_unet(), how_to_draw)
         pipeline.example_prompts = tuple(wish.prompt for wish in wishes if wish.prompt)
         pipeline.labels = source.labels
         return pipeline

@@ -21,6 +21,7 @@ from ldm.data.rows import count
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
 from ldm.models.text import TextEncoder, measure_context
 from ldm.training.config import Config
+from ldm.training.encoders import for_encoding
 from ldm.training.ranks import while_others_wait
 from ldm.training.scales import Scale
 
@@ -45,13 +46,19 @@ def load_text(config: Config, device: torch.device) -> TextEncoder | None:
     return text
 
 
-def measure_text(config: Config, pictures: CaptionedPictures, device: torch.device) -> None:
-    """Measure the context of these pictures' captions, once in a run. Every rank must call it; rank 0 measures."""
+def measure_text(
+    config: Config, pictures: CaptionedPictures, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    """Measure the context of these pictures' captions, once in a run. Every rank must call it; rank 0 measures.
+
+    Args:
+        dtype: that they are encoded in.
+    """
 
     def measured(tick: Callable[[], None]) -> None:
         text = TextEncoder.load(config.text)
         scale = context_scale(config, text)
-        text.model.to(device)
+        for_encoding(text.model.to(device), dtype)
         scale.keep(lambda: measure_on(text, pictures, tick))
 
     if config.text.encoder is not None and config.text.standardize:

@@ -26,6 +26,14 @@ def build_accelerator(config: LoopConfig) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision=choose_precision(config.precision, state.device))
 
 
+def encoding_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What VAE and text encoder encode in: bf16 where the run's steps multiply in it, else float32.
+
+    Never fp16: what trained networks hold inside stays within its range only by luck (best_dtype).
+    """
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

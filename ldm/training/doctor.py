@@ -30,7 +30,7 @@ from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples
 from ldm.training.config import Config
 from ldm.training.context import measure_on, report_captions
 from ldm.training.denoiser import denoiser
-from ldm.training.device import build_accelerator
+from ldm.training.device import build_accelerator, encoding_dtype
 from ldm.training.encoders import Encoders
 from ldm.training.findings import Finding, tell
 from ldm.training.latents import check_scale, load_normalized, normalize_on, report_reconstruction
@@ -113,7 +113,8 @@ def _examine(config: Config) -> Iterator[Finding]:
         mean, told = report_reconstruction(vae, pictures, config.data.size)
         far = "; that is low: raise vae_training.steps or vae_model.latent_channels"
         yield Finding("ok", "VAE", told) if mean >= BLURRED else Finding("warning", "VAE", told + far)
-    yield from before_unet(config, accelerator, source, Encoders(lambda: vae, lambda: text))
+    encoders = Encoders(lambda: vae, lambda: text, encoding_dtype(accelerator))
+    yield from before_unet(config, accelerator, source, encoders)
 
 
 def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:
@@ -146,7 +147,7 @@ def before_vae(config: Config, accelerator: Accelerator, samples: PixelSamples) 
         torch.manual_seed(config.seed)
         return VAETraining.prepare(config, accelerator, build_vae(config.vae_model))
 
-    weights = bytes_of(build_vae(config.vae_model))
+    weights = float32_bytes(build_vae(config.vae_model))
     yield disk(config, network_needs(config, weights, 3, 0, "vae"), "VAE disk")
     yield from try_plain(config, "vae_training", prepare, samples, accelerator, "VAE")
 
@@ -160,7 +161,7 @@ def before_classifier(
         torch.manual_seed(config.seed)
         return ClassifierTraining.prepare(config, accelerator, build(), vae)
 
-    yield disk(config, network_needs(config, bytes_of(build()), 3, 0, "classifier"), "classifier disk")
+    yield disk(config, network_needs(config, float32_bytes(build()), 3, 0, "classifier"), "classifier disk")
     yield from try_plain(config, "classifier_training", prepare, samples, accelerator, "classifier")
 
 
@@ -176,8 +177,8 @@ def before_unet(
         torch.manual_seed(config.seed)
         return Training.prepare(config, accelerator, build_schedule(config.diffusion), build(learned_variance=learned))
 
-    frozen = bytes_of(encoders.vae) + (bytes_of(encoders.text.model) if encoders.text else 0)
-    needs = network_needs(config, bytes_of(build()), 4, frozen, "pipeline")
+    frozen = float32_bytes(encoders.vae) + (float32_bytes(encoders.text.model) if encoders.text else 0)
+    needs = network_needs(config, float32_bytes(build()), 4, frozen, "pipeline")
     yield disk(config, needs | cache_needs(config, source, encoders, shape), "U-Net disk")
     fresh = replace(config, data=replace(data, cache="off", workers=0))
     samples = build_samples(fresh, source.train, shape, None)
@@ -204,9 +205,9 @@ def try_plain(
     return try_steps(config, section, prepare, steps, few, accelerator, name)
 
 
-def bytes_of(network: nn.Module) -> int:
-    """What its weights take."""
-    return sum(p.numel() * p.element_size() for p in network.parameters())
+def float32_bytes(network: nn.Module) -> int:
+    """What its weights take in a pipeline's files, whatever they are in now."""
+    return 4 * sum(p.numel() for p in network.parameters())
 
 
 def run(config: Config) -> bool:

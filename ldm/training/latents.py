@@ -18,6 +18,7 @@ from ldm.grid import captioned_grid
 from ldm.models.fingerprint import fingerprint
 from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normalize, psnr, to_pictures
 from ldm.training.config import Config
+from ldm.training.encoders import for_encoding
 from ldm.training.ranks import while_others_wait
 from ldm.training.scales import Scale
 
@@ -46,13 +47,20 @@ def load_normalized(config: Config, device: torch.device) -> Any:
     )
 
 
-def measure_pretrained(config: Config, pictures: CaptionedPictures, device: torch.device) -> None:
-    """Measure the latents of `vae` on these pictures, once in a run. Every rank must call it; rank 0 measures."""
+def measure_pretrained(
+    config: Config, pictures: CaptionedPictures, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    """Measure the latents of `vae` on these pictures, once in a run. Every rank must call it; rank 0 measures.
+
+    Args:
+        dtype: that it encodes in.
+    """
 
     def measured(tick: Callable[[], None]) -> None:
         vae = load_vae(config.vae or "")
         scale = latent_scale(config, vae)
-        scale.keep(lambda: measure_on(vae.to(device), pictures, config.data.size, MEASURED, tick))
+        for_encoding(vae.to(device), dtype)
+        scale.keep(lambda: measure_on(vae, pictures, config.data.size, MEASURED, tick))
 
     if config.vae is not None:
         while_others_wait(measured)
