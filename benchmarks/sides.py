@@ -19,7 +19,7 @@ from ldm.devices import cpu_has_bf16
 TRAIN = ROOT / "train" / "train_ldm.py"
 #: P1's flags whatever the machine: what the script offers that makes its training faster or better.
 BEST = ("--use_ema", "--foreach_ema", "--snr_gamma=5.0")
-#: Optimizers that train_ldm.py steps before the run's own: its trial times one training and tries to learn with another.
+#: Optimizers that train_ldm.py steps before the run's own: its trial times a training and tries to learn with another.
 OURS_TRIALS = 2
 PRECISIONS = ("no", "bf16")
 WORKERS = (0, 2)

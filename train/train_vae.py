@@ -26,7 +26,7 @@ def main(config: Config) -> list[float]:
     from ldm.training.device import build_accelerator
     from ldm.training.disk import put_in_place, temporary_beside
     from ldm.training.doctor import before_first_step, before_vae
-    from ldm.training.latents import normalize_on, reconstructions, report_reconstruction
+    from ldm.training.latents import RECONSTRUCTED, normalize_on, reconstructions, report_reconstruction
     from ldm.training.plain_loop import fit_plain
     from ldm.training.selfcheck import check_weights
     from ldm.training.tracking import Tracker
@@ -63,7 +63,7 @@ def main(config: Config) -> list[float]:
         vae.save_pretrained(temporary)
         check_weights("vae", vae.state_dict(), load_vae(temporary).state_dict())
         put_in_place(temporary, run / "vae")
-        psnr, sentence = report_reconstruction(vae, pictures, data.size)
+        psnr, sentence = report_reconstruction(vae, pictures, data.size, RECONSTRUCTED)
         tracker.scalars(steps, {"vae/psnr": psnr})
         shown = pictures.heldout if len(pictures.heldout) else pictures.train
         tracker.picture("reconstructions", steps, reconstructions(vae, shown, data.size))

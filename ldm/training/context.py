@@ -25,7 +25,7 @@ from ldm.training.encoders import for_encoding
 from ldm.training.ranks import while_others_wait
 from ldm.training.scales import Scale
 
-MEASURED = 256  # captions: thousands of tokens
+MEASURED = 128  # captions: thousands of tokens
 BATCH = 32
 SCALE_FILE = "text_scale.json"  # in RUN
 UNKNOWN_MOST = 0.2  # a share of unknown tokens above this means a broken vocabulary or a foreign language

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ldm.devices import cpu_has_bf16
+from ldm.heap import keep_freed_memory
 from ldm.training.config import LoopConfig
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -23,6 +24,7 @@ def build_accelerator(config: LoopConfig) -> Accelerator:
         # `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, which leaves all cores but one idle
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         torch.set_num_threads(config.threads or max(1, usable_cores() // processes))
+        keep_freed_memory()
     return Accelerator(cpu=cpu, mixed_precision=choose_precision(config.precision, state.device))
 
 

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
+from ldm.heap import give_back
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
 from ldm.models.text import TextEncoder
 
@@ -61,6 +62,7 @@ class Encoders:
         self.__dict__.pop("vae", None)
         self.__dict__.pop("text", None)
         clear_device_cache(garbage_collection=True)
+        give_back()
 
 
 def for_encoding(network: Network, dtype: torch.dtype) -> Network:

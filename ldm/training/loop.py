@@ -20,6 +20,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler, at_share
 from ldm.evaluation.heldout import by_quarter
 from ldm.evaluation.text_use import TextQuestions, measure_text_use
+from ldm.heap import give_back
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged, build_ema
 from ldm.pipeline import LDMPipeline
@@ -260,6 +261,7 @@ def save_and_draw(
             tracker.picture("samples", done, grid)
         del pipeline
         clear_device_cache(garbage_collection=True)
+        give_back()
 
 
 def log_losses(training: Training, watch: Watch, done: int, bar: Any, tracker: Tracker) -> list[float]:

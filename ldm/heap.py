@@ -1,0 +1,45 @@
+"""What one step frees, the next one needs: the C library may keep it instead of giving it back to the system.
+
+glibc gives the top of its heap back as soon as 64 MB of it are free, and a training step on a CPU frees hundreds: the
+system then hands out and zeroes the same pages for the next one, up to a fifth of its time (docs/experiments.md, 22).
+Elsewhere than on glibc, both functions do nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+# of malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+LARGE = 2**30  # bytes; what is larger comes from the system and goes back to it
+LARGE_BEFORE_2_35 = 2**25  # the most that older versions take
+
+
+@cache
+def libc() -> Any:
+    """The process's C library if it is glibc, else None."""
+    try:
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "gnu_get_libc_version") else None
+    except (OSError, TypeError):  # Windows
+        return None
+
+
+def keep_freed_memory() -> None:
+    """From now on, what this process frees stays its own, until `give_back`."""
+    library = libc()
+    if library is None:
+        return
+    if not library.mallopt(M_MMAP_THRESHOLD, LARGE):
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BEFORE_2_35)
+    library.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def give_back() -> None:
+    """Give all that is free now back to the system: after something large that won't come again."""
+    library = libc()
+    if library is not None:
+        library.malloc_trim(0)
