@@ -14,7 +14,7 @@ from benchmarks.harness import ROOT
 COUNT = """
 import json, resource, statistics, sys
 import torch
-from ldm.heap import give_back, keep_freed_memory
+from ldm.training.heap import give_back, keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

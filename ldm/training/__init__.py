@@ -5,6 +5,7 @@ command_line.py   what people type => the config (plain_yaml.py: the part of YAM
 bounds.py         what a number of the config may be
 objective.py      its diffusion section => process, timesteps, loss
 device.py         what the device can do
+heap.py           memory that a CPU frees and needs again
 latents.py        a VAE whose latents have unit variance, checked
 context.py        a text encoder whose context has, too; captions it can't take whole
 scales.py         what both are measured to be, once in a run

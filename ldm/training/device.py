@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ldm.devices import cpu_has_bf16
-from ldm.heap import keep_freed_memory
 from ldm.training.config import LoopConfig
+from ldm.training.heap import keep_freed_memory
 
 Precision = Literal["no", "bf16", "fp16"]
 

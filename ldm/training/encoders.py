@@ -10,9 +10,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from ldm.heap import give_back
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
 from ldm.models.text import TextEncoder
+from ldm.training.heap import give_back
 
 Network = TypeVar("Network", bound=nn.Module)
 

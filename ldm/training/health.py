@@ -42,13 +42,19 @@ def update(
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm = accelerator.clip_grad_norm_(module.parameters(), clip)
+    inner: Any = plain(optimizer)
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    shrinking = None
+    if inner.defaults.get("fused") and accelerator.scaler is None and not isinstance(gradients[0], DTensor):
+        norm = nn.utils.get_total_norm(gradients)
+        shrinking = (norm / clip).clamp(min=1)  # the kernel divides by it, which saves a pass over the gradients
+    else:
+        norm = accelerator.clip_grad_norm_(module.parameters(), clip)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     skipped = (~norm.isfinite()).float()
-    inner: Any = plain(optimizer)
     if inner.defaults.get("fused"):
-        inner.found_inf, inner.grad_scale = skipped, None  # the kernel's own way not to step (torch.amp uses it)
+        inner.found_inf, inner.grad_scale = skipped, shrinking  # the kernel's own ways (torch.amp uses them)
         optimizer.step()
         vars(inner).pop("found_inf", None), vars(inner).pop("grad_scale", None)
     elif not skipped.item():

@@ -20,7 +20,6 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler, at_share
 from ldm.evaluation.heldout import by_quarter
 from ldm.evaluation.text_use import TextQuestions, measure_text_use
-from ldm.heap import give_back
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged, build_ema
 from ldm.pipeline import LDMPipeline
@@ -30,6 +29,7 @@ from ldm.training.drawing import Wish, draw_wishes
 from ldm.training.encoders import Encoders
 from ldm.training.export import BuildUNet, export
 from ldm.training.health import Watch, batch_of, mean_of_finite, telling, update
+from ldm.training.heap import give_back
 from ldm.training.learning_rate import learning_rate
 from ldm.training.objective import Objective, build_objective, build_timesteps
 from ldm.training.peers import Peers
