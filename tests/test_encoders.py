@@ -1,0 +1,68 @@
+"""The frozen encoders in bf16: near what they say in float32, whatever the batch, and saved as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+
+from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.vae import VAEConfig, build_vae, encode, load_vae
+from ldm.training.device import encoding_dtype
+from ldm.training.encoders import Encoders
+
+CAPTIONS = ["a red heart", "", "two cats on a roof"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    build_vae(VAEConfig(channels=(32, 64), layers=1, latent_channels=4)).save_pretrained(home / "vae")
+    tiny.save_text_encoder(home / "text", "bert")
+    return home
+
+
+def encoders(home: Path, dtype: torch.dtype) -> Encoders:
+    config = TextConfig(encoder=str(home / "text"), max_length=tiny.MAX_LENGTH)
+    return Encoders(lambda: load_vae(home / "vae"), lambda: TextEncoder.load(config), dtype)
+
+
+def test_bf16_says_nearly_what_float32_says_and_the_same_in_any_batch(home: Path) -> None:
+    pixels = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    rough, exact = encoders(home, torch.bfloat16), encoders(home, torch.float32)
+    with torch.no_grad():
+        mean, expected = encode(rough.vae, pixels).mean, encode(load_vae(home / "vae"), pixels).mean
+        alone = torch.cat([encode(rough.vae, one[None]).mean for one in pixels])
+    assert mean.dtype == torch.float32
+    assert 0 < (mean - expected).square().mean().sqrt() < 0.02 * expected.std()
+    assert (alone - mean).abs().max() < 2**-7 * mean.abs().max()  # here no bit; how products are cut up is the CPU's
+    assert rough.text is not None and exact.text is not None
+    context = rough.text.encode(CAPTIONS)
+    off = (context - exact.text.encode(CAPTIONS)).square().mean().sqrt()
+    assert 0 < off < 0.03 * context.square().mean().sqrt()
+    alone = torch.cat([rough.text.encode([caption]) for caption in CAPTIONS])
+    assert (alone - context).abs().max() < 2**-7 * context.abs().max()
+
+
+def test_what_is_loaded_for_pipelines_is_float32_to_the_last_bit(home: Path) -> None:
+    lowered = encoders(home, torch.bfloat16)
+    assert lowered.vae.dtype == torch.bfloat16
+    assert lowered.fingerprints["vae"] != encoders(home, torch.float32).fingerprints["vae"]  # so caches differ
+    for name, weight in lowered.load_vae().state_dict().items():
+        assert torch.equal(weight, load_vae(home / "vae").state_dict()[name]) and weight.dtype == torch.float32
+    text = lowered.load_text()
+    assert text is not None and text.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [("bf16", torch.bfloat16), ("no", torch.float32), ("fp16", torch.float32)]
+)
+def test_encoders_follow_the_steps_but_never_into_fp16(steps: str, expected: torch.dtype) -> None:
+    accelerator: Any = SimpleNamespace(mixed_precision=steps)
+    assert encoding_dtype(cast(Accelerator, accelerator)) == expected
