@@ -30,7 +30,7 @@ demo: $(VENV)/installed
 	@echo 'draw:  $(BIN)/ldm sample $(RUN)/pipeline "red heart"      serve:  $(BIN)/python app.py --model $(RUN)/pipeline'
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-faults: $(VENV)/installed
 	$(BIN)/python tests/faults/run.py --full

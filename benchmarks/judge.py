@@ -2,6 +2,8 @@
 
 A model that has trained for minutes is right about two captions of a hundred, so its recall moves by one caption or
 none. The rank of the right picture moves with every caption: snapshots are compared by its geometric mean, and by KID.
+Each caption is drawn from several noises, the same ones at every look: one picture for each of 214 captions leaves KID
+uncertain by half of what is compared.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Judge:
     asked: Asked
     steps: int
     guidance_scales: list[float]
+    draws: int
     out: Path
 
     @classmethod
@@ -57,7 +60,7 @@ class Judge:
         gallery = Gallery(pictures, SIZE)
         real = gallery.vectors([space], out / "features")
         asked = gallery.ask("heldout", chosen.captions or None)
-        return cls(model, space, gallery, real, asked, chosen.drawing_steps, chosen.guidance_scale, out)
+        return cls(model, space, gallery, real, asked, chosen.drawing_steps, chosen.guidance_scale, chosen.draws, out)
 
     def look(self, weights: Path, frozen: Path | None = None) -> dict[str, Any]:
         """{"rank", "kid", "top5", "guidance_scale"} of averaged weights, at the guidance scale of the best rank.
@@ -76,15 +79,27 @@ class Judge:
         return min(looks, key=lambda look: (look["rank"], look["kid"]))
 
     def drawn(self, subject: Subject, guidance_scale: float) -> dict[str, Any]:
-        """The figures at one guidance scale."""
-        paths = subject.draw_all(self.asked, Settings(self.steps, guidance_scale), self.out, BATCH)
-        vectors = embed_all([self.space], map(pixels_of, examine.parts(paths)))
-        found, rank = examine.retrieval([self.space], self.gallery, self.real, vectors, self.asked)
-        reference = self.real[self.space.name][self.gallery.others([self.asked])]
-        kid = kid_figure(vectors[self.space.name], reference, RESAMPLES)["value"]
+        """The figures at one guidance scale, of all draws together and, to see how far they part, of each alone."""
+        name, real = self.space.name, self.real[self.space.name]
+        reference = real[self.gallery.others([self.asked])]
+        vectors, ranks, top5 = [], [], []
+        for draw in range(self.draws):
+            settings = Settings(self.steps, guidance_scale, seed=draw * len(self.asked))
+            paths = subject.draw_all(self.asked, settings, self.out, BATCH)
+            drawn = embed_all([self.space], map(pixels_of, examine.parts(paths)))
+            found, rank = examine.retrieval([self.space], self.gallery, self.real, drawn, self.asked)
+            vectors.append(drawn[name])
+            ranks.append(rank[name].double().log().mean())
+            top5.append(found[name]["top5"]["value"])
+
+        def kid(some: Tensor) -> float:
+            return float(kid_figure(some, reference, RESAMPLES)["value"])
+
         return {
-            "rank": rank[self.space.name].double().log().mean().exp().item(),
-            "kid": kid,
-            "top5": found[self.space.name]["top5"]["value"],
+            "rank": torch.stack(ranks).mean().exp().item(),
+            "kid": kid(torch.cat(vectors)),
+            "top5": sum(top5) / len(top5),
             "guidance_scale": guidance_scale,
+            "rank_of_each": [rank.exp().item() for rank in ranks],
+            "kid_of_each": [kid(some) for some in vectors],
         }

@@ -95,6 +95,7 @@ def main() -> None:
     add("--seeds", type=int, default=3)
     add("--turn", type=float, default=30, help="seconds that a side runs before the other goes on")
     add("--captions", type=int, default=0, help="held-out captions that are drawn, spread evenly; 0 is all")
+    add("--draws", type=int, default=3, help="pictures of each caption")
     add("--drawing-steps", type=int, default=10)
     add("--guidance-scale", type=float, nargs="+", default=[1.0, 3.0], help="each look takes the one of the best rank")
     add("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="settings that only our side gets")
@@ -125,6 +126,7 @@ def main() -> None:
     facts |= {
         "batch_size": chosen.batch_size,
         "captions": len(judge.asked),
+        "draws": chosen.draws,
         "share": chosen.share,
         "lr": chosen.lr,
         "pictures": folders.pictures,

@@ -25,12 +25,13 @@ from transformers import BertModel
 from ldm.data.captioned import read_captioned
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.records import DamagedError
+from ldm.models.conditioning import Conditioning
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.vae import build_vae, decode, encode, load_vae
 from ldm.pipeline import LDMPipeline
 from ldm.training.config import Config
 from ldm.training.loop import Training
-from ldm.training.samples import fixed_questions
+from ldm.training.samples import Batch, fixed_questions
 from ldm.training.signals import RunError
 from ldm.training.trial import OVERFIT, TIMED
 from train.train_ldm import main as train_ldm
@@ -286,6 +287,46 @@ def test_the_encoders_are_in_memory_only_while_they_are_needed(
     tried = len(found) - 6
     assert tried == 1 + TIMED + OVERFIT
     assert found == [0] * tried + [0 if cache == "auto" else 2] * 6
+
+
+def test_the_first_steps_learn_at_half_the_size(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The U-Net sees smaller latents in those steps and in no others: not in the trial, nor when it is asked."""
+    seen: list[tuple[bool, tuple[int, ...]]] = []
+    forward = UNet2DConditionModel.forward
+
+    def looking(unet: UNet2DConditionModel, x_t: torch.Tensor, *words: Any, **named: Any) -> Any:
+        seen.append((torch.is_grad_enabled(), tuple(x_t.shape)))
+        return forward(unet, x_t, *words, **named)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", looking)
+    words = {"doctor": True, "loop__half_size_steps": 2, "loop__steps": 5, "loop__sample_every": 0}
+    train_ldm(config_of(home, tmp_path / "run", **words))
+    asked = {shape[1:] for learning, shape in seen if not learning}
+    learned = [shape for learning, shape in seen if learning]
+    (whole,) = asked
+    half = (whole[0], whole[1] // 2, whole[2] // 2)
+    assert [shape[1:] for shape in learned] == [whole] * (1 + TIMED + OVERFIT) + [half] * 2 + [whole] * 3
+    with pytest.raises(ValueError, match=r"loop\.half_size_steps: latents of 8 x 8 can't be halved"):
+        train_ldm(
+            config_of(home, tmp_path / "deep", **words | {"unet__channels": [32] * 4, "unet__attention": [False] * 4})
+        )
+
+
+def test_a_halved_batch_is_the_mean_of_fours_and_its_noise_is_noise() -> None:
+    torch.manual_seed(0)
+    x0, eps, channels = torch.randn(3, 2, 6, 8), torch.randn(3, 2, 6, 8), torch.randn(3, 2, 6, 8)
+    batch = Batch(x0, Conditioning(torch.randn(3, 4, 5), None, channels), torch.rand(3), eps)
+    halved = batch.halved()
+    for whole, half, factor in ((x0, halved.x0, 1), (eps, halved.eps, 2), (channels, halved.conditioning.channels, 1)):
+        assert half is not None and half.shape == (3, 2, 3, 4)
+        for y in range(3):
+            for x in range(4):
+                four = whole[:, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].sum((2, 3)) / 4
+                torch.testing.assert_close(half[:, :, y, x], factor * four)
+    assert halved.u is batch.u and halved.conditioning.context is batch.conditioning.context
+    noise = Batch(x0, Conditioning(), batch.u, torch.randn(64, 4, 64, 64)).halved().eps
+    assert abs(noise.std() - 1) < 0.01  # 262,144 values: six standard errors are 0.008
+    assert abs((noise[..., 1:] * noise[..., :-1]).mean()) < 0.02  # neighbors know nothing of each other
 
 
 def test_a_second_start_encodes_nothing_and_new_rows_only_themselves(

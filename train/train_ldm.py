@@ -64,11 +64,11 @@ def main(config: Config) -> list[float]:
     measure_pretrained(config, pictures.train, device, dtype)
     measure_text(config, pictures.train, device, dtype)
     encoders = Encoders(lambda: load_normalized(config, device), lambda: load_text(config, device), dtype)
-    check_scale(encoders.vae, pictures.train, data.size)
-    say(report_reconstruction(encoders.vae, pictures, data.size)[1])
     if encoders.text:
         say(report_captions(encoders.text, pictures))
         check_prompts("loop.prompts", config.loop.prompts or ("",), encoders.text.tokenizer)  # now, not hours later
+    check_scale(encoders.vae, pictures.train, data.size)
+    say(report_reconstruction(encoders.vae, pictures, data.size)[1])
 
     def look() -> Iterator[Finding]:
         if accelerator.is_main_process:
@@ -77,16 +77,10 @@ def main(config: Config) -> list[float]:
 
     before_first_step(config, accelerator, run / "checkpoints", look)
 
-    # the process, and the denoiser that reverses it
+    # the process, and what makes the denoiser that reverses it
     schedule = build_schedule(diffusion)
     shape = latent_shape(encoders.vae, data.size)
     new_unet = denoiser(config, source, encoders.text, shape)
-    torch.manual_seed(config.seed)
-    unet = new_unet(learned_variance=diffusion.variance == "learned")
-    say(
-        f"U-Net: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters, latents {list(shape)}, "
-        f"attention by {choose_attention(unet, device)}, {accelerator.mixed_precision} mixed precision on {device.type}"
-    )
 
     # what it learns from, what it is asked on the way, and what it draws
     questions = fixed_questions(config, source.heldout, encoders.vae, encoders.text)
@@ -106,12 +100,20 @@ def main(config: Config) -> list[float]:
 
     def build_unet(weights: dict[str, torch.Tensor]) -> UNet2DConditionModel:
         averaged = new_unet().eval()
-        averaged.load_state_dict(without_variance(weights, shape[0]))
+        averaged.load_state_dict(without_variance(weights, shape[0]), assign=True)  # no second copy of them
         return averaged
 
     save_frozen(run, build_pipeline, encoders.free)
     if cache:
         encoders.free()
+
+    # the denoiser that learns
+    torch.manual_seed(config.seed)
+    unet = new_unet(learned_variance=diffusion.variance == "learned")
+    say(
+        f"U-Net: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters, latents {list(shape)}, "
+        f"attention by {choose_attention(unet, device)}, {accelerator.mixed_precision} mixed precision on {device.type}"
+    )
 
     tracker = Tracker(run, silent=not accelerator.is_main_process)
     training = Training.prepare(config, accelerator, schedule, unet)

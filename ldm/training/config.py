@@ -189,6 +189,8 @@ class LoopConfig:
 
     Attributes:
         steps: optimizer steps.
+        half_size_steps: the first so many of them learn from latents of half the edge, in less than half the time
+            (progressive resizing).
         batch_size: pictures per step, over all processes and accumulated batches.
         accumulation: batches per process whose gradients are added up before a step.
         precision: auto means bf16 where the device computes it fast, else fp32. The encoders compute in it as well, but
@@ -207,6 +209,7 @@ class LoopConfig:
     """
 
     steps: int = 100_000
+    half_size_steps: int = 0
     batch_size: int = 64
     accumulation: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -228,7 +231,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "num_inference_steps", "max_skipped"):
             check(f"loop.{name}", getattr(self, name), at_least=1)
-        for name in ("threads", "sample_every", "evaluate_every", "checkpoint_every", "evaluation_pictures", "spike"):
+        every = ("sample_every", "evaluate_every", "checkpoint_every")
+        for name in ("half_size_steps", "threads", *every, "evaluation_pictures", "spike"):
             check(f"loop.{name}", getattr(self, name), at_least=0)
         check("loop.threads", self.threads, at_most=4096)
         check("loop.guidance_scale", self.guidance_scale, at_least=0, at_most=100)

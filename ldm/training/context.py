@@ -22,6 +22,7 @@ from ldm.models.fingerprint import fingerprint, tokenizer_facts
 from ldm.models.text import TextEncoder, measure_context
 from ldm.training.config import Config
 from ldm.training.encoders import for_encoding
+from ldm.training.heap import give_back
 from ldm.training.ranks import while_others_wait
 from ldm.training.scales import Scale
 
@@ -63,6 +64,7 @@ def measure_text(
 
     if config.text.encoder is not None and config.text.standardize:
         while_others_wait(measured)
+        give_back()
 
 
 def context_scale(config: Config, text: TextEncoder) -> Scale:

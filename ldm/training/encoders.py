@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
@@ -38,7 +37,12 @@ class Encoders:
 
     @cached_property
     def vae(self) -> Any:
-        """The VAE, on the run's device."""
+        """The VAE, on the run's device; the text encoder is loaded before it.
+
+        That is often the larger one, and takes the most memory while it is loaded: a file's pages stay until all of it
+        is in the dtype that is wanted.
+        """
+        _ = self.text
         return for_encoding(self.load_vae(), self.dtype)
 
     @cached_property
@@ -61,7 +65,6 @@ class Encoders:
         """Let both go, and give their memory back; who asks for one again has it loaded again."""
         self.__dict__.pop("vae", None)
         self.__dict__.pop("text", None)
-        clear_device_cache(garbage_collection=True)
         give_back()
 
 

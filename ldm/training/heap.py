@@ -2,7 +2,7 @@
 
 glibc gives the top of its heap back as soon as 64 MB of it are free, and a training step on a CPU frees hundreds: the
 system then hands out and zeroes the same pages for the next one, up to a fifth of its time (docs/experiments.md, 22).
-Elsewhere than on glibc, both functions do nothing.
+Elsewhere than on glibc, the one function does nothing and the other what Python and torch can.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
 
 # of malloc.h
 M_TRIM_THRESHOLD = -1
@@ -39,7 +41,8 @@ def keep_freed_memory() -> None:
 
 
 def give_back() -> None:
-    """Give all that is free now back to the system: after something large that won't come again."""
+    """Give all that is free now back to the system, a device's cache included: after something large that is over."""
+    clear_device_cache(garbage_collection=True)
     library = libc()
     if library is not None:
         library.malloc_trim(0)

@@ -19,6 +19,7 @@ from ldm.models.fingerprint import fingerprint
 from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normalize, psnr, to_pictures
 from ldm.training.config import Config
 from ldm.training.encoders import for_encoding
+from ldm.training.heap import give_back
 from ldm.training.ranks import while_others_wait
 from ldm.training.scales import Scale
 
@@ -66,6 +67,7 @@ def measure_pretrained(
 
     if config.vae is not None:
         while_others_wait(measured)
+        give_back()
 
 
 def latent_scale(config: Config, vae: Any) -> Scale:

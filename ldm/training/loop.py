@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -57,7 +56,18 @@ class Training:
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator, schedule: NoiseSchedule, unet: Any) -> Training:
-        """Hand a fresh U-Net over to accelerate (DDP, FSDP, mixed precision) and make its optimizer and average."""
+        """Hand a fresh U-Net over to accelerate (DDP, FSDP, mixed precision) and make its optimizer and average.
+
+        Raises:
+            ValueError: if it should learn at half the size first and can't halve that as often as it has levels.
+        """
+        if config.loop.half_size_steps:
+            size, divisor = unet.config.sample_size, 2 ** len(unet.config.block_out_channels)
+            if size % divisor:
+                raise ValueError(
+                    f"loop.half_size_steps: latents of {size} x {size} can't be halved once more than by the "
+                    f"{len(unet.config.block_out_channels)} levels of unet.channels; set it to 0"
+                )
         if config.loop.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if config.loop.compile:
@@ -117,6 +127,8 @@ class Training:
         Returns:
             Its mean loss, detached, and 1.0 if the step was skipped because a gradient was not finite, else 0.0.
         """
+        if step < self.config.loop.half_size_steps:
+            parts = [batch.halved() for batch in parts]
         total = torch.zeros((), device=self.accelerator.device)
         seen = []
         for i, batch in enumerate(parts):
@@ -260,7 +272,6 @@ def save_and_draw(
         if grid is not None:
             tracker.picture("samples", done, grid)
         del pipeline
-        clear_device_cache(garbage_collection=True)
         give_back()
 
 

@@ -8,12 +8,13 @@ worker processes meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.batches import BATCH, evenly, pixel_batches
@@ -46,6 +47,15 @@ class Batch:
     conditioning: Conditioning
     u: Tensor
     eps: Tensor
+
+    def halved(self) -> Batch:
+        """The batch at half the resolution, latents [B,C,h/2,w/2]: each the mean of the four in its place.
+
+        So is the noise, times two: the mean of four values of variance 1 has a variance of 1/4.
+        """
+        channels = self.conditioning.channels
+        conditioning = replace(self.conditioning, channels=None if channels is None else avg_pool2d(channels, 2))
+        return replace(self, x0=avg_pool2d(self.x0, 2), conditioning=conditioning, eps=2 * avg_pool2d(self.eps, 2))
 
 
 class Samples(Dataset[dict[str, Any]]):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ldm.training.config import Config
 from ldm.training.findings import Finding
+from ldm.training.heap import give_back
 from ldm.training.needs import memory
 
 TIMED = 3  # steps, after one that warms up
@@ -53,7 +54,8 @@ def try_steps(
     """
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     steps = (config.loop if section == "optim" else getattr(config, section)).steps
-    plain = replace(config, loop=replace(config.loop, compile=False))  # compiling takes longer than all of this
+    # compiling takes longer than all of this; steps at half the size are the fewer and the faster ones
+    plain = replace(config, loop=replace(config.loop, compile=False, half_size_steps=0))
     found: list[Finding] = []
     bar = tqdm(total=len(batches) + OVERFIT, desc=f"trying the {name}", unit="step", leave=False)
 
@@ -78,6 +80,7 @@ def try_steps(
     finally:
         bar.close()
         accelerator.free_memory()
+        give_back()
         if scaler is not None:
             accelerator.scaler.load_state_dict(scaler)
     return found
