@@ -60,6 +60,26 @@ def test_what_is_loaded_for_pipelines_is_float32_to_the_last_bit(home: Path) -> 
     assert text is not None and text.model.dtype == torch.float32
 
 
+def test_the_larger_one_is_loaded_first_and_each_once(home: Path) -> None:
+    """While a text encoder's file is mapped and becomes bf16, no VAE lies beside it; whichever is asked for first."""
+    config, loaded = TextConfig(encoder=str(home / "text"), max_length=tiny.MAX_LENGTH), []
+
+    def load_text() -> TextEncoder:
+        loaded.append("text")
+        return TextEncoder.load(config)
+
+    def load_a_vae() -> Any:
+        loaded.append("vae")
+        return load_vae(home / "vae")
+
+    both = Encoders(load_a_vae, load_text, torch.bfloat16)
+    assert both.vae is both.vae and both.text is both.text
+    assert loaded == ["text", "vae"]
+    both.free()
+    assert both.fingerprints and both.vae is not None
+    assert loaded == ["text", "vae"] * 2
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"), [("bf16", torch.bfloat16), ("no", torch.float32), ("fp16", torch.float32)]
 )

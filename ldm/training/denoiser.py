@@ -15,7 +15,17 @@ from ldm.training.config import Config
 def denoiser(
     config: Config, source: ConditionedPictures, text: TextEncoder | None, latent_shape: tuple[int, int, int]
 ) -> Callable[..., Any]:
-    """What makes it, with random weights; asked for `learned_variance`, with as many more channels."""
+    """What makes it, with random weights; asked for `learned_variance`, with as many more channels.
+
+    Raises:
+        ValueError: if it should learn at half the size first, and such latents can't be halved once per level.
+    """
+    levels, size = len(config.unet.channels), latent_shape[1]
+    if config.loop.half_size_steps and size % 2**levels:
+        raise ValueError(
+            f"loop.half_size_steps: {levels} levels need latents divisible by {2**levels} to learn from half of them, but "
+            f"they are {size} x {size}; set it to 0"
+        )
     return partial(
         build_unet,
         config.unet,

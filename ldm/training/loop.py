@@ -56,18 +56,7 @@ class Training:
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator, schedule: NoiseSchedule, unet: Any) -> Training:
-        """Hand a fresh U-Net over to accelerate (DDP, FSDP, mixed precision) and make its optimizer and average.
-
-        Raises:
-            ValueError: if it should learn at half the size first and can't halve that as often as it has levels.
-        """
-        if config.loop.half_size_steps:
-            size, divisor = unet.config.sample_size, 2 ** len(unet.config.block_out_channels)
-            if size % divisor:
-                raise ValueError(
-                    f"loop.half_size_steps: latents of {size} x {size} can't be halved once more than by the "
-                    f"{len(unet.config.block_out_channels)} levels of unet.channels; set it to 0"
-                )
+        """Hand a fresh U-Net over to accelerate (DDP, FSDP, mixed precision) and make its optimizer and average."""
         if config.loop.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if config.loop.compile:
