@@ -23,8 +23,8 @@ def denoiser(
     levels, size = len(config.unet.channels), latent_shape[1]
     if config.loop.half_size_steps and size % 2**levels:
         raise ValueError(
-            f"loop.half_size_steps: {levels} levels need latents divisible by {2**levels} to learn from half of them, but "
-            f"they are {size} x {size}; set it to 0"
+            f"loop.half_size_steps: {levels} levels need latents divisible by {2**levels} to learn at half the size, "
+            f"but they are {size} x {size}; set it to 0"
         )
     return partial(
         build_unet,
