@@ -79,27 +79,27 @@ class Judge:
         return min(looks, key=lambda look: (look["rank"], look["kid"]))
 
     def drawn(self, subject: Subject, guidance_scale: float) -> dict[str, Any]:
-        """The figures at one guidance scale, of all draws together and, to see how far they part, of each alone."""
+        """The figures at one guidance scale: means over the draws and, to see how far they part, those of each.
+
+        KID of all draws together would be too large: pictures of one caption are alike, and it compares all pairs.
+        """
         name, real = self.space.name, self.real[self.space.name]
         reference = real[self.gallery.others([self.asked])]
-        vectors, ranks, top5 = [], [], []
+        kids, ranks, top5 = [], [], []
         for draw in range(self.draws):
             settings = Settings(self.steps, guidance_scale, seed=draw * len(self.asked))
             paths = subject.draw_all(self.asked, settings, self.out, BATCH)
             drawn = embed_all([self.space], map(pixels_of, examine.parts(paths)))
             found, rank = examine.retrieval([self.space], self.gallery, self.real, drawn, self.asked)
-            vectors.append(drawn[name])
+            kids.append(float(kid_figure(drawn[name], reference, RESAMPLES)["value"]))
             ranks.append(rank[name].double().log().mean())
             top5.append(found[name]["top5"]["value"])
 
-        def kid(some: Tensor) -> float:
-            return float(kid_figure(some, reference, RESAMPLES)["value"])
-
         return {
             "rank": torch.stack(ranks).mean().exp().item(),
-            "kid": kid(torch.cat(vectors)),
+            "kid": sum(kids) / len(kids),
             "top5": sum(top5) / len(top5),
             "guidance_scale": guidance_scale,
             "rank_of_each": [rank.exp().item() for rank in ranks],
-            "kid_of_each": [kid(some) for some in vectors],
+            "kid_of_each": kids,
         }
