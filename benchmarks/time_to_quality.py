@@ -93,6 +93,7 @@ def main() -> None:
     add("--budget", type=float, default=3600, help="seconds of training for each side and seed")
     add("--share", type=float, default=1.0, help="of the budget, that ours trains for")
     add("--seeds", type=int, default=3)
+    add("--first-seed", type=int, default=0, help="the first of them; three can be spread over three days")
     add("--turn", type=float, default=30, help="seconds that a side runs before the other goes on")
     add("--captions", type=int, default=0, help="held-out captions that are drawn, spread evenly; 0 is all")
     add("--draws", type=int, default=3, help="pictures of each caption")
@@ -105,7 +106,7 @@ def main() -> None:
     flags = likely_best()
     comparison = Comparison(f"{chosen.setting} times P1's quality is reached in its budget", "1/budget", target=TARGET)
     everything = read_captioned(chosen.source)
-    for seed in range(chosen.seeds):
+    for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         work: Path = chosen.out.resolve() / "time_to_quality" / str(seed)
         shutil.rmtree(work, ignore_errors=True)
         folders = build(SETTINGS[chosen.setting], chosen.source, work / "given", chosen.pictures, seed, chosen.vae)
@@ -128,6 +129,7 @@ def main() -> None:
         "captions": len(judge.asked),
         "draws": chosen.draws,
         "share": chosen.share,
+        "first_seed": chosen.first_seed,
         "lr": chosen.lr,
         "pictures": folders.pictures,
     }
