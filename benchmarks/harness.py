@@ -179,8 +179,8 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def circumstances(threads: int) -> dict[str, Any]:
-    """Machine, versions, commit and command line: what is needed to repeat or to doubt a figure."""
+def circumstances(threads: int, device: Any = None) -> dict[str, Any]:
+    """Machine, versions, commit and command line: what is needed to repeat or to doubt a figure; the CPU by default."""
     import torch
 
     from ldm.evaluation.machine import machine
@@ -189,7 +189,7 @@ def circumstances(threads: int) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": {
-            **machine(torch.device("cpu")),
+            **machine(device or torch.device("cpu")),
             "threads": threads,
             "cores_used": cores(),
             "load": list(os.getloadavg()),
@@ -220,12 +220,14 @@ def commit() -> str | None:
     return name + ("+" if changes.strip() else "")
 
 
-def report(name: str, comparisons: Sequence[Comparison], out: Path, threads: int, **facts: Any) -> Path:
+def report(
+    name: str, comparisons: Sequence[Comparison], out: Path, threads: int, device: Any = None, **facts: Any
+) -> Path:
     """Print the table and write OUT/NAME.json: circumstances, facts, and every comparison with all its raw pairs."""
     print(table(comparisons))
     record = {
         "benchmark": name,
-        **circumstances(threads),
+        **circumstances(threads, device),
         **facts,
         "comparisons": [
             {

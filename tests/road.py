@@ -86,17 +86,21 @@ def save_recipe(config: Config, path: Path) -> Path:
     return path
 
 
-def launch(script: str, config: Path, *words: str, processes: int = 1) -> str:
-    """Run a training script through the real `accelerate launch`; returns what it printed."""
+def launch(script: str, config: Path, *words: str, processes: int = 1, cpu: bool = True) -> str:
+    """Run a training script through the real `accelerate launch`; returns what it printed.
+
+    Args:
+        cpu: also where there is a GPU.
+    """
     command = [Path(sys.executable).with_name("accelerate"), "launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += [
         "--dynamo_backend",
         "no",
         "--num_processes",
         str(processes),
-        *(["--multi_gpu"] if processes > 1 else []),
+        *(["--multi_gpu"] if processes > 1 else ["--cpu"] if cpu else []),
     ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": str(cpu).lower(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*map(str, command), f"train/{script}.py", "--config", str(config), *words],
         cwd=ROOT,

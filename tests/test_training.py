@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,19 @@ def test_resume_goes_on_exactly(home: Path, tmp_path: Path) -> None:
         "step_0000003",
         "step_0000006",
     ]
+
+
+def test_a_compiled_network_trains_resumes_and_is_saved_as_a_plain_one(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled by dynamo alone, which changes no number; what a compiler makes of it takes minutes here."""
+    plain = train_ldm(config_of(home, tmp_path / "plain"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    parts = [config_of(home, tmp_path / "parts", loop__compile="true", loop__steps=steps) for steps in (3, 6)]
+    assert train_ldm(parts[0]) + train_ldm(parts[1]) == plain
+    for name in ("checkpoints/step_0000006/unet", "pipeline/unet/diffusion_pytorch_model"):
+        one, other = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("plain", "parts"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_exported_pipeline_holds_the_average_and_draws_the_grid(home: Path, tmp_path: Path) -> None:

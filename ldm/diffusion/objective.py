@@ -37,7 +37,7 @@ from ldm.diffusion.forward import q_sample
 from ldm.diffusion.likelihood import Decoder, vlb_term
 from ldm.diffusion.prediction import Prediction, target
 from ldm.diffusion.reverse import Denoiser
-from ldm.diffusion.schedule import NoiseSchedule, gather
+from ldm.diffusion.schedule import NoiseSchedule, beside, gather
 
 Network = Callable[[Tensor, Tensor], Tensor]
 #: snr, float64 [B] => the weight of the squared error of x0, float64 [B].
@@ -111,7 +111,7 @@ def diffusion_loss(
     wide = torch.promote_types(x0.dtype, torch.float32)
     error = output.to(wide) - answer.to(wide)
     distance = error.abs() if norm == "l1" else error.square()
-    return weight.to(distance) * distance.flatten(1).mean(1)
+    return beside(weight, distance) * distance.flatten(1).mean(1)
 
 
 def score_matching_loss(score: Network, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -185,7 +185,16 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     t = t.cpu()
     if t.numel() and (int(t.min()) < 0 or int(t.max()) >= len(table)):
         raise IndexError(f"t: expected values in [0, {len(table)}), got {int(t.min())} to {int(t.max())}")
-    return table[t].to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return beside(table[t], like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def beside(values: Tensor, like: Tensor) -> Tensor:
+    """Values of the CPU in the dtype and on the device of `like`, without waiting for a GPU.
+
+    A plain `.to` waits until all that the GPU has been told is done. CUDA copies what is in pageable memory before it
+    returns, so nothing can change them on the way.
+    """
+    return values.to(device=like.device, dtype=like.dtype, non_blocking=like.is_cuda)
 
 
 def scheduler_config(schedule: NoiseSchedule, prediction: Prediction) -> dict[str, Any]:

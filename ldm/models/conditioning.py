@@ -47,7 +47,7 @@ def denoise(unet: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Te
         x_t = torch.cat([x_t, conditioning.channels.to(x_t)], dim=1)  # (B, C+K, h, w)
     answer: Tensor = unet(
         x_t,
-        t.to(x_t.device),
+        t.to(x_t.device, non_blocking=x_t.is_cuda),  # a GPU isn't waited for
         encoder_hidden_states=conditioning.context,
         class_labels=conditioning.class_labels,
     ).sample

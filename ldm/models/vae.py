@@ -193,6 +193,9 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 
 
 def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, float32 [B]; both arguments are [B,3,H,W] in [-1,1]."""
-    mse = ((reconstruction - pixels) / 2).square().flatten(1).mean(1)
+    """Peak signal-to-noise ratio of each picture in dB, float32 [B], on the device of the reconstruction.
+
+    Both arguments are [B,3,H,W] in [-1,1].
+    """
+    mse = ((reconstruction - pixels.to(reconstruction.device)) / 2).square().flatten(1).mean(1)
     return -10 * mse.clamp(min=1e-10).log10()

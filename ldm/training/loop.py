@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ldm.diffusion.objective import diffusion_loss
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, beside
 from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler, at_share
 from ldm.evaluation.heldout import by_quarter
 from ldm.evaluation.text_use import TextQuestions, measure_text_use
@@ -104,7 +104,7 @@ class Training:
         """t of each sample, its loss there, and the weight that corrects for the choice of t; each [B]."""
         t, weight = self.timesteps(batch.u)
         losses = self.objective(lambda x_t, t: self.answer(x_t, t, batch.conditioning), batch.x0, t, batch.eps)
-        return t, losses, weight.to(losses)
+        return t, losses, beside(weight, losses)
 
     def prediction(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's prediction [B,C,h,w], without the variance if it is learned."""
@@ -127,12 +127,13 @@ class Training:
                 loss = (weight * losses).mean() / len(parts)
                 self.accelerator.backward(telling(loss))
             total += loss.detach()
-            seen.append((t.to(losses.device), losses.detach()))
+            seen.append((t, losses.detach()))
         lr = self.learning_rate(step)
         skipped = update(self.accelerator, self.unet, self.optimizer, lr, self.config.optim.clip)
         self.ema.step(self.unet.parameters())
         if isinstance(self.timesteps, LossSecondMoment) and not skipped.item():
-            everyone = self.accelerator.gather(tuple(map(torch.cat, zip(*seen, strict=True))))
+            t, losses = (torch.cat(each).to(self.accelerator.device) for each in zip(*seen, strict=True))
+            everyone = self.accelerator.gather((t, losses))
             self.timesteps.update(*(tensor.cpu() for tensor in everyone))
         return total, skipped
 
