@@ -133,17 +133,34 @@ class LDMPipeline(StableDiffusionPipeline):
             raise ValueError("safe_serialization: expected True; pickles can run any code")
         forget_calls(self.tokenizer)
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
-        forget_loading(Path(save_directory))
-        index = Path(save_directory) / "model_index.json"
+        self._make_stock(Path(save_directory))
+
+    def save_without_networks(self, folder: Path) -> None:
+        """Save all of a pipeline's folder but the networks' own folders, which are saved before it.
+
+        So networks can be saved one after the other, and large ones needn't be in memory together.
+        """
+        forget_calls(self.tokenizer)
+        for name in ("scheduler", "tokenizer"):
+            part = getattr(self, name)
+            if part is not None:
+                part.save_pretrained(folder / name)
+        self.save_config(folder)
+        self._make_stock(folder)
+
+    def _make_stock(self, folder: Path) -> None:
+        """Let a saved folder say the stock pipeline's class and not where it came from; add what stock doesn't know."""
+        forget_loading(folder)
+        index = folder / "model_index.json"
         stock = "StableDiffusionInstructPix2PixPipeline" if self.condition_channels else "StableDiffusionPipeline"
         content = {**json.loads(index.read_text("utf-8")), "_class_name": stock}
         index.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         if self.example_prompts:
-            (index.parent / PROMPTS_FILE).write_text("\n".join(self.example_prompts) + "\n", "utf-8")
+            (folder / PROMPTS_FILE).write_text("\n".join(self.example_prompts) + "\n", "utf-8")
         if self.labels:
-            self.labels.save(index.parent / LABELS_FILE)
+            self.labels.save(folder / LABELS_FILE)
         if self.defaults != Defaults():
-            self.defaults.save(index.parent)
+            self.defaults.save(folder)
 
     def push_to_hub(  # type: ignore[override]
         self,

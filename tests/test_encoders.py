@@ -11,10 +11,14 @@ import tiny
 import torch
 from accelerate import Accelerator
 
+from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
 from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.unet import UNetConfig, build_unet
 from ldm.models.vae import VAEConfig, build_vae, encode, load_vae
+from ldm.pipeline import LDMPipeline
 from ldm.training.device import encoding_dtype
 from ldm.training.encoders import Encoders
+from ldm.training.export import save_frozen
 
 CAPTIONS = ["a red heart", "", "two cats on a roof"]
 
@@ -86,3 +90,34 @@ def test_the_larger_one_is_loaded_first_and_each_once(home: Path) -> None:
 def test_encoders_follow_the_steps_but_never_into_fp16(steps: str, expected: torch.dtype) -> None:
     accelerator: Any = SimpleNamespace(mixed_precision=steps)
     assert encoding_dtype(cast(Accelerator, accelerator)) == expected
+
+
+def test_what_pipelines_share_is_saved_network_by_network_as_a_pipeline_saves_itself(
+    home: Path, tmp_path: Path
+) -> None:
+    both, beside = encoders(home, torch.bfloat16), []
+    vae, load_text = both.load_vae(), both.load_text
+    both.load_vae = lambda: vae
+
+    def load() -> TextEncoder | None:
+        beside.append({weight.device.type for weight in vae.parameters()})
+        return load_text()
+
+    both.load_text = load
+
+    def build(vae: Any, text: TextEncoder | None) -> LDMPipeline:
+        assert text is not None
+        unet = build_unet(UNetConfig((32,), (True,), layers=1), latent_shape=(4, 8, 8), context_dim=text.dim)
+        return LDMPipeline.from_components(vae, text, unet, scheduler_config(NoiseSchedule.from_name("linear"), "eps"))
+
+    whole = build(load_vae(home / "vae"), load_text())
+    whole.save_pretrained(tmp_path / "whole")
+    save_frozen(tmp_path / "run", both, build)
+    assert beside == [{"meta"}]  # the VAE had been saved and let go
+
+    def files(folder: Path) -> dict[str, bytes]:
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+    expected = {name: content for name, content in files(tmp_path / "whole").items() if not name.startswith("unet/")}
+    assert files(tmp_path / "run/frozen") == expected

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.manifest import sha256
 from ldm.pipeline import LDMPipeline
-from ldm.training.selfcheck import Frozen, PipelineMismatch, check_frozen, check_unet
+from ldm.training.selfcheck import Frozen, PipelineMismatch, check_frozen, check_unet, known
 from ldm.training.signals import RunError
 from train.train_ldm import main as train_ldm
 
@@ -71,7 +71,8 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> LDMPipeline:
 
 def check_pipeline(folder: Path, pipeline: LDMPipeline, expected: float) -> None:
     """What a run does at its start, and what it does at every export."""
-    check_frozen(folder, Frozen.of(pipeline))
+    networks = {"vae": known(pipeline.vae), "text_encoder": known(pipeline.text_encoder)}
+    check_frozen(folder, Frozen.of(pipeline, networks))
     check_unet(folder, pipeline.unet, expected, loss_of, "no")
 
 

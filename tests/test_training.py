@@ -67,7 +67,7 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
         road.launch("train_ldm", home / "recipe.yaml", *words, processes=processes)
     one, two = (list(road.logged(run, "loss").values()) for run in run_of.values())
     assert len(one) == 4
-    assert one != two  # summed in another order: if not a digit differed, the second process never ran
+    assert [road.processes_of(run) for run in run_of.values()] == [{1}, {2}]
     assert np.allclose(one, two, rtol=2e-5, atol=0)
     assert max(one) / min(one) > 1.02  # and they are not all the same by triviality
     for cache in (run / "cache" for run in run_of.values()):  # encoded once, not once by each
@@ -85,7 +85,7 @@ def test_the_vae_and_its_judge_agree_in_one_process_and_two(home: Path, tmp_path
         road.launch("train_vae", home / "recipe.yaml", *words, run, processes=processes)
     one, two = (list(road.logged(tmp_path / run, "vae/loss").values()) for run in "12")
     assert len(one) == 5
-    assert one != two
+    assert [road.processes_of(tmp_path / run) for run in "12"] == [{1}, {2}]
     assert np.allclose(one, two, rtol=1e-5, atol=0)
 
 
@@ -509,7 +509,7 @@ def test_pipelines_share_what_no_step_changes(
 
         monkeypatch.setattr(os, "link", no_links)
     train_ldm(config_of(home, tmp_path, loop__steps=3, loop__sample_every=0, loop__checkpoint_every=1))
-    assert sorted(written) == ["AutoencoderKL", "BertModel", *["UNet2DConditionModel"] * 4]
+    assert sorted(written) == ["AutoencoderKL", "BertModel", *["UNet2DConditionModel"] * 3]
     files = [path.relative_to(tmp_path / "frozen") for path in (tmp_path / "frozen").rglob("*") if path.is_file()]
     assert {"vae", "text_encoder", "tokenizer", "scheduler"} <= {file.parts[0] for file in files}
     for file in files:

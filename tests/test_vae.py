@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ldm.models.vae import (
+    PIXELS_AT_ONCE,
     Posterior,
     VAEConfig,
+    at_once,
     build_vae,
     decode,
     downsampling,
@@ -270,3 +272,28 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     torch.save(vae.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         load_vae(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [*FOLDED, *SCALED])
+def test_many_pictures_go_through_a_few_at_a_time_and_come_out_as_from_all_at_once(kind: str) -> None:
+    vae = build(kind)
+    pixels = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    sizes: list[int] = []
+    for part in (vae.encoder, vae.decoder):
+        part.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    with torch.no_grad():
+        posterior = encode(vae, pixels)
+        drawn = decode(vae, posterior.mean)
+        assert sizes == [8, 8, 4] * 2  # 8 pictures of 64 x 64 are 2^15 pixels
+        encoded, scale = vae.encode(pixels), vae.config.scaling_factor
+        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+        whole = vae.decode(mean).sample.clamp(-1, 1)
+    assert torch.allclose(posterior.mean, mean * scale, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(drawn, whole, rtol=1e-4, atol=1e-3)
+
+
+def test_a_picture_larger_than_what_goes_at_once_goes_alone() -> None:
+    vae = build("kl")
+    assert (at_once(vae, 64, 64), at_once(vae, 128, 128), at_once(vae, 256, 256)) == (8, 2, 1)
+    assert at_once(vae, 32, 8) == PIXELS_AT_ONCE // 256
+    assert at_once(vae.to("meta"), 256, 256) == 8  # as for any device that is no CPU

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.training.command_line import start
 from ldm.training.config import Config
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+    from ldm.models.text import TextEncoder
 
 
 def main(config: Config) -> list[float]:
@@ -90,20 +92,23 @@ def main(config: Config) -> list[float]:
     samples = build_samples(config, source.train, shape, cache)
 
     # what pipelines are made of; all but the U-Net is saved now
-    def build_pipeline() -> LDMPipeline:
-        encoders.free()  # pipelines have them in float32
+    def weightless_unet() -> UNet2DConditionModel:
+        with torch.device("meta"):
+            return new_unet().eval()
+
+    def build_pipeline(vae: Any, text: TextEncoder | None) -> LDMPipeline:
         how_to_draw = scheduler_config(schedule, diffusion.prediction)
-        pipeline = LDMPipeline.from_components(encoders.load_vae(), encoders.load_text(), new_unet(), how_to_draw)
+        pipeline = LDMPipeline.from_components(vae, text, weightless_unet(), how_to_draw)
         pipeline.example_prompts = tuple(wish.prompt for wish in wishes if wish.prompt)
         pipeline.labels = source.labels
         return pipeline
 
     def build_unet(weights: dict[str, torch.Tensor]) -> UNet2DConditionModel:
-        averaged = new_unet().eval()
-        averaged.load_state_dict(without_variance(weights, shape[0]), assign=True)  # no second copy of them
+        averaged = weightless_unet()
+        averaged.load_state_dict(without_variance(weights, shape[0]), assign=True)
         return averaged
 
-    save_frozen(run, build_pipeline, encoders.free)
+    save_frozen(run, encoders, build_pipeline)
     if cache:
         encoders.free()
 

@@ -37,16 +37,37 @@ def build_ema(unet: nn.Module, decay: float) -> Average:
 
     Its decay grows as (1 + step) / (10 + step) up to `decay`, so that a short run is not mostly its own beginning.
     """
-    sharded = any(isinstance(weight, DTensor) for weight in unet.parameters())
-    return Average(unet.parameters(), decay=decay, foreach=not sharded)  # one call for all weights where torch has it
+    foreach = not is_sharded(unet)  # one call for all weights where torch has it
+    return Average(unet.parameters(), decay=decay, foreach=foreach)
 
 
 @contextmanager
 def averaged(unet: nn.Module, ema: EMAModel) -> Iterator[None]:
-    """Inside, the U-Net holds the averaged weights; afterwards, its own again."""
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
+    """Inside, the U-Net holds the averaged weights, and the average the U-Net's; afterwards, each its own again.
+
+    They change places, so this costs no time and no memory. Sharded weights, whose memory is FSDP's, are copied.
+    """
+    if is_sharded(unet):
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+        try:
+            yield
+        finally:
+            ema.restore(unet.parameters())
+        return
+    swap(unet, ema)
     try:
         yield
     finally:
-        ema.restore(unet.parameters())
+        swap(unet, ema)
+
+
+def swap(unet: nn.Module, ema: EMAModel) -> None:
+    """Give each the other's weights."""
+    for weight, average in zip(unet.parameters(), ema.shadow_params, strict=True):
+        weight.data, average.data = average.data, weight.data
+
+
+def is_sharded(unet: nn.Module) -> bool:
+    """Whether FSDP holds the weights."""
+    return any(isinstance(weight, DTensor) for weight in unet.parameters())

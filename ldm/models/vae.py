@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 
 NARROW = -6.0  # the log variance that training starts from: a std of 0.05
+# Pixels that a VAE is given at once: 8 pictures of 64 px, or one larger one. On a CPU more are no faster, and one of
+# Stable Diffusion's size takes 130 MB for every 8 (docs/experiments.md, 30); a GPU wants more to be busy.
+PIXELS_AT_ONCE = 2**15
+PIXELS_AT_ONCE_ON_A_GPU = 2**19
 
 
 @dataclass(frozen=True)
@@ -122,20 +126,33 @@ def latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
 
 
 def encode(vae: Any, pixels: Tensor) -> Posterior:
-    """pixels [B,3,H,W] in [-1,1] => the posterior over scaled latents [B,C,H/f,W/f]."""
-    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
-    if hasattr(encoded, "latent_dist"):
-        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-    else:  # AutoencoderTiny has no posterior
-        mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+    """pixels [B,3,H,W] in [-1,1] => the posterior over scaled latents [B,C,H/f,W/f], a few pictures at a time."""
+    height, width = pixels.shape[-2:]
+    means, stds = [], []
+    for part in pixels.split(at_once(vae, height, width)):
+        encoded = vae.encode(part.to(vae.device, vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:  # AutoencoderTiny has no posterior
+            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        means.append(mean.float())
+        stds.append(std.float())
     scale = vae.config.scaling_factor
-    return Posterior(mean.float() * scale, std.float() * scale)
+    return Posterior(torch.cat(means) * scale, torch.cat(stds) * scale)
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """scaled latents [B,C,h,w] => pixels [B,3,H,W], in [-1,1]."""
-    pixels: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    return pixels.float().clamp(-1, 1)
+    """scaled latents [B,C,h,w] => pixels [B,3,H,W], in [-1,1], a few pictures at a time."""
+    height, width = (edge * downsampling(vae) for edge in latents.shape[-2:])
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor
+    parts = [vae.decode(part).sample.float() for part in latents.split(at_once(vae, height, width))]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def at_once(vae: Any, height: int, width: int) -> int:
+    """Pictures of so many pixels that it is given at a time, where it stands."""
+    most = PIXELS_AT_ONCE if vae.device.type == "cpu" else PIXELS_AT_ONCE_ON_A_GPU
+    return max(1, most // (height * width))
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """RUN/pipeline: the averaged weights as a pipeline, replaced only by one that is whole and is what was trained.
 
 All of a pipeline but its U-Net is there before the first step, and no step changes it. It is saved once, in RUN/frozen,
-while VAE and text encoder are in memory anyway; pipelines share its files, by hard links where the disk knows them. So
-an export takes the time and the memory of a U-Net, however large the text encoder is.
+and pipelines share its files, by hard links where the disk knows them. So an export takes the time and the memory of a
+U-Net, however large the text encoder is.
 """
 
 from __future__ import annotations
@@ -18,43 +18,47 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ldm.models.text import TextEncoder
 from ldm.training.checkpoint import DISK_ERRORS, on_rank_0
 from ldm.training.disk import put_in_place, temporary_beside
+from ldm.training.encoders import Encoders
+from ldm.training.heap import give_back
 from ldm.training.ranks import while_others_wait
 from ldm.training.samples import Batch
-from ldm.training.selfcheck import Frozen, PipelineMismatch, check_frozen, check_unet, quiet
+from ldm.training.selfcheck import Frozen, PipelineMismatch, check_frozen, check_unet, known, quiet
 from ldm.training.signals import RunError
 from ldm.training.trainee import averaged_weights
 
 if TYPE_CHECKING:
     from ldm.training.loop import Training
 
+#: A VAE and a text encoder, without their weights => a pipeline, likewise.
+BuildPipeline = Callable[[Any, TextEncoder | None], Any]
 #: U-Net weights on the CPU => the U-Net that pipelines have.
 BuildUNet = Callable[[dict[str, Tensor]], Any]
 
 
-def save_frozen(run: Path, build_pipeline: Callable[[], Any], free: Callable[[], None]) -> None:
-    """Save RUN/frozen. Every rank must call it.
+def save_frozen(run: Path, encoders: Encoders, build_pipeline: BuildPipeline) -> None:
+    """Save RUN/frozen, one network after the other: each is in memory alone. Every rank must call it.
 
-    Args:
-        build_pipeline: called by rank 0; with whatever U-Net.
-        free: lets go of the pipeline's networks, before what was written is loaded again to be compared.
     Raises:
         RunError: if there is no room for it, or what was written is not what is in memory.
     """
     final = run / "frozen"
 
     def save(_: Callable[[], None]) -> None:
-        pipeline = build_pipeline()
+        encoders.free()  # pipelines have them in float32
         try:
             temporary = temporary_beside(final)
             with quiet():
-                pipeline.save_pretrained(temporary)
-                expected = Frozen.of(pipeline)
-                del pipeline
-                free()
-                check_frozen(temporary, expected)
-            shutil.rmtree(temporary / "unet")
+                vae = encoders.load_vae()
+                networks = {"vae": save_network(vae, temporary / "vae")}
+                text = encoders.load_text()
+                if text is not None:
+                    networks["text_encoder"] = save_network(text.model, temporary / "text_encoder")
+                pipeline = build_pipeline(vae, text)
+                pipeline.save_without_networks(temporary)
+                check_frozen(temporary, Frozen.of(pipeline, networks))
             put_in_place(temporary, final)
         except PipelineMismatch as error:
             raise RunError(f"what was written to {temporary} is not what is in memory: {error}") from error
@@ -66,6 +70,15 @@ def save_frozen(run: Path, build_pipeline: Callable[[], Any], free: Callable[[],
     while_others_wait(save)
 
 
+def save_network(network: Any, folder: Path) -> tuple[type, str]:
+    """Save a network and let its weights go; returns what it is known by."""
+    network.save_pretrained(folder, safe_serialization=True)
+    told = known(network)
+    network.to("meta")  # what a pipeline's index says of it is still there
+    give_back()
+    return told
+
+
 def export(training: Training, build_unet: BuildUNet, stored: Batch, done: int) -> Path | None:
     """Save RUN/pipeline with the averaged weights; returns it on rank 0, None elsewhere. Every rank must call it.
 
@@ -74,6 +87,7 @@ def export(training: Training, build_unet: BuildUNet, stored: Batch, done: int) 
     Raises:
         RunError: if what was written is not what was trained; the pipeline before it stays.
     """
+    give_back()  # what steps have freed: the pipeline's U-Net is in memory beside the one that learns
     weights = averaged_weights(training.unet, training.ema)
     expected = training.averaged_error(stored)
     frozen, final = (Path(training.config.run) / name for name in ("frozen", "pipeline"))

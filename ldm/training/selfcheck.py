@@ -64,15 +64,15 @@ class Frozen:
     scheduler: dict[str, Any]
 
     @classmethod
-    def of(cls, pipeline: Any) -> Frozen:
-        """What a pipeline in memory has."""
-        networks = {
-            name: (type(part), weights_fingerprint(part))
-            for name, part in pipeline.components.items()
-            if isinstance(part, nn.Module) and name != "unet"
-        }
+    def of(cls, pipeline: Any, networks: dict[str, tuple[type, str]]) -> Frozen:
+        """What a pipeline in memory has, and these networks, each as `known` tells it."""
         tokenizer = None if pipeline.tokenizer is None else tokenizer_facts(pipeline.tokenizer)
         return cls(type(pipeline), networks, tokenizer, settings(pipeline.scheduler))
+
+
+def known(network: nn.Module) -> tuple[type, str]:
+    """What a network is known by: its class and a hash of its weights."""
+    return type(network), weights_fingerprint(network)
 
 
 def check_frozen(folder: Path, expected: Frozen) -> None:
@@ -89,8 +89,8 @@ def check_frozen(folder: Path, expected: Frozen) -> None:
         raise PipelineMismatch("tokenizer: other tokens than in memory")
     for name, (kind, weights) in expected.networks.items():
         with loadable():
-            found = weights_fingerprint(load_network(kind, folder / name, whole=issubclass(kind, ModelMixin)))
-        if found != weights:
+            found = known(load_network(kind, folder / name, whole=issubclass(kind, ModelMixin)))
+        if found != (kind, weights):
             raise PipelineMismatch(f"{name}: what was written differs from the weights in memory")
 
 

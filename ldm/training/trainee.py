@@ -59,15 +59,18 @@ class Trainee:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A network's whole weights, on the CPU of rank 0. Every rank must call it."""
+    """A network's whole weights on the CPU of rank 0; the network's own, where that is where they are.
+
+    Every rank must call it.
+    """
     weights: dict[str, Any] = get_model_state_dict(module, options=WHOLE)
-    return {name: tensor.clone() for name, tensor in weights.items()}
+    return weights
 
 
 def averaged_weights(module: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
-    """The averaged weights, likewise."""
+    """The averaged weights, likewise, but in memory of their own: the network has its own again afterwards."""
     with averaged(module, ema):
-        return whole_weights(module)
+        return {name: tensor.clone() for name, tensor in whole_weights(module).items()}
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
