@@ -61,7 +61,9 @@ def main() -> None:
     parser.add_argument("--settings", default="ABC", help="which of A, B and C")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each process")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them that are not timed, at least 1")
-    parser.add_argument("--no-search", action="store_true", help="P1 is bf16 where the CPU has it, without workers")
+    parser.add_argument(
+        "--no-search", action="store_true", help="P1 is bf16 where the CPU multiplies it faster, without workers"
+    )
     parser.add_argument("--no-defaults", action="store_true", help="leave out P0")
     chosen = parser.parse_args()
     comparisons: list[Comparison] = []

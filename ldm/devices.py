@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from ldm.defaults import DTYPES
+
+BF16_GAIN = 1.25  # times as fast must a matrix product in bf16 be, for bf16 to be worth its casts
+GAIN_TURNS = 10
 
 
 def best_device() -> torch.device:
@@ -35,10 +40,34 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+@cache
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (amx_bf16 or avx512_bf16); without it bf16 is slower than fp32."""
+    """Whether this CPU multiplies bf16 in hardware, and measurably faster than float32.
+
+    The first without the second is common: on a Xeon with avx512_bf16 whose AMX is switched off, as in many virtual
+    machines, bf16 products run at half the speed of float32 (docs/experiments.md, 30). Looking takes some 30 ms, once
+    in a process.
+    """
     try:
         flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
     except OSError:  # not Linux
         return False
-    return bool(flags & {"amx_bf16", "avx512_bf16"})
+    return bool(flags & {"amx_bf16", "avx512_bf16"}) and bf16_gain() >= BF16_GAIN
+
+
+def bf16_gain() -> float:
+    """How many times as fast as in float32 a square matrix product is in bf16 on this CPU.
+
+    The fastest of several, in turns: other programs can only make one slower. It is as large as torch's threads make
+    it, 512 x 512 for two, so that each of many has enough to do.
+    """
+    dtypes = (torch.float32, torch.bfloat16)
+    seconds: dict[torch.dtype, list[float]] = {kind: [] for kind in dtypes}
+    edge = 64 * round(6.4 * torch.get_num_threads() ** (1 / 3))
+    factors = {kind: torch.ones(edge, edge, dtype=kind) for kind in dtypes}
+    for _ in range(GAIN_TURNS):
+        for kind in dtypes:
+            started = time.perf_counter()
+            torch.mm(factors[kind], factors[kind])
+            seconds[kind].append(time.perf_counter() - started)
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])

@@ -18,6 +18,7 @@ import pytest
 import road
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -519,6 +520,23 @@ def test_pipelines_share_what_no_step_changes(
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     average = load_file(next((tmp_path / "checkpoints").glob("*3/unet.ema.safetensors")))
     assert all(torch.equal(loaded.unet.state_dict()[name], weight) for name, weight in average.items())
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether bf16 is faster is measured at each start, on whatever machine that is."""
+    words = {"loop__precision": "auto", "loop__sample_every": 0, "doctor": False}
+    for steps, fast, told in ((1, False, False), (2, False, False), (3, True, True)):
+        monkeypatch.setattr("ldm.training.device.cpu_has_bf16", lambda fast=fast: fast)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            train_ldm(config_of(home, tmp_path, loop__steps=steps, **words))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        said = capsys.readouterr().out
+        assert ("going on from" in said) == (steps > 1)
+        assert ("not exact to the last bit" in said and "precision no => bf16" in said) == told
 
 
 def test_foreign_captions_are_refused(home: Path, tmp_path: Path) -> None:

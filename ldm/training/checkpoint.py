@@ -69,6 +69,7 @@ def save_checkpoint(
     state = {
         "step": step,
         "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
         "facts": dict(facts or {}),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "config": config,
@@ -205,8 +206,10 @@ def resume(
     known = {name: (state["facts"].get(name), value) for name, value in (facts or {}).items()}
     changed = differences(state["config"], config, trained, known, step)
     rounding, allowed = check_changes(changed, config.get("resume", {}).get("allow", ()), path)
-    if state["processes"] != accelerator.num_processes:
-        rounding.append(f"processes {state['processes']} => {accelerator.num_processes}")
+    here = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+    for name, value in here.items():  # older checkpoints don't say their precision
+        if state.get(name, value) != value:
+            rounding.append(f"{name} {state[name]} => {value}")
     load_checkpoint(path, trainees, accelerator)
     told = f"going on from {path}, step {step} of {steps}"
     if allowed:

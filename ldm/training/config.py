@@ -193,7 +193,7 @@ class LoopConfig:
             (progressive resizing).
         batch_size: pictures per step, over all processes and accumulated batches.
         accumulation: batches per process whose gradients are added up before a step.
-        precision: auto means bf16 where the device computes it fast, else fp32. The encoders compute in it as well, but
+        precision: auto means bf16 where the device computes it faster, else fp32. The encoders compute in it as well, but
             not in fp16.
         threads: CPU threads per process; 0 shares the cores among the processes of this machine.
         gradient_checkpointing: recompute activations in the backward pass; less memory, more time.

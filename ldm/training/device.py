@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from ldm.devices import cpu_has_bf16
 from ldm.training.config import LoopConfig
@@ -25,7 +26,10 @@ def build_accelerator(config: LoopConfig) -> Accelerator:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         torch.set_num_threads(config.threads or max(1, usable_cores() // processes))
         keep_freed_memory()
-    return Accelerator(cpu=cpu, mixed_precision=choose_precision(config.precision, state.device))
+    precision = choose_precision(config.precision, state.device)
+    if cpu:  # where it was measured, by processes in each other's way
+        [precision] = broadcast_object_list([precision])
+    return Accelerator(cpu=cpu, mixed_precision=precision)
 
 
 def encoding_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -44,8 +48,8 @@ def usable_cores() -> int:
 def choose_precision(wanted: str, device: torch.device) -> Precision:
     """`loop.precision` => accelerate's mixed_precision.
 
-    auto is bf16 where the hardware multiplies it (on a CPU: amx_bf16 or avx512_bf16; without them bf16 is slower
-    than fp32), else fp16 on older GPUs, else fp32.
+    auto is bf16 where the hardware multiplies it faster (on a CPU that is measured), else fp16 on older GPUs, else
+    fp32.
 
     Raises:
         ValueError: if fp16 is asked for on a CPU, which can't train in it.
