@@ -3,8 +3,9 @@
     python -m benchmarks.mfu
 
 The FLOPs are those of the U-Net's matrix products and convolutions, forward and backward, counted on `meta`; the time
-is that of the whole step: noise, loss, clipping, AdamW and the moving average are in it. The yardstick is the fastest
-bfloat16 product of several sizes. Both take turns in one process, A B B A.
+is that of the whole step: noise, loss, clipping, AdamW and the moving average are in it, at the precision that a run
+would choose here. The yardstick is the fastest product of several sizes, in bfloat16 or float32. Both take turns in one
+process, A B B A.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from benchmarks.counters import latent_shape, unet_flops
@@ -28,6 +30,7 @@ from ldm.training.objective import DiffusionConfig, build_schedule
 from ldm.training.samples import Batch
 
 TARGET = Target(0.15, 0.40)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096))  # (rows, inner, columns)
 
 
@@ -42,20 +45,20 @@ def best_of(work: Callable[[], object], times: int) -> float:
 
 
 def best_product(times: int) -> Measured:
-    """{"value": GFLOP/s of the fastest bfloat16 product, and of each shape}."""
+    """{"value": GFLOP/s of the fastest product, and of each dtype and shape}."""
     told = {}
-    for m, k, n in SHAPES:
-        a, b = torch.ones(m, k, dtype=torch.bfloat16), torch.ones(k, n, dtype=torch.bfloat16)
-        product = partial(torch.mm, a, b)
-        product()
-        told[f"{m}x{k}x{n}"] = 2 * m * k * n / best_of(product, times) / 1e9
+    for name, dtype in DTYPES.items():
+        for m, k, n in SHAPES:
+            product = partial(torch.mm, torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype))
+            product()
+            told[f"{name} {m}x{k}x{n}"] = 2 * m * k * n / best_of(product, times) / 1e9
     return {"value": max(told.values()), "products": told}
 
 
 def build_step(setting: Setting, batch_size: int, threads: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """One training step on random latents and contexts, in bf16, of the loop that train_ldm.py runs."""
+    """One training step on random latents and contexts, of the loop that train_ldm.py runs."""
     diffusion = DiffusionConfig(prediction="v", weighting="min_snr")
-    loop = LoopConfig(batch_size=batch_size, threads=threads, precision="bf16")
+    loop = LoopConfig(batch_size=batch_size, threads=threads)
     config = Config(unet=UNET, diffusion=diffusion, loop=loop)
     accelerator = build_accelerator(loop)
     shape = latent_shape(setting)
@@ -83,7 +86,8 @@ def main() -> None:
     for name in chosen.settings:
         step = build_step(SETTINGS[name], chosen.batch_size, chosen.threads)
         work = unet_flops(SETTINGS[name]) * chosen.batch_size
-        facts[name] = {"flops_per_step": work, "batch_size": chosen.batch_size}
+        precision = AcceleratorState().mixed_precision
+        facts[name] = {"flops_per_step": work, "batch_size": chosen.batch_size, "precision": precision}
         step()  # the first one allocates
 
         def ours(step: Callable[[], object] = step, work: int = work) -> Measured:

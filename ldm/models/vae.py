@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NARROW = -6.0  # the log variance that training starts from: a std of 0.05
 # Pixels that a VAE is given at once: 8 pictures of 64 px, or one larger one. On a CPU more are no faster, and one of
-# Stable Diffusion's size takes 130 MB for every 8 (docs/experiments.md, 30); a GPU wants more to be busy.
+# Stable Diffusion's size takes 130 MB for every 8 (docs/experiments.md, 31); a GPU wants more to be busy.
 PIXELS_AT_ONCE = 2**15
 PIXELS_AT_ONCE_ON_A_GPU = 2**19
 

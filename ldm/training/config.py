@@ -193,8 +193,8 @@ class LoopConfig:
             (progressive resizing).
         batch_size: pictures per step, over all processes and accumulated batches.
         accumulation: batches per process whose gradients are added up before a step.
-        precision: auto means bf16 where the device computes it faster, else fp32. The encoders compute in it as well, but
-            not in fp16.
+        precision: auto means bf16 where the device computes faster in it, else fp32. The encoders compute in it as
+            well, but not in fp16.
         threads: CPU threads per process; 0 shares the cores among the processes of this machine.
         gradient_checkpointing: recompute activations in the backward pass; less memory, more time.
         compile: torch.compile the U-Net; pays on a GPU over long runs.
