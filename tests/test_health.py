@@ -156,7 +156,9 @@ def test_the_gradient_scaler_comes_back(tmp_path: Path) -> None:
     net, optimizer = network()
     take(net, optimizer, 0)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
-    accelerator: Any = SimpleNamespace(scaler=scaler, num_processes=1, is_main_process=True, device=torch.device("cpu"))
+    accelerator: Any = SimpleNamespace(
+        scaler=scaler, mixed_precision="fp16", num_processes=1, is_main_process=True, device=torch.device("cpu")
+    )
     for value in (1.0, 1.0, INF, 1.0):  # grows, backs off, and is half way to growing again
         optimizer.zero_grad()
         scaler.scale(net(torch.ones(1, 3)).sum() * value).backward()
