@@ -69,7 +69,7 @@ def test_a_run_encodes_in_what_was_found(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         AcceleratorState._reset_state(True)
         try:
-            assert encoding_dtype(build_accelerator(LoopConfig())) == expected
+            assert encoding_dtype(build_accelerator(LoopConfig(threads=1))) == expected
         finally:
             AcceleratorState._reset_state(True)
 

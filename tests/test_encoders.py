@@ -45,13 +45,14 @@ def test_bf16_says_nearly_what_float32_says_and_the_same_in_any_batch(home: Path
         alone = torch.cat([encode(rough.vae, one[None]).mean for one in pixels])
     assert mean.dtype == torch.float32
     assert 0 < (mean - expected).square().mean().sqrt() < 0.02 * expected.std()
-    assert (alone - mean).abs().max() < 2**-7 * mean.abs().max()  # here no bit; how products are cut up is the CPU's
+    # one thread: no bit; two, on one CPU: 1.2 * 2^-7; how products are cut up is the CPU's
+    assert (alone - mean).abs().max() < 2**-6 * mean.abs().max()
     assert rough.text is not None and exact.text is not None
     context = rough.text.encode(CAPTIONS)
     off = (context - exact.text.encode(CAPTIONS)).square().mean().sqrt()
     assert 0 < off < 0.03 * context.square().mean().sqrt()
     alone = torch.cat([rough.text.encode([caption]) for caption in CAPTIONS])
-    assert (alone - context).abs().max() < 2**-7 * context.abs().max()
+    assert (alone - context).abs().max() < 2**-6 * context.abs().max()
 
 
 def test_what_is_loaded_for_pipelines_is_float32_to_the_last_bit(home: Path) -> None:
