@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, Measured, fresh
 from benchmarks.settings import Folders
-from ldm.devices import cpu_has_bf16
+from ldm.devices import cpu_is_faster_in_bf16
 
 TRAIN = ROOT / "train" / "train_ldm.py"
 #: P1's flags whatever the machine: what the script offers that makes its training faster or better.
@@ -117,7 +117,7 @@ def best(precision: str, workers: int) -> list[str]:
 
 def likely_best() -> list[str]:
     """P1 without trying: bf16 if the CPU multiplies it, and no workers."""
-    return best("bf16" if cpu_has_bf16() else "no", 0)
+    return best("bf16" if cpu_is_faster_in_bf16() else "no", 0)
 
 
 def add_peer(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ldm.defaults import DTYPES
 
-BF16_GAIN = 1.25  # times as fast must a matrix product in bf16 be, for bf16 to be worth its casts
+BF16_GAIN = 1.25  # how many times as fast a matrix product in bf16 must be for bf16 to be worth its casts
 GAIN_TURNS = 10
 
 
@@ -36,17 +36,16 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        fast = device.type == "cpu" and cpu_has_bf16()
+        fast = device.type == "cpu" and cpu_is_faster_in_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 
 @cache
-def cpu_has_bf16() -> bool:
+def cpu_is_faster_in_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware, and measurably faster than float32.
 
-    The first without the second is common: on a Xeon with avx512_bf16 whose AMX is switched off, as in many virtual
-    machines, bf16 products run at half the speed of float32 (docs/experiments.md, 30). Looking takes some 30 ms, once
-    in a process.
+    There is the first without the second: on a Xeon with avx512_bf16 whose AMX was switched off, products in bf16 ran
+    at half the speed of float32 (docs/experiments.md, 30). Looking takes some 30 ms, once in a process.
     """
     try:
         flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())

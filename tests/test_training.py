@@ -528,7 +528,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
     """Whether bf16 is faster is measured at each start, on whatever machine that is."""
     words = {"loop__precision": "auto", "loop__sample_every": 0, "doctor": False}
     for steps, fast, told in ((1, False, False), (2, False, False), (3, True, True)):
-        monkeypatch.setattr("ldm.training.device.cpu_has_bf16", lambda fast=fast: fast)
+        monkeypatch.setattr("ldm.training.device.cpu_is_faster_in_bf16", lambda fast=fast: fast)
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             train_ldm(config_of(home, tmp_path, loop__steps=steps, **words))
@@ -536,7 +536,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
             AcceleratorState._reset_state(reset_partial_state=True)
         said = capsys.readouterr().out
         assert ("going on from" in said) == (steps > 1)
-        assert ("not exact to the last bit" in said and "precision no => bf16" in said) == told
+        assert ("not exact to the last bit" in said) == told == ("bit: precision fp32 => bf16" in said)
 
 
 def test_foreign_captions_are_refused(home: Path, tmp_path: Path) -> None:

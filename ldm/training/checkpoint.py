@@ -68,8 +68,7 @@ def save_checkpoint(
     scaler = getattr(accelerator, "scaler", None)
     state = {
         "step": step,
-        "processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
+        **circumstances(accelerator),
         "facts": dict(facts or {}),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "config": config,
@@ -91,6 +90,12 @@ def save_checkpoint(
         return 1
 
     return on_rank_0(accelerator, write) == 1
+
+
+def circumstances(accelerator: Accelerator) -> dict[str, Any]:
+    """What a step's last digits depend on, besides the config."""
+    precision = accelerator.mixed_precision
+    return {"processes": accelerator.num_processes, "precision": "fp32" if precision == "no" else precision}
 
 
 def on_rank_0(accelerator: Accelerator, action: Callable[[], int]) -> int:
@@ -206,15 +211,14 @@ def resume(
     known = {name: (state["facts"].get(name), value) for name, value in (facts or {}).items()}
     changed = differences(state["config"], config, trained, known, step)
     rounding, allowed = check_changes(changed, config.get("resume", {}).get("allow", ()), path)
-    here = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-    for name, value in here.items():  # older checkpoints don't say their precision
-        if state.get(name, value) != value:
+    for name, value in circumstances(accelerator).items():
+        if state.get(name, value) != value:  # older checkpoints don't say their precision
             rounding.append(f"{name} {state[name]} => {value}")
     load_checkpoint(path, trainees, accelerator)
     told = f"going on from {path}, step {step} of {steps}"
     if allowed:
         told += f"; allowed: {', '.join(allowed)}"
     if rounding:
-        told += f"; not exact to the last bit, sums are taken in another order: {', '.join(rounding)}"
+        told += f"; not exact to the last bit: {', '.join(rounding)}"
     accelerator.print(told)
     return step

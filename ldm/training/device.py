@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from ldm.devices import cpu_has_bf16
+from ldm.devices import cpu_is_faster_in_bf16
 from ldm.training.config import LoopConfig
 from ldm.training.heap import keep_freed_memory
 
@@ -64,6 +64,6 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
         return "fp16"
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    if device.type == "cpu" and cpu_has_bf16():
+    if device.type == "cpu" and cpu_is_faster_in_bf16():
         return "bf16"
     return "no"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,26 +49,32 @@ def save_frozen(run: Path, encoders: Encoders, build_pipeline: BuildPipeline) ->
 
     def save(_: Callable[[], None]) -> None:
         encoders.free()  # pipelines have them in float32
-        try:
+        vae = encoders.load_vae()
+        with writing(final):
             temporary = temporary_beside(final)
-            with quiet():
-                vae = encoders.load_vae()
-                networks = {"vae": save_network(vae, temporary / "vae")}
-                text = encoders.load_text()
-                if text is not None:
-                    networks["text_encoder"] = save_network(text.model, temporary / "text_encoder")
-                pipeline = build_pipeline(vae, text)
-                pipeline.save_without_networks(temporary)
-                check_frozen(temporary, Frozen.of(pipeline, networks))
+            networks = {"vae": save_network(vae, temporary / "vae")}
+        text = encoders.load_text()
+        with writing(final):
+            if text is not None:
+                networks["text_encoder"] = save_network(text.model, temporary / "text_encoder")
+            pipeline = build_pipeline(vae, text)
+            pipeline.save_without_networks(temporary)
+            check_frozen(temporary, Frozen.of(pipeline, networks))
             put_in_place(temporary, final)
-        except PipelineMismatch as error:
-            raise RunError(f"what was written to {temporary} is not what is in memory: {error}") from error
-        except DISK_ERRORS as error:
-            raise RunError(
-                f"{final} could not be saved: {error}; make room, then the same command tries again"
-            ) from error
 
     while_others_wait(save)
+
+
+@contextmanager
+def writing(final: Path) -> Iterator[None]:
+    """Inside, what goes wrong is a RunError that names the folder; loading an encoder belongs outside."""
+    try:
+        with quiet():
+            yield
+    except PipelineMismatch as error:
+        raise RunError(f"what was written for {final} is not what is in memory: {error}") from error
+    except DISK_ERRORS as error:
+        raise RunError(f"{final} could not be saved: {error}; make room, then the same command tries again") from error
 
 
 def save_network(network: Any, folder: Path) -> tuple[type, str]:
