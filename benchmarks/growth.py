@@ -106,7 +106,7 @@ class Trainer:
             edge = setting.rows.edge
             samples = build_samples(config, source, (CHANNELS, edge, edge), cache)
             numbers = numbers_of(0, 1000, setting.batch, 1, 0, 1)
-            self.streams[setting] = batches(samples, numbers, accelerator.device, None)
+            self.streams[setting] = batches(samples, numbers, accelerator.device)
         torch.manual_seed(0)
         network = build_unet(unet, latent_shape=(CHANNELS, 16, 16), context_dim=settings[0].rows.context[1])
         choose_attention(network, accelerator.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,9 +14,10 @@ import torch
 from accelerate import Accelerator
 
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
+from ldm.models.fingerprint import fingerprint, tokenizer_facts
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.unet import UNetConfig, build_unet
-from ldm.models.vae import VAEConfig, build_vae, encode, load_vae
+from ldm.models.vae import VAEConfig, build_vae, encode, latent_shape, load_vae
 from ldm.pipeline import LDMPipeline
 from ldm.training.device import encoding_dtype
 from ldm.training.encoders import Encoders
@@ -54,6 +57,24 @@ def test_bf16_says_nearly_what_float32_says_and_the_same_in_any_batch(home: Path
     assert (alone - context).abs().max() < 2**-7 * context.abs().max()
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says which files are mapped")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vae_s_file_is_let_go_once_its_weights_are_copies(home: Path, dtype: torch.dtype) -> None:
+    """A few norms that still lie in the mapped file would keep all of it in memory."""
+
+    def mapped() -> bool:
+        return str(home / "vae") in Path("/proc/self/maps").read_text("utf-8")
+
+    both, untouched = encoders(home, dtype), load_vae(home / "vae")
+    assert mapped()
+    expected = {name: weight.to(dtype, copy=True) for name, weight in untouched.state_dict().items()}
+    del untouched
+    vae = both.vae
+    gc.collect()
+    assert not mapped()
+    assert all(torch.equal(weight, expected[name]) for name, weight in vae.state_dict().items())
+
+
 def test_what_is_loaded_for_pipelines_is_float32_to_the_last_bit(home: Path) -> None:
     lowered = encoders(home, torch.bfloat16)
     assert lowered.vae.dtype == torch.bfloat16
@@ -64,9 +85,8 @@ def test_what_is_loaded_for_pipelines_is_float32_to_the_last_bit(home: Path) -> 
     assert text is not None and text.model.dtype == torch.float32
 
 
-def test_the_larger_one_is_loaded_first_and_each_once(home: Path) -> None:
-    """While a text encoder's file is mapped and becomes bf16, no VAE lies beside it; whichever is asked for first."""
-    config, loaded = TextConfig(encoder=str(home / "text"), max_length=tiny.MAX_LENGTH), []
+def logging(home: Path, loaded: list[str], **words: Any) -> Encoders:
+    config = TextConfig(encoder=str(home / "text"), max_length=tiny.MAX_LENGTH)
 
     def load_text() -> TextEncoder:
         loaded.append("text")
@@ -76,12 +96,52 @@ def test_the_larger_one_is_loaded_first_and_each_once(home: Path) -> None:
         loaded.append("vae")
         return load_vae(home / "vae")
 
-    both = Encoders(load_a_vae, load_text, torch.bfloat16)
+    return Encoders(load_a_vae, load_text, torch.bfloat16, **words)
+
+
+def test_asking_for_one_lets_go_of_the_other(home: Path) -> None:
+    loaded: list[str] = []
+    both = logging(home, loaded)
+    assert both.vae is both.vae
+    gone = weakref.ref(both.vae)
+    assert both.text is not None and both.text is both.text
+    assert gone() is None
+    assert loaded == ["vae", "text"]
+    assert both.vae is not None
+    assert loaded == ["vae", "text", "vae"]
+
+
+def test_for_steps_that_encode_both_stay_and_the_larger_one_is_loaded_first(home: Path) -> None:
+    """While a text encoder's file is mapped and becomes bf16, no VAE lies beside it; whichever is asked for first."""
+    loaded: list[str] = []
+    both = logging(home, loaded, together=True)
     assert both.vae is both.vae and both.text is both.text
     assert loaded == ["text", "vae"]
     both.free()
-    assert both.fingerprints and both.vae is not None
+    assert both.vae is not None
     assert loaded == ["text", "vae"] * 2
+
+
+def test_what_is_known_of_them_stays_when_they_are_gone(home: Path) -> None:
+    loaded: list[str] = []
+    both = logging(home, loaded)
+    vae, text = both.vae_outline, both.text_outline
+    assert text is not None and loaded == ["vae", "text"]
+    assert {part.device.type for network in (vae, text.model) for part in network.parameters()} == {"meta"}
+    whole = load_vae(home / "vae")
+    assert {name: part.shape for name, part in vae.state_dict().items()} == {
+        name: part.shape for name, part in whole.state_dict().items()
+    }
+    assert latent_shape(vae, 16) == latent_shape(whole, 16)
+    expected = TextEncoder.load(TextConfig(encoder=str(home / "text"), max_length=tiny.MAX_LENGTH))
+    assert text.dim == expected.dim and text.lengths(CAPTIONS) == expected.lengths(CAPTIONS)
+    assert both.fingerprints == {
+        "vae": fingerprint(whole.bfloat16()),
+        "text": fingerprint(expected.model.bfloat16(), tokenizer_facts(expected.tokenizer)),
+    }
+    assert loaded == ["vae", "text"]
+    none = Encoders(lambda: load_vae(home / "vae"), None)
+    assert none.text is None and none.text_outline is None and list(none.fingerprints) == ["vae"]
 
 
 @pytest.mark.parametrize(

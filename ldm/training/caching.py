@@ -32,21 +32,25 @@ def build_cache(
         NoSpaceError: if it doesn't fit on the disk.
         BadDataError: if a picture can't be read.
     """
-    vae, text = encoders.vae, encoders.text
+    text, told = encoders.text_outline, encoders.fingerprints
     data, table = config.data, Path(config.run) / "cache" / f"{name}.npy"
-    posteriors = posterior_kind(encoders.fingerprints["vae"], latent_shape, data.size, data.background)
+    posteriors = posterior_kind(told["vae"], latent_shape, data.size, data.background)
     contexts = None
     if text is not None:
-        contexts = context_kind(encoders.fingerprints["text.encoder"], (text.tokenizer.model_max_length, text.dim))
+        contexts = context_kind(told["text"], (text.tokenizer.model_max_length, text.dim))
 
     @torch.no_grad()
     def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = encode(vae, pixels.to(vae.device))
+        posterior = encode(encoders.vae, pixels.to(encoders.vae.device))
         return posterior.mean, posterior.std
+
+    def encode_captions(captions: list[str]) -> Tensor:
+        assert encoders.text is not None
+        return encoders.text.encode(captions)
 
     def build(tick: Callable[[], None]) -> None:
         builder = Builder(folder, tick=tick)
-        captions = (contexts, text.encode) if text is not None and contexts is not None else None
+        captions = (contexts, encode_captions) if contexts is not None else None
         builder.build(pictures, table, (posteriors, encode_pixels), captions, size=data.size, flip=data.flip)
 
     while_others_wait(build)

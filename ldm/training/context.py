@@ -32,14 +32,12 @@ SCALE_FILE = "text_scale.json"  # in RUN
 UNKNOWN_MOST = 0.2  # a share of unknown tokens above this means a broken vocabulary or a foreign language
 
 
-def load_text(config: Config, device: torch.device) -> TextEncoder | None:
-    """The config's text encoder on a device, standardized as it was measured; None for a model that knows no text.
+def load_text(config: Config, device: torch.device) -> TextEncoder:
+    """The config's text encoder on a device, standardized as it was measured.
 
     Raises:
-        ValueError: if it should be standardized and was not measured.
+        ValueError: if it should be standardized and was not measured, or there is none.
     """
-    if config.text.encoder is None:
-        return None
     text = TextEncoder.load(config.text)
     if config.text.standardize:
         text.standardize(*context_scale(config, text).require(f"text.encoder: {config.text.encoder}"))

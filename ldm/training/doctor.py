@@ -38,7 +38,7 @@ from ldm.training.loop import Training
 from ldm.training.needs import cache_needs, disk, network_needs
 from ldm.training.objective import build_schedule
 from ldm.training.plain_loop import PlainSamples, PlainTraining
-from ldm.training.samples import batches, build_samples, numbers_of
+from ldm.training.samples import build_samples, few_batches, numbers_of
 from ldm.training.trial import FEW, TIMED, try_steps
 from ldm.training.vae_loop import PixelSamples, VAETraining
 
@@ -113,7 +113,7 @@ def _examine(config: Config) -> Iterator[Finding]:
         mean, told = report_reconstruction(vae, pictures, config.data.size)
         far = "; that is low: raise vae_training.steps or vae_model.latent_channels"
         yield Finding("ok", "VAE", told) if mean >= BLURRED else Finding("warning", "VAE", told + far)
-    encoders = Encoders(lambda: vae, lambda: text, encoding_dtype(accelerator))
+    encoders = Encoders(lambda: vae, (lambda: text) if text else None, encoding_dtype(accelerator))
     yield from before_unet(config, accelerator, source, encoders)
 
 
@@ -169,22 +169,23 @@ def before_unet(
     config: Config, accelerator: Accelerator, source: ConditionedPictures, encoders: Encoders
 ) -> Iterator[Finding]:
     """Room for the U-Net's training, and a trial of it on samples encoded for it alone."""
-    shape, loop, data = latent_shape(encoders.vae, config.data.size), config.loop, config.data
-    build = denoiser(config, source, encoders.text, shape)
+    vae, text, loop, data = encoders.vae_outline, encoders.text_outline, config.loop, config.data
+    shape = latent_shape(vae, data.size)
+    build = denoiser(config, source, text, shape)
     learned = config.diffusion.variance == "learned"
 
     def prepare(config: Config) -> Training:
         torch.manual_seed(config.seed)
         return Training.prepare(config, accelerator, build_schedule(config.diffusion), build(learned_variance=learned))
 
-    frozen = float32_bytes(encoders.vae) + (float32_bytes(encoders.text.model) if encoders.text else 0)
+    frozen = float32_bytes(vae) + (float32_bytes(text.model) if text else 0)
     needs = network_needs(config, float32_bytes(build()), 4, frozen, "pipeline")
     yield disk(config, needs | cache_needs(config, source, encoders, shape), "U-Net disk")
     fresh = replace(config, data=replace(data, cache="off", workers=0))
     samples = build_samples(fresh, source.train, shape, None)
     rank, processes = accelerator.process_index, accelerator.num_processes
     numbers = numbers_of(0, 1 + TIMED, loop.batch_size, loop.accumulation, rank, processes)
-    *parts, few = batches(samples, [*numbers, range(FEW)], accelerator.device, encoders)
+    *parts, few = few_batches(samples, [*numbers, range(FEW)], accelerator.device, encoders)
     encoders.free()  # as they are while the run takes its steps
     steps = [parts[i : i + loop.accumulation] for i in range(0, len(parts), loop.accumulation)]
     yield from try_steps(config, "optim", prepare, steps, [few], accelerator, "U-Net")

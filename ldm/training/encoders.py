@@ -1,9 +1,10 @@
-"""The frozen networks on both ends of a run, each in memory only while something is encoded."""
+"""The frozen networks on both ends of a run, each in memory only while it encodes."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import cached_property
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -13,63 +14,109 @@ from ldm.models.fingerprint import fingerprint, tokenizer_facts
 from ldm.models.text import TextEncoder
 from ldm.training.heap import give_back
 
+Encoder = TypeVar("Encoder")
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class Encoders:
-    """A VAE and a text encoder that are loaded when they are used and can be let go in between.
+    """A VAE and a text encoder that are loaded when they are used: who asks for one lets go of the other.
 
-    A U-Net's steps need neither, and a text encoder can be larger than the U-Net. Hold no reference of your own to
-    `vae` or `text` across a call that lets them go.
+    A U-Net's steps need neither, and a text encoder can be larger than the U-Net. So encode all there is to encode with
+    one of them, then with the other, and keep no reference of your own to `vae` or `text`. Their outlines and
+    fingerprints, for which they need not be there, stay.
 
     Attributes:
-        load_vae, load_text: load them in float32, as pipelines have them.
+        load_vae, load_text: load them in float32, as pipelines have them; None for a model that knows no text.
         dtype: that they encode in (`ldm.training.device.encoding_dtype`).
+        together: whether both stay, for steps that encode for themselves.
     """
 
     def __init__(
         self,
         load_vae: Callable[[], Any],
-        load_text: Callable[[], TextEncoder | None],
+        load_text: Callable[[], TextEncoder] | None,
         dtype: torch.dtype = torch.float32,
+        *,
+        together: bool = False,
     ) -> None:
-        self.load_vae, self.load_text, self.dtype = load_vae, load_text, dtype
+        self.load_vae, self.load_text, self.dtype, self.together = load_vae, load_text, dtype, together
+        self._loaded: dict[str, Any] = {}
+        self._outlines: dict[str, Any] = {}
+        self._fingerprints: dict[str, str] = {}
 
-    @cached_property
+    @property
     def vae(self) -> Any:
-        """The VAE, on the run's device; the text encoder is loaded before it.
+        """The VAE, on the run's device.
 
-        That is often the larger one, and takes the most memory while it is loaded: a file's pages stay until all of it
-        is in the dtype that is wanted.
+        Where both stay, the text encoder is loaded before it: that is often the larger one, and takes the most memory
+        while it is loaded, since a file's pages stay until all of it is in the dtype that is wanted.
         """
-        _ = self.text
-        return for_encoding(self.load_vae(), self.dtype)
+        if self.together:
+            _ = self.text
+        return self._ready("vae", self.load_vae)
 
-    @cached_property
+    @property
     def text(self) -> TextEncoder | None:
-        """The text encoder; None if the model knows no text."""
-        text = self.load_text()
-        if text is not None:
-            for_encoding(text.model, self.dtype)
-        return text
+        """The text encoder, on the run's device; None if the model knows no text."""
+        return self._ready("text", self.load_text) if self.load_text else None
 
-    @cached_property
+    @property
+    def vae_outline(self) -> Any:
+        """The VAE without its weights, on the meta device: its config and its sizes."""
+        if "vae" not in self._outlines:
+            _ = self.vae
+        return self._outlines["vae"]
+
+    @property
+    def text_outline(self) -> TextEncoder | None:
+        """The text encoder without its weights, on the meta device: its tokenizer and its sizes."""
+        if "text" not in self._outlines:
+            _ = self.text
+        return self._outlines.get("text")
+
+    @property
     def fingerprints(self) -> dict[str, str]:
-        """Of "vae" and, if there is one, "text.encoder", its tokenizer included; kept when both are let go."""
-        found = {"vae": fingerprint(self.vae)}
-        if self.text is not None:
-            found["text.encoder"] = fingerprint(self.text.model, tokenizer_facts(self.text.tokenizer))
-        return found
+        """Of the "vae" and, if there is one, of the "text" encoder, its tokenizer included."""
+        _ = self.vae_outline, self.text_outline
+        return dict(self._fingerprints)
 
     def free(self) -> None:
         """Let both go, and give their memory back; who asks for one again has it loaded again."""
-        self.__dict__.pop("vae", None)
-        self.__dict__.pop("text", None)
+        self._loaded.clear()
         give_back()
+
+    def _ready(self, name: str, load: Callable[[], Encoder]) -> Encoder:
+        if name not in self._loaded:
+            if not self.together:
+                self.free()
+            encoder = load()
+            text = encoder if isinstance(encoder, TextEncoder) else None
+            network: Any = text.model if text else encoder
+            for_encoding(network, self.dtype)
+            if name not in self._outlines:
+                self._outlines[name] = without_weights(encoder, network)
+                self._fingerprints[name] = fingerprint(network, *([tokenizer_facts(text.tokenizer)] if text else []))
+            self._loaded[name] = encoder
+        loaded: Encoder = self._loaded[name]
+        return loaded
+
+
+def without_weights(encoder: Encoder, network: nn.Module) -> Encoder:
+    """A copy of it whose weights have their shapes and dtypes, but no values and no memory."""
+    tensors = chain(network.parameters(), network.buffers())
+    return copy.deepcopy(encoder, {id(tensor): tensor.to("meta") for tensor in tensors})
 
 
 def for_encoding(network: Network, dtype: torch.dtype) -> Network:
     """The network itself, in this dtype and with its convolutions' channels last: both are faster, by 2.4 times
     together on a CPU that multiplies bf16 (docs/experiments.md, 22)."""
     nn.Module.to(network, dtype)  # diffusers' own `to` warns of layers to keep in float32, even where there are none
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    weights = list(network.parameters())
+    places = [weight.data_ptr() for weight in weights]
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # float32 convolutions are copies now, of a mapped file that all stays in memory for the sake of a few norms
+    left = [weight for weight, place in zip(weights, places, strict=True) if weight.data_ptr() == place]
+    if sum(weight.nbytes for weight in left) < sum(weight.nbytes for weight in weights) / 2:
+        for weight in left:
+            weight.data = weight.data.clone()
+    return network

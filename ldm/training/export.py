@@ -46,14 +46,14 @@ def save_frozen(run: Path, encoders: Encoders, build_pipeline: BuildPipeline) ->
         RunError: if there is no room for it, or what was written is not what is in memory.
     """
     final = run / "frozen"
+    encoders.free()  # pipelines have them in float32
 
     def save(_: Callable[[], None]) -> None:
-        encoders.free()  # pipelines have them in float32
         vae = encoders.load_vae()
         with writing(final):
             temporary = temporary_beside(final)
             networks = {"vae": save_network(vae, temporary / "vae")}
-        text = encoders.load_text()
+        text = encoders.load_text() if encoders.load_text else None
         with writing(final):
             if text is not None:
                 networks["text_encoder"] = save_network(text.model, temporary / "text_encoder")

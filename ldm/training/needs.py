@@ -35,12 +35,12 @@ def cache_needs(
     """Bytes that the cache of latents and contexts takes."""
     if config.data.cache == "off":
         return {}
-    text, told, data = encoders.text, encoders.fingerprints, config.data
+    text, told, data = encoders.text_outline, encoders.fingerprints, config.data
     posterior = posterior_kind(told["vae"], shape, data.size, data.background)
     size = len(source.train.all_pictures) * posterior.record.itemsize * (2 if data.flip else 1)
     if text:
         captions = {caption for row in source.train.pictures for caption in row.captions}
-        of_caption = context_kind(told["text.encoder"], (text.tokenizer.model_max_length, text.dim))
+        of_caption = context_kind(told["text"], (text.tokenizer.model_max_length, text.dim))
         size += len(captions) * of_caption.record.itemsize
     return {"cache": size}
 

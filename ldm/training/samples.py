@@ -110,9 +110,7 @@ def build_samples(
 
 
 @torch.no_grad()
-def fixed_questions(
-    config: Config, heldout: ConditionedPictures, vae: Any, text: TextEncoder | None
-) -> TextQuestions | None:
+def fixed_questions(config: Config, heldout: ConditionedPictures, encoders: Encoders) -> TextQuestions | None:
     """The held-out pictures with their first captions at fixed (t, eps), and the same with other captions.
 
     None if there are no held-out pictures to ask about.
@@ -122,47 +120,57 @@ def fixed_questions(
         return None
 
     def latents(rows: Sequence[Row]) -> Tensor:
-        batches = pixel_batches(rows, config.data.size, "asking")
-        return torch.cat([encode(vae, pixels).mean for pixels in batches])
+        vae = encoders.vae
+        return torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "asking")])
 
     context = channels = class_labels = None
+    x0 = latents(source.pictures)
+    if source.condition_column:
+        channels = latents([source.condition(i) for i in range(len(source))])
+    if source.labels:
+        class_labels = torch.from_numpy(source.class_ids).to(x0.device)
+    text = encoders.text
     if text:
         first = [row.captions[0] for row in source.pictures]
         context = torch.cat([text.encode(first[i : i + BATCH]) for i in range(0, len(first), BATCH)])
-    if source.labels:
-        class_labels = torch.from_numpy(source.class_ids).to(vae.device)
-    if source.condition_column:
-        channels = latents([source.condition(i) for i in range(len(source))])
     rng = generator(config.seed, "held out")
     conditioning = Conditioning(context, class_labels, channels)
-    true = HeldOut.fixed(latents(source.pictures), conditioning, config.diffusion.timesteps, rng)
+    true = HeldOut.fixed(x0, conditioning, config.diffusion.timesteps, rng)
     if text is None:
         return TextQuestions(true)
     return TextQuestions.of(true, [row.captions for row in source.pictures], text.encode([""]), rng)
 
 
-def to_batch(collated: dict[str, Any], device: torch.device, encoders: Encoders | None) -> Batch:
-    """Collated samples => a batch on the device; they are encoded here where there was no cache."""
-    here: dict[str, Any] = {
+def to_device(collated: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Collated samples, with all that a step takes from them but u on the device."""
+    return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "u" else value
         for name, value in collated.items()
     }
-    if "pixels" in here:
-        assert encoders is not None, "samples without a cache need encoders"
-        vae, text = encoders.vae, encoders.text
-        with torch.no_grad():
-            posterior = encode(vae, here["pixels"])
-            if "condition_pixels" in here:
-                here["channels"] = encode(vae, here["condition_pixels"]).mean
-        if text:
-            here["context"] = text.encode(here["caption"])
-    else:
-        posterior = Posterior(here["mean"], here["std"])
+
+
+@torch.no_grad()
+def with_latents(collated: dict[str, Any], vae: Any) -> dict[str, Any]:
+    """What a cache would have known of the pictures, in place of their pixels."""
+    rest = dict(collated)
+    posterior = encode(vae, rest.pop("pixels"))
+    if "condition_pixels" in rest:
+        rest["channels"] = encode(vae, rest.pop("condition_pixels")).mean
+    return rest | {"mean": posterior.mean, "std": posterior.std}
+
+
+def with_context(collated: dict[str, Any], text: TextEncoder | None) -> dict[str, Any]:
+    """What a cache would have known of the captions, beside them."""
+    return collated | {"context": text.encode(collated["caption"])} if text else collated
+
+
+def to_batch(encoded: dict[str, Any]) -> Batch:
+    """Collated samples from a cache, or encoded here => what a step takes."""
     return Batch(
-        x0=posterior.sample(here["posterior_noise"]),
-        conditioning=Conditioning(here.get("context"), here.get("class"), here.get("channels")),
-        u=here["u"],
-        eps=here["eps"],
+        x0=Posterior(encoded["mean"], encoded["std"]).sample(encoded["posterior_noise"]),
+        conditioning=Conditioning(encoded.get("context"), encoded.get("class"), encoded.get("channels")),
+        u=encoded["u"],
+        eps=encoded["eps"],
     )
 
 
@@ -193,9 +201,29 @@ def numbers_of(
 
 
 def batches(
-    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device, encoders: Encoders | None
+    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device, encoders: Encoders | None = None
 ) -> Iterator[Batch]:
-    """The batches with these sample numbers, one after the other; the encoders are those of samples without a cache."""
+    """The batches with these sample numbers, one after the other; samples without a cache are encoded here."""
+    for collated in collated_batches(samples, numbers, device):
+        if samples.cache is None:
+            assert encoders is not None, "samples without a cache need encoders"
+            collated = with_context(with_latents(collated, encoders.vae), encoders.text)
+        yield to_batch(collated)
+
+
+def few_batches(
+    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device, encoders: Encoders
+) -> list[Batch]:
+    """The batches with these sample numbers, of samples without a cache: first all pictures are encoded, then all
+    captions, so that the encoders need not be in memory together."""
+    collated = [with_latents(batch, encoders.vae) for batch in collated_batches(samples, numbers, device)]
+    return [to_batch(with_context(batch, encoders.text)) for batch in collated]
+
+
+def collated_batches(
+    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Samples with these numbers, read by worker processes if the config says so and there is no cache."""
     loader: DataLoader[dict[str, Any]] = DataLoader(
         samples,
         batch_sampler=cast(Any, numbers),  # whose stubs want lists, of which a long run's would be 250 MB
@@ -204,4 +232,4 @@ def batches(
         worker_init_fn=ignore_in_worker,
     )
     for collated in loader:
-        yield to_batch(collated, device, encoders)
+        yield to_device(collated, device)
