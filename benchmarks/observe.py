@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import runpy
 import sys
 import time
@@ -29,6 +28,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
+
+from ldm.training.resident import peak_bytes
 
 STARTED = time.monotonic()  # the interpreter's own start, some milliseconds, is left out on both sides
 
@@ -128,12 +129,6 @@ def watch_average(folder: Path) -> None:
 
     for kind in steps:
         setattr(kind, "step", stepped)  # noqa: B010
-
-
-def peak_bytes() -> int:
-    """The largest resident size of this process so far; of its workers, nothing."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def leave() -> NoReturn:

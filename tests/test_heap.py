@@ -11,6 +11,16 @@ import pytest
 
 from benchmarks.harness import ROOT
 
+PEAK = """
+import subprocess, sys
+from ldm.training.resident import peak_bytes
+held = b"x" * (int(sys.argv[1]) << 20)
+print(peak_bytes() >> 20, flush=True)
+del held
+if sys.argv[1] != "0":
+    subprocess.run([sys.executable, "-c", sys.argv[2], "0", ""], check=True)
+"""
+
 COUNT = """
 import json, resource, statistics, sys
 import torch
@@ -53,3 +63,12 @@ def test_freed_memory_is_kept_for_the_next_step_and_given_back_when_asked() -> N
     assert default["faults"] > 0.5 * pages  # what is to be avoided does happen
     assert kept["faults"] < 0.01 * pages
     assert kept["given back"] > 0.9 * 4 * 31 * 2**20
+
+
+def test_the_peak_is_this_process_s_own_and_not_that_of_the_one_that_started_it() -> None:
+    """getrusage begins with the peak of who started it: a benchmark that had built 1.7 GiB of weights passed them on."""
+    words = [sys.executable, "-c", PEAK, "300", PEAK]
+    told = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    large, small = (int(line) for line in told.split())
+    assert large >= 300
+    assert 1 <= small < 100

@@ -5,12 +5,12 @@ command_line.py   what people type => the config (plain_yaml.py: the part of YAM
 bounds.py         what a number of the config may be
 objective.py      its diffusion section => process, timesteps, loss
 device.py         what the device can do
-heap.py           memory that a CPU frees and needs again
+heap.py           memory that a CPU frees and needs again (resident.py: the most that was held)
 latents.py        a VAE whose latents have unit variance, checked
 context.py        a text encoder whose context has, too; captions it can't take whole
 scales.py         what both are measured to be, once in a run
 draws.py          every random number of training, as a function of (seed, sample)
-encoders.py       VAE and text encoder, in memory only until all is encoded
+encoders.py       VAE and text encoder, each in memory only while it encodes
 caching.py        the latent cache of a run
 ranks.py          work that one process does for all
 samples.py        (seed, sample) => the tensors of a batch

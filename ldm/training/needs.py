@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from ldm.data.space import gib
 from ldm.training.config import Config
 from ldm.training.encoders import Encoders
 from ldm.training.findings import Finding
+from ldm.training.resident import peak_bytes
 
 FULL = 0.9  # of the memory that is there; what else runs needs some, too
 
@@ -76,7 +75,7 @@ def memory(device: torch.device, check: str, smaller: str) -> Finding:
         free, whole = torch.cuda.mem_get_info(device)
         held = torch.cuda.max_memory_allocated(device)
         return _fits(held, free + torch.cuda.memory_reserved(device), f"of {gib(whole)} on the GPU", check, smaller)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    held = peak_bytes()
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
     except OSError:  # not Linux
