@@ -66,7 +66,7 @@ def test_freed_memory_is_kept_for_the_next_step_and_given_back_when_asked() -> N
 
 
 def test_the_peak_is_this_process_s_own_and_not_that_of_the_one_that_started_it() -> None:
-    """getrusage begins with the peak of who started it: a benchmark that had built 1.7 GiB of weights passed them on."""
+    """getrusage begins with the peak of the one that started it, such as a benchmark that has built weights."""
     words = [sys.executable, "-c", PEAK, "300", PEAK]
     told = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     large, small = (int(line) for line in told.split())
