@@ -21,6 +21,7 @@ import torch
 from ldm import LDMPipeline, recipe
 from ldm.defaults import ENGINES
 from ldm.devices import best_device, best_dtype
+from ldm.importing import leave_quickly
 from ldm.models.fingerprint import model_sha256
 
 DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")
@@ -253,6 +254,7 @@ def load(model: str, engine: str) -> LDMPipeline:
 
 def main() -> None:
     """The command line."""
+    leave_quickly()
     parser = argparse.ArgumentParser(description="Draw with a trained model, in the browser.")
     parser.add_argument("--model", help=f"pipeline folder or Hub id (default: {', else '.join(DEFAULT_MODELS)})")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")

@@ -38,7 +38,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 dtype = getattr(torch, sys.argv[5])
 pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=dtype)
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-if dtype != torch.float32:
+if sys.argv[6] == "stock best":
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 seed = torch.Generator().manual_seed(0)
 pipeline(
@@ -53,7 +53,7 @@ def cold(arm: Arm, folder: Path, batch: int, threads: int, log: Path) -> Measure
     words = [str(folder), str(batch)]
     if arm.told:
         dtype = str(arm.pipeline.unet.dtype).removeprefix("torch.")
-        words += [str(arm.told["num_inference_steps"]), str(arm.told["guidance_scale"]), dtype]
+        words += [str(arm.told["num_inference_steps"]), str(arm.told["guidance_scale"]), dtype, arm.name]
     else:
         words.append(engine_of(arm.pipeline))
     script = COLD_STOCK if arm.told else COLD_OURS

@@ -15,11 +15,12 @@ from typing import Any
 
 import ldm
 from ldm import cli_evaluate, cli_export, cli_push, cli_sample
-from ldm.importing import import_networks
+from ldm.importing import import_networks, leave_quickly
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments (by default sys.argv's) name; exits with 1 and one line if it can't."""
+    leave_quickly()
     words = sys.argv[1:] if arguments is None else list(arguments)
     parsed = build_parser().parse_args(words)
     parsed.command = shlex.join(["ldm", *words])

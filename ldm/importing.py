@@ -1,12 +1,14 @@
-"""Import torch, diffusers and transformers in three quarters of the time.
+"""Import torch, diffusers and transformers in three quarters of the time, and leave them in an eighth.
 
 Their 3,700 modules make a million objects, all of which stay. Python's garbage collector looks through them again and
 again while they come, and finds nothing to free: a quarter of the seconds. So it rests until they are there, and then
-takes them for what they are, old: else its next look at the young ones would go through all of them.
+takes them for what they are, old: else its next look at the young ones would go through all of them. When a process
+ends Python looks once more, for more than a second, and then lets all of it go.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,3 +33,13 @@ def import_networks() -> None:
     """Import what draws, with all that it needs. Whoever imports parts of it afterwards finds them loaded."""
     with collector_at_rest():
         import ldm.pipeline  # noqa: F401
+
+
+def leave_quickly() -> None:
+    """Let this process end without a last look for garbage; for our own commands, not for other people's programs.
+
+    What is no garbage is let go as ever. An object that only a circle of references keeps is not: nobody may count on
+    its end there, and Python promises none.
+    """
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)

@@ -70,3 +70,31 @@ def test_what_others_have_frozen_stays_frozen() -> None:
     assert not any(each is mine for each in gc.get_objects())
     gc.unfreeze()
     assert any(each is mine for each in gc.get_objects())
+
+
+LEFT = """
+import atexit, gc, sys
+atexit.register(lambda: print("frozen:", gc.get_freeze_count() > 0))  # the first that is registered runs last
+sys.argv[1:] = {words}
+{statement}
+"""
+COMMANDS = {
+    "ldm": ("from ldm.cli import main; main()", ["data", "check", "nowhere"]),
+    "train": (
+        "from ldm.training.command_line import start; start(print, 'Train.')",
+        ["--config", str(road.ROOT / "configs/demo.yaml")],
+    ),
+    "app": ("import app; app.main()", ["--model", "nowhere"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_our_own_commands_end_without_a_last_look_for_garbage(command: str) -> None:
+    """Python's last look goes through all that was imported, for a second; in other people's processes it stays."""
+    statement, words = COMMANDS[command]
+    code = LEFT.format(statement=statement, words=words)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=road.ROOT)
+    assert "frozen: True" in ended.stdout, ended.stderr
+    code = LEFT.format(statement="import ldm; ldm.LDMPipeline", words=[])
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=road.ROOT)
+    assert "frozen: False" in ended.stdout, ended.stderr

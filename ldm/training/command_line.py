@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-from ldm.importing import import_networks
+from ldm.importing import import_networks, leave_quickly
 from ldm.training.bounds import check_plain
 from ldm.training.config import Config
 
@@ -97,6 +97,7 @@ def start(main: Callable[[Config], object], description: str | None) -> None:
     from ldm.training.signals import RunError, Stopped, install
 
     install()
+    leave_quickly()
     import_networks()
     try:
         main(parse_config(description=description))
