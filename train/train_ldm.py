@@ -72,7 +72,7 @@ def main(config: Config) -> list[float]:
         dtype,
         together=folder is None,
     )
-    text = encoders.text_outline
+    text = encoders.text_outline  # its tokenizer and its sizes; weights come and go
     if text:
         say(report_captions(text, pictures))
         check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not hours later

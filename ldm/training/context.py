@@ -58,7 +58,7 @@ def measure_text(
         text = TextEncoder.load(config.text)
         scale = context_scale(config, text)
         for_encoding(text.model.to(device), dtype)
-        scale.keep(lambda: measure_on(text, pictures, tick))
+        scale.keep(lambda: measure_captions(text, pictures, tick))
 
     if config.text.encoder is not None and config.text.standardize:
         while_others_wait(measured)
@@ -75,7 +75,7 @@ def context_scale(config: Config, text: TextEncoder) -> Scale:
     return Scale(Path(config.run) / SCALE_FILE, facts)
 
 
-def measure_on(
+def measure_captions(
     text: TextEncoder, pictures: CaptionedPictures, tick: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, Tensor]:
     """Mean and std of each channel of the context [dim], over some of these pictures' captions."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ldm.data.batches import evenly
@@ -24,16 +24,16 @@ from ldm.data.duplicates import alike, duplicates, named
 from ldm.data.rows import BadDataError, count
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.text import TextEncoder
-from ldm.models.vae import build_vae, latent_shape, load_vae
+from ldm.models.vae import build_vae, latent_shape, load_vae, normalize
 from ldm.training.checkpoint import checkpoints
 from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples
 from ldm.training.config import Config
-from ldm.training.context import measure_on, report_captions
+from ldm.training.context import measure_captions, report_captions
 from ldm.training.denoiser import denoiser
 from ldm.training.device import build_accelerator, encoding_dtype
 from ldm.training.encoders import Encoders
 from ldm.training.findings import Finding, tell
-from ldm.training.latents import check_scale, load_normalized, normalize_on, report_reconstruction
+from ldm.training.latents import MEASURED, check_scale, load_normalized, measure_latents, report_reconstruction
 from ldm.training.loop import Training
 from ldm.training.needs import cache_needs, disk, network_needs
 from ldm.training.objective import build_schedule
@@ -90,30 +90,51 @@ def _examine(config: Config) -> Iterator[Finding]:
     yield from repeated(pictures)
 
     accelerator = build_accelerator(config.loop)
-    text = None
+    device, size = accelerator.device, config.data.size
+    text_scale: tuple[Tensor, Tensor] | None = None
+    vae_scale: tuple[Tensor, Tensor] | None = None
+
+    def load_text() -> TextEncoder:
+        text = TextEncoder.load(config.text, device)
+        if text_scale is not None:
+            text.standardize(*text_scale)
+        return text
+
     if config.text.encoder is not None:
-        text = TextEncoder.load(config.text, accelerator.device)
+        text = load_text()
         yield captions(text, pictures)
         if config.text.standardize:
-            text.standardize(*measure_on(text, pictures.train))
-    if config.vae is None and not (Path(config.run) / "vae/config.json").exists():
-        torch.manual_seed(config.seed)
-        vae = build_vae(config.vae_model).eval().requires_grad_(False).to(accelerator.device)
+            text_scale = measure_captions(text, pictures.train)
+        del text
+
+    unlearned = config.vae is None and not (Path(config.run) / "vae/config.json").exists()
+
+    def load_the_vae() -> Any:
+        if unlearned:
+            torch.manual_seed(config.seed)
+            vae = build_vae(config.vae_model).eval().requires_grad_(False)
+        else:
+            vae = load_vae(config.vae) if config.vae is not None else load_normalized(config, device)
+        if vae_scale is not None:
+            normalize(vae, *vae_scale)
+        return vae.to(device)
+
+    vae = load_the_vae()
+    if unlearned:
         yield Finding("ok", "VAE", f"there is none in {config.run}/vae yet: train/train_vae.py comes first; what "
                       "follows is measured with one that has learned nothing")  # fmt: skip
-        samples = PixelSamples(pictures.train, config.data, config.seed, latent_shape(vae, config.data.size))
+        samples = PixelSamples(pictures.train, config.data, config.seed, latent_shape(vae, size))
         yield from before_vae(config, accelerator, samples)
-        normalize_on(vae, pictures.train, config.data.size)
-    else:
-        vae = load_normalized(config, accelerator.device) if config.vae is None else load_vae(config.vae)
-        vae.to(accelerator.device)
-        if config.vae is not None:
-            normalize_on(vae, pictures.train, config.data.size)
-        check_scale(vae, pictures.train, config.data.size)
-        mean, told = report_reconstruction(vae, pictures, config.data.size)
+    if unlearned or config.vae is not None:
+        vae_scale = measure_latents(vae, pictures.train, size, MEASURED)
+        normalize(vae, *vae_scale)
+    if not unlearned:
+        check_scale(vae, pictures.train, size)
+        mean, told = report_reconstruction(vae, pictures, size)
         far = "; that is low: raise vae_training.steps or vae_model.latent_channels"
         yield Finding("ok", "VAE", told) if mean >= BLURRED else Finding("warning", "VAE", told + far)
-    encoders = Encoders(lambda: vae, (lambda: text) if text else None, encoding_dtype(accelerator))
+    del vae
+    encoders = Encoders(load_the_vae, load_text if config.text.encoder else None, encoding_dtype(accelerator))
     yield from before_unet(config, accelerator, source, encoders)
 
 

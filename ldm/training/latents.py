@@ -63,7 +63,7 @@ def measure_pretrained(
         vae = load_vae(config.vae or "")
         scale = latent_scale(config, vae)
         for_encoding(vae.to(device), dtype)
-        scale.keep(lambda: measure_on(vae, pictures, config.data.size, MEASURED, tick))
+        scale.keep(lambda: measure_latents(vae, pictures, config.data.size, MEASURED, tick))
 
     if config.vae is not None:
         while_others_wait(measured)
@@ -77,7 +77,7 @@ def latent_scale(config: Config, vae: Any) -> Scale:
     return Scale(Path(config.run) / SCALE_FILE, facts)
 
 
-def measure_on(
+def measure_latents(
     vae: Any, pictures: CaptionedPictures, size: int, most: int, tick: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, Tensor]:
     """Mean and std of each latent channel [C], over at most so many of these pictures."""
@@ -92,7 +92,7 @@ def measure_on(
 
 def normalize_on(vae: Any, pictures: CaptionedPictures, size: int) -> None:
     """Measure the latents of these pictures and fold their mean and std into the VAE, in place."""
-    normalize(vae, *measure_on(vae, pictures, size, MEASURED))
+    normalize(vae, *measure_latents(vae, pictures, size, MEASURED))
 
 
 def check_scale(vae: Any, pictures: CaptionedPictures, size: int) -> None:
@@ -101,7 +101,7 @@ def check_scale(vae: Any, pictures: CaptionedPictures, size: int) -> None:
     Raises:
         ValueError: with the std that was found and what to do.
     """
-    _, std = measure_on(vae, pictures, size, CHECKED)
+    _, std = measure_latents(vae, pictures, size, CHECKED)
     overall = float(std.square().mean().sqrt())
     if not STD_RANGE[0] <= overall <= STD_RANGE[1]:
         raise ValueError(

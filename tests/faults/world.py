@@ -180,7 +180,7 @@ class World:
         torch.manual_seed(0)
         pictures = read_captioned(home / "data", progress=False)
         vae = build_vae(VAEConfig(channels=(16, 16), layers=1)).eval().requires_grad_(False)
-        normalize(vae, *latents.measure_on(vae, pictures, tiny.SIZE, 24))
+        normalize(vae, *latents.measure_latents(vae, pictures, tiny.SIZE, 24))
         vae.save_pretrained(home / "vae")
 
     def recipe(self, kind: str, run: Path, **words: Any) -> Config:
