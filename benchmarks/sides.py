@@ -116,7 +116,7 @@ def best(precision: str, workers: int) -> list[str]:
 
 
 def likely_best() -> list[str]:
-    """P1 without trying: bf16 if the CPU multiplies it, and no workers."""
+    """P1 without trying: bf16 if the CPU multiplies it faster, and no workers."""
     return best("bf16" if cpu_is_faster_in_bf16() else "no", 0)
 
 

@@ -223,7 +223,8 @@ def few_batches(
 def collated_batches(
     samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Samples with these numbers, read by worker processes if the config says so and there is no cache."""
+    """The samples of each batch, collated, on the device; read by worker processes if the config says so and there is
+    no cache."""
     loader: DataLoader[dict[str, Any]] = DataLoader(
         samples,
         batch_sampler=cast(Any, numbers),  # whose stubs want lists, of which a long run's would be 250 MB
