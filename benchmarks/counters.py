@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.settings import SETTINGS, SIZE, Setting
-from ldm.data.cache import context_kind, posterior_kind
+from ldm.data.cache.latents import context_kind, posterior_kind
 from ldm.models.unet import choose_attention
 from ldm.models.vae import downsampling
 

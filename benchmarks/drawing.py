@@ -90,7 +90,7 @@ def children_cpu() -> float:
 
 
 def engine_of(pipeline: Any) -> str:
-    """What computes U-Net and VAE decoder, by its name in ldm.defaults.ENGINES."""
+    """What computes U-Net and VAE decoder, by its name in ldm.inference.defaults.ENGINES."""
     engine = getattr(pipeline, "engine", None)
     return "torch" if engine is None else str(engine.name)
 
@@ -98,7 +98,7 @@ def engine_of(pipeline: Any) -> str:
 def ours(folder: Path, plain: torch.device | None = None, engine: str = "torch") -> Arm:
     """LDMPipeline as `ldm sample --engine …` has it, told nothing but what to draw; or plainly, in float32."""
     from ldm import LDMPipeline
-    from ldm.devices import best_device, best_dtype
+    from ldm.system.devices import best_device, best_dtype
 
     if plain:
         return Arm("ours in float32", LDMPipeline.from_pretrained(folder).to(plain))
@@ -122,7 +122,7 @@ def stock(folder: Path, name: str, guidance_scale: float, device: torch.device) 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it in hardware."""
-    from ldm.devices import best_dtype
+    from ldm.system.devices import best_dtype
 
     return best_dtype(device)
 
@@ -141,10 +141,10 @@ def random_pipeline(folder: Path) -> Path:
     Pictures of 64 pixels through latents [8,16,16], MiniLM, a U-Net of 23 M parameters.
     """
     from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
-    from ldm.models.text import TextConfig, TextEncoder
+    from ldm.models.text_encoder import TextConfig, TextEncoder
     from ldm.models.unet import UNetConfig, build_unet
     from ldm.models.vae import VAEConfig, build_vae
-    from ldm.pipeline import LDMPipeline
+    from ldm.pipelines.text_to_image import LDMPipeline
 
     if (folder / "model_index.json").exists():
         return folder

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from benchmarks.harness import Target, arguments, circumstances, fresh, median_interval, write
 from benchmarks.synthetic import CHANNELS, Rows
-from ldm.data.space import check_space
 from ldm.models.unet import UNetConfig
+from ldm.system.files import check_space
 
 ROWS = Target(0.02, 0.0)  # slope over the number of rows; as much of time as of memory
 REAL = UNetConfig(channels=(128, 192, 256), attention=(False, True, True), layers=1)
@@ -86,10 +86,10 @@ class Trainer:
 
         from ldm.models.unet import build_unet, choose_attention
         from ldm.training.config import Config, LoopConfig
-        from ldm.training.device import build_accelerator
-        from ldm.training.loop import Training
+        from ldm.training.distributed import build_accelerator
         from ldm.training.objective import DiffusionConfig, build_schedule
         from ldm.training.samples import batches, build_samples, numbers_of
+        from ldm.training.trainer import Training
 
         loop = LoopConfig(threads=threads)
         diffusion = DiffusionConfig(prediction="v", weighting="min_snr")

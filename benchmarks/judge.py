@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.settings import SIZE
-from ldm.data.captioned import CaptionedPictures
-from ldm.devices import best_dtype
+from ldm.data.dataset import CaptionedPictures
 from ldm.evaluation import examine
 from ldm.evaluation.contrastive import load_net
-from ldm.evaluation.distribution import kid_figure
 from ldm.evaluation.features import Space, embed_all, pixels_of
 from ldm.evaluation.gallery import Asked, Gallery
+from ldm.evaluation.metrics.distribution import kid_figure
 from ldm.evaluation.settings import Settings
 from ldm.evaluation.subject import Subject
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.system.devices import best_dtype
 
 RESAMPLES = 200
 BATCH = 16  # pictures drawn at once

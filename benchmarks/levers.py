@@ -27,10 +27,10 @@ from benchmarks.settings import SETTINGS, SIZE, UNET
 from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNetConfig, build_unet, choose_attention
 from ldm.training.config import Config, LoopConfig
-from ldm.training.device import build_accelerator
-from ldm.training.loop import Training
+from ldm.training.distributed import build_accelerator
 from ldm.training.objective import DiffusionConfig, build_schedule
 from ldm.training.samples import Batch
+from ldm.training.trainer import Training
 
 #: Sizes of pretrained encoders from the Hub, for configs that name them: f8 of 4 channels, CLIP-L's width and tokens.
 HUB_LATENTS, HUB_DIM, HUB_TOKENS = (8, 4), 1024, 77

@@ -24,10 +24,10 @@ from benchmarks.settings import SETTINGS, UNET, Setting
 from ldm.models.conditioning import Conditioning
 from ldm.models.unet import choose_attention
 from ldm.training.config import Config, LoopConfig
-from ldm.training.device import build_accelerator
-from ldm.training.loop import Training
+from ldm.training.distributed import build_accelerator
 from ldm.training.objective import DiffusionConfig, build_schedule
 from ldm.training.samples import Batch
+from ldm.training.trainer import Training
 
 TARGET = Target(0.15, 0.40)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -29,7 +29,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldm.training.resident import peak_bytes
+from ldm.system.memory import peak_bytes
 
 STARTED = time.monotonic()  # the interpreter's own start, some milliseconds, is left out on both sides
 

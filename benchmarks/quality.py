@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.drawing import Arm
-from ldm.evaluation.intervals import RESAMPLES, mean_figure
+from ldm.evaluation.metrics.intervals import RESAMPLES, mean_figure
 
 BATCH = 8
 GRAY = 127.5  # levels in a unit of pixels
@@ -62,7 +62,7 @@ class Judge:
     @classmethod
     def of(cls, chosen: argparse.Namespace, size: int, cache: Path) -> Judge:
         """What the options of benchmarks/sampling.py say; `cache` keeps the real pictures' vectors."""
-        from ldm.data.captioned import read_captioned
+        from ldm.data.dataset import read_captioned
         from ldm.evaluation.contrastive import load_net, read_card
         from ldm.evaluation.features import load_space, pixel_space
         from ldm.evaluation.gallery import Gallery
@@ -79,8 +79,8 @@ class Judge:
     def figures(self, pixels: Tensor) -> dict[str, Any]:
         """Retrieval and KID in each space, and whether each caption was hit first, float64 [N], by space."""
         from ldm.evaluation import examine
-        from ldm.evaluation.distribution import kid_figure
         from ldm.evaluation.features import embed_all
+        from ldm.evaluation.metrics.distribution import kid_figure
 
         drawn = embed_all(self.spaces, pixels.split(BATCH))
         told, ranks = examine.retrieval(self.spaces, self.gallery, self.real, drawn, self.asked)
@@ -99,7 +99,7 @@ def compare_quality(arms: Sequence[Arm], float32: tuple[Arm, Arm], captions: Seq
         steps: of the limits.
         grids: a folder for pictures to look at.
     """
-    from ldm.grid import captioned_grid
+    from ldm.data.grid import captioned_grid
     from ldm.models.vae import to_pictures
 
     our_limit, stock_limit = limits(*float32, captions, steps)

@@ -21,7 +21,7 @@ import torch
 from benchmarks.drawing import AGAINST, PROMPTS, Arm, engine_of, ours, random_pipeline, stock, timed
 from benchmarks.harness import Comparison, Measured, arguments, compare, report
 from benchmarks.quality import Judge, compare_quality, quality_table
-from ldm.defaults import ENGINES
+from ldm.inference.defaults import ENGINES
 
 COLD_OURS = """
 import sys

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.batches import spread
-from ldm.data.captioned import read_captioned
+from ldm.data.dataset import read_captioned
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
-from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.unet import UNetConfig, build_unet
 from ldm.models.vae import VAEConfig, build_vae, downsampling, load_vae
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.training.latents import normalize_on
 
 SIZE = 64  # pixels

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, Measured, fresh
 from benchmarks.settings import Folders
-from ldm.devices import cpu_is_faster_in_bf16
+from ldm.system.devices import cpu_is_faster_in_bf16
 
 TRAIN = ROOT / "train" / "train_ldm.py"
 #: P1's flags whatever the machine: what the script offers that makes its training faster or better.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.drawing import DEFAULT_STEPS, PROMPTS, random_pipeline, timed
 from benchmarks.harness import Comparison, Measured, Target, arguments, compare, report
-from ldm.defaults import Defaults
+from ldm.inference.defaults import Defaults
 
 FIRST_PICTURE = Target(0.8, 0.3)  # seconds, over stock's
 LDM, DIFFUSERS = (str(Path(sys.executable).with_name(name)) for name in ("ldm", "diffusers-cli"))

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.cache import Builder, Captions, LatentCache, context_kind, posterior_kind, save_table
-from ldm.data.captioned import CaptionedPictures, read_captioned
+from ldm.data.cache.latents import Builder, Captions, LatentCache, context_kind, posterior_kind, save_table
+from ldm.data.cache.records import Kind, to_keys
 from ldm.data.conditioned import ConditionedPictures
-from ldm.data.records import Kind, to_keys
+from ldm.data.dataset import CaptionedPictures, read_captioned
 
 CHANNELS = 4
 PART = 512  # rows written at once

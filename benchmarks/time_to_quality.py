@@ -27,7 +27,7 @@ from benchmarks.judge import Judge, as_good
 from benchmarks.settings import SETTINGS, Folders, build
 from benchmarks.sides import TRAIN, add_peer, likely_best, script_facts
 from benchmarks.turns import Runner, Snapshot, take_turns
-from ldm.data.captioned import read_captioned
+from ldm.data.dataset import read_captioned
 
 TARGET = Target(2.5, 10)
 MOMENTS = 21

@@ -18,7 +18,7 @@ import hypothesis
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 

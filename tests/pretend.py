@@ -145,10 +145,10 @@ def set_up() -> None:
     import accelerate
 
     import ldm
-    import ldm.devices
-    import ldm.training.device
+    import ldm.system.devices
+    import ldm.training.distributed
 
-    choose = ldm.training.device.build_accelerator
+    choose = ldm.training.distributed.build_accelerator
 
     def build_accelerator(*args: Any) -> accelerate.Accelerator:
         accelerator = choose(*args)
@@ -156,12 +156,12 @@ def set_up() -> None:
         accelerator.state._shared_state["device"] = torch.device(NAME, 0)
         return accelerator
 
-    ldm.training.device.build_accelerator = build_accelerator
-    ldm.devices.best_device = lambda: torch.device(NAME, 0)
+    ldm.training.distributed.build_accelerator = build_accelerator
+    ldm.system.devices.best_device = lambda: torch.device(NAME, 0)
     for found in pkgutil.walk_packages(ldm.__path__, "ldm."):
         module = importlib.import_module(found.name)
         for name, value in {"torch": Torch(), "build_accelerator": build_accelerator,
-                            "best_device": ldm.devices.best_device}.items():  # fmt: skip
+                            "best_device": ldm.system.devices.best_device}.items():  # fmt: skip
             if hasattr(module, name):
                 setattr(module, name, value)
 

@@ -14,7 +14,7 @@ import tiny
 import yaml
 from PIL import Image, ImageDraw
 
-from ldm.training.command_line import parse_config
+from ldm.cli.config import parse_config
 from ldm.training.config import Config, to_dict
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def recipe(folder: Path, **words: Any) -> Config:
     """A config for a few steps on `folder`/data, with a tiny text encoder; `words` are dotted keys with __ for dots."""
     settings = {
         "run": str(folder / "run"),
-        "doctor": False,  # tests/test_doctor.py has it look
+        "doctor": False,  # tests/training/test_doctor.py has it look
         "data.source": str(folder / "data"),
         "data.size": tiny.SIZE,
         "data.holdout": 0.2,

@@ -13,12 +13,12 @@ import torch
 import transformers
 
 from ldm.data.labels import Labels
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
-from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.unet import UNetConfig, build_unet
 from ldm.models.vae import VAEConfig, build_vae, downsampling
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
 
 Kind = Literal["bert", "clip", "t5"]
 KINDS: tuple[Kind, ...] = ("bert", "clip", "t5")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ldm.training.command_line import start
+from ldm.cli.config import start
 from ldm.training.config import Config
 
 
@@ -22,20 +22,20 @@ def main(config: Config) -> list[float]:
     import numpy as np
     import torch
 
-    from ldm.data.captioned import read_captioned
+    from ldm.data.dataset import read_captioned
     from ldm.data.labels import Labels
     from ldm.data.rows import count
     from ldm.models.classifier import build_classifier
     from ldm.models.vae import latent_shape
     from ldm.training.caching import build_cache
-    from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples, labelled_questions
-    from ldm.training.device import build_accelerator, encoding_dtype
-    from ldm.training.doctor import before_classifier, before_first_step
+    from ldm.training.distributed import build_accelerator, encoding_dtype
+    from ldm.training.doctor.examine import before_classifier, before_first_step
     from ldm.training.encoders import Encoders
     from ldm.training.latents import check_scale, load_normalized, measure_pretrained
+    from ldm.training.logging import Tracker
     from ldm.training.objective import build_schedule
     from ldm.training.plain_loop import fit_plain
-    from ldm.training.tracking import Tracker
+    from ldm.training.tasks.classifier import ClassifierTraining, LabelledSamples, labelled_questions
 
     data = config.data
     if data.label_column is None:

@@ -14,41 +14,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.training.command_line import start
+from ldm.cli.config import start
 from ldm.training.config import Config
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-    from ldm.models.text import TextEncoder
+    from ldm.models.text_encoder import TextEncoder
 
 
 def main(config: Config) -> list[float]:
     """Train, leaving RUN/pipeline; returns the loss of each step that this call trained."""
     import torch
 
-    from ldm.arguments import check_prompts
-    from ldm.data.captioned import read_captioned
     from ldm.data.conditioned import ConditionedPictures
+    from ldm.data.dataset import read_captioned
     from ldm.data.rows import count
     from ldm.diffusion.schedule import scheduler_config
     from ldm.models.unet import choose_attention, without_variance
     from ldm.models.vae import latent_shape
-    from ldm.pipeline import LDMPipeline
+    from ldm.pipelines.inputs import check_prompts
+    from ldm.pipelines.text_to_image import LDMPipeline
     from ldm.training.caching import build_cache
     from ldm.training.context import load_text, measure_text, report_captions
     from ldm.training.denoiser import denoiser
-    from ldm.training.device import build_accelerator, encoding_dtype
-    from ldm.training.doctor import before_first_step, before_unet, repeated
-    from ldm.training.drawing import build_wishes
+    from ldm.training.distributed import build_accelerator, encoding_dtype
+    from ldm.training.doctor.examine import before_first_step, before_unet, repeated
+    from ldm.training.doctor.findings import Finding
     from ldm.training.encoders import Encoders
     from ldm.training.export import save_frozen
-    from ldm.training.findings import Finding
     from ldm.training.latents import check_scale, load_normalized, measure_pretrained, report_reconstruction
-    from ldm.training.loop import Training, fit
+    from ldm.training.logging import Tracker
     from ldm.training.objective import build_schedule
+    from ldm.training.previews import build_wishes
     from ldm.training.samples import build_samples, fixed_questions
-    from ldm.training.tracking import Tracker
+    from ldm.training.trainer import Training, fit
 
     accelerator = build_accelerator(config.loop)
     run, data, diffusion = Path(config.run), config.data, config.diffusion

@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ldm.training.command_line import start
+from ldm.cli.config import start
 from ldm.training.config import Config
 
 
@@ -20,17 +20,17 @@ def main(config: Config) -> list[float]:
     """Train and save the VAE; returns the loss of each step that this call trained."""
     import torch
 
-    from ldm.data.captioned import read_captioned
+    from ldm.data.dataset import read_captioned
     from ldm.data.rows import count
     from ldm.models.vae import build_vae, latent_shape, load_vae
-    from ldm.training.device import build_accelerator
-    from ldm.training.disk import put_in_place, temporary_beside
-    from ldm.training.doctor import before_first_step, before_vae
+    from ldm.system.files import put_in_place, temporary_beside
+    from ldm.training.distributed import build_accelerator
+    from ldm.training.doctor.examine import before_first_step, before_vae
     from ldm.training.latents import RECONSTRUCTED, normalize_on, reconstructions, report_reconstruction
+    from ldm.training.logging import Tracker
     from ldm.training.plain_loop import fit_plain
     from ldm.training.selfcheck import check_weights
-    from ldm.training.tracking import Tracker
-    from ldm.training.vae_loop import PixelSamples, VAETraining
+    from ldm.training.tasks.autoencoder import PixelSamples, VAETraining
 
     accelerator = build_accelerator(config.loop)
     run, data, steps = Path(config.run), config.data, config.vae_training.steps

@@ -18,11 +18,12 @@ from typing import Any
 import gradio as gr
 import torch
 
-from ldm import LDMPipeline, recipe
-from ldm.defaults import ENGINES
-from ldm.devices import best_device, best_dtype
-from ldm.importing import leave_quickly
+from ldm import LDMPipeline
+from ldm.inference.defaults import ENGINES
 from ldm.models.fingerprint import model_sha256
+from ldm.sharing import png_metadata as recipe
+from ldm.system.devices import best_device, best_dtype
+from ldm.system.importing import leave_quickly
 
 DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")
 SMALL = 128  # pixels; smaller pictures are enlarged

@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-from ldm.importing import import_networks, leave_quickly
-from ldm.training.bounds import check_plain
+from ldm.pipelines import import_networks
+from ldm.system.checks import check_plain
+from ldm.system.importing import leave_quickly
 from ldm.training.config import Config
 
 LINE = 600  # characters of an error
@@ -43,7 +44,7 @@ def parse_config(args: Sequence[str] | None = None, description: str | None = No
     """
     from jsonargparse import ArgumentParser, Namespace
 
-    from ldm.training import plain_yaml
+    from ldm.system import plain_yaml
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -94,7 +95,8 @@ def start(main: Callable[[Config], object], description: str | None) -> None:
     # their warnings concern their own authors: no torchvision, a BERT where CLIP was expected
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from ldm.training.signals import RunError, Stopped, install
+    from ldm.system.errors import RunError
+    from ldm.training.signals import Stopped, install
 
     install()
     leave_quickly()

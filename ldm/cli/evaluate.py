@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.importing import import_networks
+from ldm.pipelines import import_networks
 
 if TYPE_CHECKING:
-    from ldm.data.captioned import CaptionedPictures
+    from ldm.data.dataset import CaptionedPictures
 
 EXAMPLE = """ldm evaluate --data data/openmoji --fit-net              (its own judge alone, without a model)
   ldm evaluate runs/demo                                   (all figures, in runs/demo/evaluation)
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def interval(text: str) -> tuple[float, float]:
     """LOW:HIGH => both."""
-    from ldm.defaults import check_interval
+    from ldm.inference.defaults import check_interval
 
     try:
         return check_interval("interval", [float(part) for part in text.split(":")])
@@ -111,7 +111,7 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
     Raises:
         FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
     """
-    from ldm.opening import find_pipeline
+    from ldm.pipelines.loading import find_pipeline
     from ldm.training.checkpoint import checkpoints
 
     path = Path(name)
@@ -147,7 +147,7 @@ def run_of(folder: Path) -> tuple[Path | None, int | None]:
 
 def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> CaptionedPictures:
     """The captioned pictures, read as the run read them except for what was typed."""
-    from ldm.data.captioned import read_captioned
+    from ldm.data.dataset import read_captioned
     from ldm.training.config import DataConfig
 
     known = config["data"] if config else {}
@@ -163,7 +163,7 @@ def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, d
     """Fit the data set's own net and say how well it knows what it hasn't seen."""
     from ldm.evaluation.contrastive import NetConfig
     from ldm.evaluation.fit_net import EPOCHS, fit_net
-    from ldm.evaluation.summary import shares
+    from ldm.evaluation.report.summary import shares
 
     config = NetConfig(text_encoder=arguments.net_text)
     epochs = EPOCHS if arguments.net_epochs is None else arguments.net_epochs
@@ -176,10 +176,10 @@ def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, d
 
 def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:
     """Bound the likelihood of the held-out latents, and say it by t."""
-    from ldm.evaluation.nll import nll_of_pipeline
-    from ldm.evaluation.report import FILE, write_report
+    from ldm.evaluation.metrics.nll import nll_of_pipeline
+    from ldm.evaluation.report.page import FILE, write_report
     from ldm.models.fingerprint import model_sha256
-    from ldm.pipeline import LDMPipeline
+    from ldm.pipelines.text_to_image import LDMPipeline
 
     if not len(pictures.heldout):
         raise ValueError(f"--data: {pictures.source} has no held-out pictures; set --holdout as it was in training")
@@ -195,15 +195,15 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
 
 def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:
     """Load what is named, evaluate, and say what came out."""
-    from ldm.defaults import check_interval
     from ldm.evaluation.contrastive import load_net, read_card
     from ldm.evaluation.evaluate import QUICK, Plan, evaluate
     from ldm.evaluation.features import load_space, pixel_space
-    from ldm.evaluation.report import FILE, PAGE
+    from ldm.evaluation.report.page import FILE, PAGE
+    from ldm.evaluation.report.summary import summary
     from ldm.evaluation.settings import Settings
     from ldm.evaluation.subject import Subject
-    from ldm.evaluation.summary import summary
-    from ldm.pipeline import LDMPipeline
+    from ldm.inference.defaults import check_interval
+    from ldm.pipelines.text_to_image import LDMPipeline
 
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
     subject = Subject(pipeline, folder)

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.importing import import_networks
+from ldm.pipelines import import_networks
 
 if TYPE_CHECKING:
-    from ldm.pipeline import LDMPipeline
+    from ldm.pipelines.text_to_image import LDMPipeline
 
 EXAMPLE = "ldm export runs/demo models/demo"
 
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Export."""
     import_networks()
-    from ldm.cli_evaluate import find_model, run_of
+    from ldm.cli.evaluate import find_model, run_of
     from ldm.evaluation.run_record import record_run
-    from ldm.pipeline import LDMPipeline
-    from ldm.places import without_places
+    from ldm.pipelines.text_to_image import LDMPipeline
+    from ldm.sharing.redaction import without_places
 
     folder, _, config = find_model(arguments.model)
     size = export(LDMPipeline.from_pretrained(folder), arguments.out)

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import ldm
-from ldm import cli_evaluate, cli_export, cli_push, cli_sample
-from ldm.importing import import_networks, leave_quickly
+from ldm.cli import evaluate as cli_evaluate
+from ldm.cli import export as cli_export
+from ldm.cli import push as cli_push
+from ldm.cli import sample as cli_sample
+from ldm.pipelines import import_networks
+from ldm.system.importing import leave_quickly
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,7 +132,7 @@ def command(group: argparse._SubParsersAction[Parser], name: str, summary: str, 
 
 
 def run_openmoji(arguments: argparse.Namespace) -> None:
-    from ldm.data.openmoji import build
+    from ldm.data.emoji.openmoji import build
 
     out = arguments.out
     drawn = build(out, arguments.size, arguments.subset)
@@ -136,7 +140,7 @@ def run_openmoji(arguments: argparse.Namespace) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from ldm.data.captioned import read_captioned
+    from ldm.data.dataset import read_captioned
     from ldm.data.rows import count
 
     pictures = read_captioned(
@@ -150,20 +154,20 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> None:
-    from ldm.training.command_line import parse_config
+    from ldm.cli.config import parse_config
 
     import_networks()
     config = parse_config(["--config", arguments.config, *arguments.overrides])
-    from ldm.training.doctor import run
+    from ldm.training.doctor.examine import run
 
     if not run(config):
         sys.exit(1)
 
 
 def run_cache(arguments: argparse.Namespace) -> None:
-    from ldm.data.records import DamagedError, Kind, Records
+    from ldm.data.cache.records import DamagedError, Kind, Records
     from ldm.data.rows import count
-    from ldm.data.space import gib
+    from ldm.system.files import gib
 
     stores = sorted(path.parent for path in arguments.folder.glob("*/manifest.json"))
     if not stores:

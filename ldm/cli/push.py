@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.importing import import_networks
+from ldm.pipelines import import_networks
 
 EXAMPLE = """ldm push runs/demo user/name --license mit --data "my photographs" --data-license cc0-1.0 --dry-run out
   (without --dry-run it is uploaded; `hf auth login` once before)"""
@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write or upload."""
     import_networks()
-    from ldm import hub
-    from ldm.cli_evaluate import find_model
-    from ldm.hub_card import Terms
+    from ldm.cli.evaluate import find_model
     from ldm.models.fingerprint import model_sha256
-    from ldm.pipeline import LDMPipeline
+    from ldm.pipelines.text_to_image import LDMPipeline
+    from ldm.sharing import hub
+    from ldm.sharing.model_card import Terms
 
     terms = Terms(arguments.license, arguments.data, arguments.data_license)
     folder, home, config = find_model(arguments.model)

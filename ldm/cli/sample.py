@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ldm.defaults import DTYPES, ENGINES
-from ldm.importing import import_networks
+from ldm.inference.defaults import ENGINES
+from ldm.pipelines import import_networks
+from ldm.system.devices import DTYPES
 
 EXAMPLE = """ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its recipe inside)
   ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
@@ -62,12 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def draw(arguments: argparse.Namespace) -> None:
     """Draw the prompts into a picture, a grid or a folder."""
-    from ldm import recipe
-    from ldm.arguments import one_each
-    from ldm.data.pictures import decode
-    from ldm.grid import captioned_grid
+    from ldm.data.grid import captioned_grid
+    from ldm.data.images import decode
     from ldm.models.classifier import NoisyClassifier
     from ldm.models.fingerprint import model_sha256
+    from ldm.pipelines.inputs import one_each
+    from ldm.sharing import png_metadata as recipe
 
     pipeline = load(arguments.model, arguments.dtype, arguments.engine)
     if arguments.engine == "openvino":
@@ -113,8 +114,8 @@ def draw(arguments: argparse.Namespace) -> None:
 
 def draw_again(arguments: argparse.Namespace) -> None:
     """Draw a picture by its recipe, and say whether it is the same and, if not, why."""
-    from ldm import recipe
     from ldm.models.classifier import NoisyClassifier
+    from ldm.sharing import png_metadata as recipe
 
     if arguments.prompts:
         raise ValueError("prompts: with --like the picture's recipe says what to draw; leave them out")
@@ -163,7 +164,8 @@ def load(folder: str, dtype: str, engine: str | None) -> Any:
     """The pipeline on the best device for an engine, in a dtype of this name or, for auto, in the one that suits it."""
     import torch
 
-    from ldm import LDMPipeline, devices
+    from ldm import LDMPipeline
+    from ldm.system import devices
 
     device = torch.device("cpu") if engine == "openvino" else devices.best_device()
     kind = devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.cache import load_pixels
-from ldm.data.captioned import Row
+from ldm.data.cache.latents import load_pixels
+from ldm.data.dataset import Row
 
 BATCH = 32
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ldm.data.pictures import BadPictureError, decode
+from ldm.data.images import BadPictureError, decode
 from ldm.data.rows import BadCaptionError, Finding, Problem, Split, Store, captions_of, named_split, split_of
 
 

@@ -15,12 +15,12 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from ldm.data.captioned import CaptionedPictures, Row
-from ldm.data.check import Draft, without_broken
-from ldm.data.folders import FolderStore
+from ldm.data.checks import Draft, without_broken
+from ldm.data.dataset import CaptionedPictures, Row
+from ldm.data.images import BadPictureError
 from ldm.data.labels import Labels
-from ldm.data.pictures import BadPictureError
 from ldm.data.rows import BadDataError, Problem, require_columns
+from ldm.data.sources.folders import FolderStore
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor
 
-from ldm.data import folders, hub_sets, shards
-from ldm.data.check import Drafts, gather, without_broken
-from ldm.data.pictures import BadPictureError, decode
+from ldm.data.checks import Drafts, gather, without_broken
+from ldm.data.images import BadPictureError, decode
 from ldm.data.rows import BadDataError, Finding, Problem, Split, Stamp, Store, count, split_of
+from ldm.data.sources import folders, shards
+from ldm.data.sources import hub as hub_sets
 
 __all__ = ["BadDataError", "CaptionedPictures", "Problem", "Row", "Split", "read_captioned", "split_of"]
 

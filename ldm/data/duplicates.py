@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from ldm.data.captioned import Row
-from ldm.data.pictures import to_square
+from ldm.data.dataset import Row
+from ldm.data.images import to_square
 
 EDGE = 16
 NEAR = 2.0  # root of the mean squared difference, of 255 levels: what a JPEG of quality 90 changes

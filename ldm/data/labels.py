@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures
 from ldm.data.rows import BadDataError, Problem, require_columns
 
 

@@ -11,11 +11,11 @@ Read it in this order, beside docs/theory.md:
 
     schedule     how much noise there is at t
     forward      q(x_t | x_{t-1}), q(x_t | x0)
-    prediction   eps, x0, v, score: one answer, four ways to say it
+    parameterization  eps, x0, v, score: one answer, four ways to say it
     reverse      Denoiser; q(x_s | x_t, x0), p(x_s | x_t) and its variance; ancestral sampling
     likelihood   the bound on -log p(x0), term by term
-    objective    what to minimize, with which weights
+    losses       what to minimize, with which weights
     timesteps    which t to minimize it at
     guidance     two predictions in, one out
-    score        Langevin dynamics, the probability-flow ODE, its likelihood
+    samplers     Langevin dynamics, the probability-flow ODE, its likelihood
 """

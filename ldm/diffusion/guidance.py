@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ldm.diffusion.forward import q_sample
-from ldm.diffusion.prediction import Prediction, add_to_score
+from ldm.diffusion.parameterization import Prediction, add_to_score
 from ldm.diffusion.schedule import NoiseSchedule
 
 #: (x_t [B, ...], t [B]) => logits [B, classes].

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ldm.diffusion.forward import q_sample
 from ldm.diffusion.likelihood import Decoder, vlb_term
-from ldm.diffusion.prediction import Prediction, target
+from ldm.diffusion.parameterization import Prediction, target
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule, beside, gather
 

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import Prediction, score_from_eps, to_eps, to_v, to_x0
+from ldm.diffusion.parameterization import Prediction, score_from_eps, to_eps, to_v, to_x0
 from ldm.diffusion.schedule import NoiseSchedule
 
 Variance = Literal["beta", "beta_tilde", "learned"]

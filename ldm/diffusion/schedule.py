@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import DIFFUSERS_NAMES, Prediction
+from ldm.diffusion.parameterization import DIFFUSERS_NAMES, Prediction
 
 
 @dataclass(frozen=True, eq=False)

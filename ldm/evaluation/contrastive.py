@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, normalize
 
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures
 from ldm.evaluation.features import Space, sha256_of
 from ldm.evaluation.gallery import fingerprint
-from ldm.models.text import MINILM, TextConfig, TextEncoder
+from ldm.models.text_encoder import MINILM, TextConfig, TextEncoder
 
 WEIGHTS, CARD = "net.safetensors", "net.json"
 TOKENS = 64

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures
 from ldm.evaluation import examine
-from ldm.evaluation.distribution import kid_figure, require_torchmetrics
 from ldm.evaluation.features import Space, embed_all, pixels_of
 from ldm.evaluation.gallery import Asked, Gallery, fingerprint
-from ldm.evaluation.intervals import RESAMPLES, mean_figure
 from ldm.evaluation.machine import machine, timing
-from ldm.evaluation.report import FILE, write_report
+from ldm.evaluation.metrics.distribution import kid_figure, require_torchmetrics
+from ldm.evaluation.metrics.intervals import RESAMPLES, mean_figure
+from ldm.evaluation.report.page import FILE, write_report
 from ldm.evaluation.settings import Settings
 from ldm.evaluation.subject import Subject
 from ldm.evaluation.sweep import GUIDANCE, INTERVALS, STEPS, choose, plot, sweep, table

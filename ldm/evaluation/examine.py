@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluation.distribution import with_floor
 from ldm.evaluation.features import BATCH, Space, pixels_of
 from ldm.evaluation.gallery import Asked, Gallery
 from ldm.evaluation.heldout import HeldOut
-from ldm.evaluation.intervals import mean_figure
-from ldm.evaluation.memorization import memorization, nearest
-from ldm.evaluation.retrieval import distances, ranks, recall, same_caption
+from ldm.evaluation.metrics.distribution import with_floor
+from ldm.evaluation.metrics.intervals import mean_figure
+from ldm.evaluation.metrics.memorization import memorization, nearest
+from ldm.evaluation.metrics.retrieval import distances, ranks, recall, same_caption
 from ldm.evaluation.subject import Subject
 from ldm.evaluation.text_use import TextQuestions, derangement, measure_text_use
 from ldm.models.conditioning import Conditioning

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from ldm.data.pictures import to_pixels, to_square
-from ldm.evaluation.retrieval import Metric
+from ldm.data.images import to_pixels, to_square
+from ldm.evaluation.metrics.retrieval import Metric
 from ldm.models.loading import find_model, load_network, loading
-from ldm.models.trust import check_model_folder
+from ldm.models.safety import check_model_folder
 
 BATCH = 32
 BLURRED = 16  # edge to which the pixel space averages pictures

@@ -15,7 +15,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from tqdm import tqdm
 
 from ldm.data.batches import pixel_batches
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures
 from ldm.data.rows import count
 from ldm.evaluation.contrastive import (
     ContrastiveNet,
@@ -26,7 +26,7 @@ from ldm.evaluation.contrastive import (
     save_net,
 )
 from ldm.evaluation.gallery import fingerprint
-from ldm.evaluation.retrieval import distances, ranks, recall, same_caption
+from ldm.evaluation.metrics.retrieval import distances, ranks, recall, same_caption
 
 BATCH = 256  # or an eighth of the pictures, so that a small data set takes enough steps
 LEAST_BATCH = 16

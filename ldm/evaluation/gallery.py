@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.data.batches import pixel_batches, spread
-from ldm.data.cache import load_pixels
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.cache.latents import load_pixels
+from ldm.data.dataset import CaptionedPictures
 from ldm.evaluation.features import Space, embed_all
 from ldm.models.vae import to_pictures
 

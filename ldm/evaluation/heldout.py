@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.forward import q_sample
-from ldm.diffusion.prediction import Prediction, to_eps
+from ldm.diffusion.parameterization import Prediction, to_eps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.conditioning import Conditioning
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm.defaults import EVERYWHERE
+from ldm.inference.defaults import EVERYWHERE
 
 
 @dataclass(frozen=True)

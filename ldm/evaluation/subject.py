@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.diffusion.prediction import DIFFUSERS_NAMES, Prediction
+from ldm.diffusion.parameterization import DIFFUSERS_NAMES, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.gallery import Asked
 from ldm.evaluation.settings import Settings
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.fingerprint import model_sha256
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import encode
 
 

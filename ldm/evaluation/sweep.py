@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.defaults import EVERYWHERE
 from ldm.evaluation.settings import Settings
+from ldm.inference.defaults import EVERYWHERE
 
 GUIDANCE = (1.0, 2.0, 3.0, 4.0, 6.0)
 STEPS = (8, 12, 20)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.heldout import HeldOut, Network, by_quarter, squared_errors
-from ldm.evaluation.intervals import RESAMPLES, mean_figure
+from ldm.evaluation.metrics.intervals import RESAMPLES, mean_figure
 
 
 @dataclass(frozen=True)

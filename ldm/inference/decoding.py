@@ -79,7 +79,7 @@ class GuidanceInterval:
     A stock pipeline hands the U-Net every x_t twice, first with the negative prompt, then with the prompt, and
     takes a + scale (b - a) of its answers. Outside the interval `before` hands on the second half alone and `after`
     gives the answer for both, so the pipeline gets a = b, for which its formula says b: what
-    `ldm.diffusion.guidance.interval_scale` means by scale 1. Of the hooks of `ldm.steering.steered` it must be the
+    `ldm.diffusion.guidance.interval_scale` means by scale 1. Of the hooks of `steering.steered` it must be the
     last before the call and the first after it.
 
     Args:

@@ -16,7 +16,6 @@ from typing import Any
 
 FILE = "defaults.json"
 EVERYWHERE = (0.0, 1.0)
-DTYPES = ("float32", "bfloat16", "float16")  # what networks may compute in
 ENGINES = ("torch", "openvino")  # what may compute them
 
 

@@ -1,7 +1,7 @@
 """U-Net and VAE decoder computed by OpenVINO while a picture is drawn, for CPUs.
 
 OpenVINO packs a network's weights once, where torch reorders them at every call (docs/experiments.md, 13). Only the
-networks' `forward` is another while a picture is drawn, so hooks on them (`ldm.steering`), sampling, text encoder and
+networks' `forward` is another while a picture is drawn, so hooks on them (`steering.py`), sampling, text encoder and
 everything that is saved stay as they are.
 
     pipe.enable_openvino()
@@ -21,8 +21,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from ldm.converted import converted, core, load_openvino
-from ldm.drawing import version
+from ldm.inference.decoding import version
+from ldm.inference.openvino_cache import converted, core, load_openvino
 
 #: Batch sizes that a network stays compiled for, each with a copy of its weights: those of a guidance interval.
 MOST_COMPILED = 2

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-from ldm.data.space import sync
-from ldm.manifest import fault, write_manifest
 from ldm.models.fingerprint import fingerprint
+from ldm.system.files import sync
+from ldm.system.hashing import fault, write_manifest
 
 FORMAT = 1  # of what is converted and how; another one is another entry
 NETWORK = "network.xml"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.guidance import class_log_prob, log_prob_gradient
-from ldm.diffusion.prediction import Prediction, add_to_score
+from ldm.diffusion.parameterization import Prediction, add_to_score
 from ldm.diffusion.schedule import NoiseSchedule, prediction_from_config
 from ldm.models.classifier import NoisyClassifier
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.schedule import NoiseSchedule, gather, noise_config, schedule_from_config
 from ldm.models.loading import load_network, loading
-from ldm.models.trust import check_model_folder, read_json
+from ldm.models.safety import check_model_folder, read_json
 
 SCHEDULE_FILE = "scheduler_config.json"
 MAX_LOG_SNR = 20.0  # where it is cut: infinite at zero terminal SNR
@@ -115,7 +115,7 @@ class NoisyClassifier(nn.Module):
 
         Raises:
             FileNotFoundError: if the folder isn't a classifier's.
-            ValueError: if it holds more than data (`ldm.models.trust`).
+            ValueError: if it holds more than data (`ldm.models.safety`).
         """
         from transformers import ConvNextV2ForImageClassification
 

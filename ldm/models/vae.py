@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.models.loading import find_model, load_network
-from ldm.models.trust import check_model_folder, read_json
+from ldm.models.safety import check_model_folder, read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -97,7 +97,7 @@ def load_vae(name: str | Path) -> Any:
     Args:
         name: a folder (a VAE's own, or a pipeline's that has one in `vae/`) or a Hub id.
     Raises:
-        ValueError: if it holds another class of model, weights of another, or more than data (`ldm.models.trust`).
+        ValueError: if it holds another class of model, weights of another, or more than data (`ldm.models.safety`).
         OSError: if there is no such folder or id.
     """
     import diffusers

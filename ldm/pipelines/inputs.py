@@ -8,6 +8,11 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.images import to_pixels, to_square
+from ldm.data.labels import Labels
 
 MAX_CHARACTERS = 20_000  # a limit before the tokenizer's own, which takes time to find out
 # what no tokenizer has learned: control characters that are not white space, and surrogates without a partner
@@ -92,3 +97,37 @@ def followers(first: torch.Generator, count: int) -> list[torch.Generator]:
         copy.set_state(state)
         seed = int(torch.randint(2**62, (), generator=copy, device=device))
     return [torch.Generator(device).manual_seed((seed + i) % 2**64) for i in range(1, count + 1)]
+
+
+def known_texts(name: str, texts: Any, tokenizer: Any) -> list[str]:
+    """The texts, checked; none for a model that knows no text."""
+    if tokenizer is not None:
+        return check_prompts(name, texts, tokenizer)
+    if texts is not None:
+        raise ValueError(f"{name}: this model knows no text")
+    return []
+
+
+def known_classes(names: list[Any], labels: Labels | None) -> list[int]:
+    """The numbers of these classes, that of the null class for None; none for a model that knows no classes."""
+    if labels is None:
+        if names != [None]:
+            raise ValueError("class_label: this model knows no classes; give it a classifier that does")
+        return []
+    null_class = len(labels.names)
+    return [null_class if name is None else labels.id(name) for name in names]
+
+
+def known_conditions(pictures: Any, channels: int, height: int, width: int) -> list[Tensor]:
+    """The pictures to make pictures of, as pixels [3,height,width]; none for a model that takes no channels of them."""
+    if not channels:
+        if pictures is not None:
+            raise ValueError("condition: this model makes no pictures of pictures")
+        return []
+    listed = pictures if isinstance(pictures, list | tuple) else [pictures]
+    if not listed or not all(isinstance(picture, Image.Image) for picture in listed):
+        kind = type(listed[0]).__name__ if listed else "an empty list"
+        raise ValueError(f"condition: this model makes pictures of pictures; expected a PIL picture, got {kind}")
+    if height != width:
+        raise ValueError(f"width: pictures are made of square ones; expected {height}, got {width}")
+    return [torch.from_numpy(to_pixels(to_square(picture.convert("RGB"), width))) for picture in listed]

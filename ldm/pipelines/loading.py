@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
 
-from ldm.models.trust import check_index
+from ldm.models.safety import check_index
 
 CODE = ("custom_pipeline", "trust_remote_code", "use_flashpack", "use_onnx")
 PLACES = ("device_map", "quantization_config")
@@ -64,3 +65,23 @@ def find_pipeline(name: str | PathLike[str], **asked: Any) -> Path:
     if "variant" in asked:
         chosen["variant"] = asked["variant"]
     return Path(StableDiffusionPipeline.download(str(name), use_safetensors=True, **chosen))
+
+
+#: What configs say of how they were loaded.
+LOADING = frozenset({"_name_or_path", "name_or_path", "is_local", "local_files_only"})
+
+
+def forget_calls(tokenizer: Any) -> None:
+    """Let a tokenizer forget how its last call padded and cut; the next one says it anew."""
+    if tokenizer is not None and tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+
+
+def forget_loading(folder: Path) -> None:
+    """Take out of a pipeline folder's configs what loading has put there."""
+    for path in [folder / "model_index.json", *folder.glob("*/*config.json")]:
+        said = json.loads(path.read_text("utf-8"))
+        if said.keys() & LOADING:
+            kept = {key: value for key, value in said.items() if key not in LOADING}
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -28,22 +28,28 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel
 
-from ldm.arguments import check_known, check_number, one_each, one_generator_each
 from ldm.data.labels import Labels
-from ldm.defaults import EVERYWHERE, Defaults, check_interval
-from ldm.devices import best_device
-from ldm.drawing import GuidanceInterval, NullContext, decoded_in_slices, text_kept
-from ldm.engine import OpenVINO, drawn_by
-from ldm.knowledge import known_classes, known_conditions, known_texts
+from ldm.inference.decoding import GuidanceInterval, NullContext, decoded_in_slices, text_kept
+from ldm.inference.defaults import EVERYWHERE, Defaults, check_interval
+from ldm.inference.openvino import OpenVINO, drawn_by
+from ldm.inference.steering import ClassifierSteering, steered
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, tell
 from ldm.models.loading import load_networks, loading
-from ldm.models.text import TextEncoder
-from ldm.models.trust import check_model_folder, read_json
+from ldm.models.safety import check_model_folder, read_json
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import encode
-from ldm.opening import check_options, find_pipeline, read_prompts
-from ldm.saved import forget_calls, forget_loading
-from ldm.steering import ClassifierSteering, steered
+from ldm.pipelines.inputs import (
+    check_known,
+    check_number,
+    known_classes,
+    known_conditions,
+    known_texts,
+    one_each,
+    one_generator_each,
+)
+from ldm.pipelines.loading import check_options, find_pipeline, forget_calls, forget_loading, read_prompts
+from ldm.system.devices import best_device
 
 STOCK_ARGUMENTS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "kwargs"}
 # beside model_index.json; stock diffusers doesn't look at them
@@ -98,7 +104,7 @@ class LDMPipeline(StableDiffusionPipeline):
         Raises:
             FileNotFoundError: if a name that looks like a folder isn't a pipeline's.
             ValueError: for use_safetensors=False, since the other format, pickle, can run code; for an argument that
-                asks for a stranger's code; for a folder that holds more than data (`ldm.models.trust`), or weights
+                asks for a stranger's code; for a folder that holds more than data (`ldm.models.safety`), or weights
                 of other networks than its configs'.
             OSError: if there is no such Hub id, or its weights aren't safetensors.
         """
@@ -182,8 +188,8 @@ class LDMPipeline(StableDiffusionPipeline):
         Raises:
             ValueError: if the pipeline isn't in float32, or the evaluation is another model's.
         """
-        from ldm import hub
-        from ldm.hub_card import Terms
+        from ldm.sharing import hub
+        from ldm.sharing.model_card import Terms
 
         terms = Terms(license, data, data_license)
         return hub.push(self, repo_id, terms, evaluation=Path(evaluation) if evaluation else None, **kwargs)
@@ -337,7 +343,7 @@ class LDMPipeline(StableDiffusionPipeline):
     def enable_openvino(self) -> LDMPipeline:
         """Let OpenVINO compute U-Net and VAE decoder from now on, on the CPU: faster, and the same but for rounding.
 
-        The first time for a model takes some seconds, which is said (`ldm.converted`). What is saved stays as it was.
+        The first time for a model takes some seconds, which is said (`openvino_cache`). Saved files stay as they were.
 
         Raises:
             ModuleNotFoundError: if it isn't installed: pip install openvino.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.evaluation.report import figure, share, signed
+from ldm.evaluation.report.page import figure, share, signed
 
 CALLED = {"train": "training captions", "heldout": "held-out captions"}
 FEW = 100  # pictures, of which figures are rough

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm import recipe
-from ldm.evaluation import report, report_charts, run_record
-from ldm.grid import captioned_grid
-from ldm.hub_card import Drawn, Terms, model_card
+from ldm.data.grid import captioned_grid
+from ldm.evaluation import run_record
+from ldm.evaluation.report import curves as report_charts
+from ldm.evaluation.report import page as report
 from ldm.models.fingerprint import model_sha256
-from ldm.places import without_places
+from ldm.sharing import png_metadata as recipe
+from ldm.sharing.model_card import Drawn, Terms, model_card
+from ldm.sharing.redaction import without_places
 
 SHOWN = 8  # pictures on the card
 SHARD = "5GB"  # of weights in one file, which is what a slow line can resume

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from ldm.hub_figures import figures, headline, limits
+from ldm.sharing.figures import figures, headline, limits
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,6 @@ def collector_at_rest() -> Iterator[None]:
             gc.enable()
 
 
-def import_networks() -> None:
-    """Import what draws, with all that it needs. Whoever imports parts of it afterwards finds them loaded."""
-    with collector_at_rest():
-        import ldm.pipeline  # noqa: F401
-
-
 def leave_quickly() -> None:
     """Let this process end without a last look for garbage; for our own commands, not for other people's programs.
 

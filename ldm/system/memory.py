@@ -8,7 +8,10 @@ Elsewhere than on glibc, the one function does nothing and the other what Python
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
@@ -46,3 +49,16 @@ def give_back() -> None:
     library = libc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process so far, without that of its workers.
+
+    On Linux not getrusage's: a process that another one starts begins there with the peak of that one.
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

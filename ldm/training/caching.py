@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.cache import Builder, LatentCache, context_kind, posterior_kind
-from ldm.data.captioned import Row
+from ldm.data.cache.latents import Builder, LatentCache, context_kind, posterior_kind
+from ldm.data.dataset import Row
 from ldm.models.vae import encode
 from ldm.training.config import Config
+from ldm.training.distributed import while_others_wait
 from ldm.training.encoders import Encoders
-from ldm.training.ranks import while_others_wait
 
 
 def build_cache(

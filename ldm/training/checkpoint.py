@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.manifest import fault, write_manifest
-from ldm.training.changes import check_changes, differences, digest
-from ldm.training.disk import check_room, hold, put_in_place, temporary_beside
-from ldm.training.signals import RunError
-from ldm.training.trainee import Trainee
+from ldm.system.errors import RunError
+from ldm.system.files import check_room, hold, put_in_place, temporary_beside
+from ldm.system.hashing import fault, write_manifest
+from ldm.training.resume import check_changes, differences, digest
+from ldm.training.train_state import Trainee
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.models.classifier import ClassifierConfig
-from ldm.models.text import TextConfig
+from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
-from ldm.training.bounds import check
+from ldm.system.checks import check
 from ldm.training.objective import DiffusionConfig
 
 

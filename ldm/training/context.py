@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.batches import spread
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures
 from ldm.data.rows import count
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
-from ldm.models.text import TextEncoder, measure_context
+from ldm.models.text_encoder import TextEncoder, measure_context
+from ldm.system.memory import give_back
 from ldm.training.config import Config
+from ldm.training.distributed import while_others_wait
 from ldm.training.encoders import for_encoding
-from ldm.training.heap import give_back
-from ldm.training.ranks import while_others_wait
 from ldm.training.scales import Scale
 
 MEASURED = 128  # captions: thousands of tokens

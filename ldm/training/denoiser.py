@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ldm.data.conditioned import ConditionedPictures
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import build_unet
 from ldm.training.config import Config
 

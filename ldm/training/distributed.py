@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
 from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 
-from ldm.devices import cpu_is_faster_in_bf16
+from ldm.system.devices import cpu_is_faster_in_bf16
+from ldm.system.memory import keep_freed_memory
 from ldm.training.config import LoopConfig
-from ldm.training.heap import keep_freed_memory
 
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -67,3 +75,107 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     if device.type == "cpu" and cpu_is_faster_in_bf16():
         return "bf16"
     return "no"
+
+
+TICK_SECONDS = 10.0  # far below the minutes after which NCCL and gloo give a silent process up
+GOING_ON, DONE, FAILED = range(3)
+
+
+def while_others_wait(work: Callable[[Callable[[], None]], None]) -> None:
+    """Do minutes or hours of work on rank 0; the other ranks wait without being given up.
+
+    A collective that isn't answered within minutes ends a run, so rank 0 answers one every few seconds.
+
+    Args:
+        work: is given a function to call often.
+    Raises:
+        RuntimeError: on the other ranks, if the work failed.
+    """
+    state = PartialState()
+    last = time.monotonic()
+
+    def tell(news: int) -> int:
+        return int(broadcast(torch.tensor([news], device=state.device))[0])
+
+    def tick() -> None:
+        nonlocal last
+        if time.monotonic() - last > TICK_SECONDS:
+            last = time.monotonic()
+            tell(GOING_ON)
+
+    if state.is_main_process:
+        try:
+            work(tick)
+        except Exception:  # not Ctrl-C, which ends the others, too
+            tell(FAILED)
+            raise
+        tell(DONE)
+        return
+    while (news := tell(GOING_ON)) == GOING_ON:
+        pass
+    if news == FAILED:
+        raise RuntimeError("rank 0 failed at what this process was waiting for; its message says why")
+
+
+EXIT_CODE = 76
+GRACE = 4.0  # seconds for what is under way: an error that says more, a checkpoint that is nearly written
+
+
+def machine() -> int:
+    """A number for this machine and its process numbers: containers may share a host's name."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return int.from_bytes(hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).digest()[:7], "little")
+
+
+class Peers:
+    """Watches the other ranks while it is open. Every rank must open it, and close it before the last barrier."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.closed = threading.Event()
+        if accelerator.num_processes == 1 or not hasattr(os, "pidfd_open"):
+            return
+        mine = torch.tensor([[machine(), os.getpid()]], device=accelerator.device)
+        everyone: list[list[int]] = accelerator.gather(mine).tolist()
+        ranks = {pid: rank for rank, (where, pid) in enumerate(everyone) if where == machine() and pid != os.getpid()}
+        threading.Thread(target=self.watch, args=(ranks,), daemon=True, name="peers").start()
+
+    def watch(self, ranks: dict[int, int]) -> None:
+        """Wait until one of these processes ends; leave unless it was time to."""
+        poll, pid_of = select.poll(), {}
+        for pid in ranks:
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return self.leave(ranks[pid])
+            except OSError:  # a system that has the call but doesn't allow it
+                continue
+            pid_of[descriptor] = pid
+            poll.register(descriptor, select.POLLIN)
+        while not self.closed.is_set():
+            for descriptor, _ in poll.poll(500):
+                return self.leave(ranks[pid_of[descriptor]])
+        for descriptor in pid_of:
+            os.close(descriptor)
+
+    def leave(self, rank: int) -> None:
+        """End this process, unless the run is over or ends by itself in the meantime."""
+        time.sleep(GRACE)
+        if not self.closed.is_set():
+            print(f"error: rank {rank} is gone, so this one leaves; the same command goes on", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
+
+    def close(self) -> None:
+        """From now on the others may go."""
+        self.closed.set()
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

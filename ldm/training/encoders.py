@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
-from ldm.models.text import TextEncoder
-from ldm.training.heap import give_back
+from ldm.models.text_encoder import TextEncoder
+from ldm.system.memory import give_back
 
 Encoder = TypeVar("Encoder")
 Network = TypeVar("Network", bound=nn.Module)
@@ -27,7 +27,7 @@ class Encoders:
 
     Attributes:
         load_vae, load_text: load them in float32, as pipelines have them; None for a model that knows no text.
-        dtype: that they encode in (`ldm.training.device.encoding_dtype`).
+        dtype: that they encode in (`ldm.training.distributed.encoding_dtype`).
         together: whether both stay, for steps that encode for themselves.
     """
 

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.system.errors import RunError
+from ldm.system.files import put_in_place, temporary_beside
+from ldm.system.memory import give_back
 from ldm.training.checkpoint import DISK_ERRORS, on_rank_0
-from ldm.training.disk import put_in_place, temporary_beside
+from ldm.training.distributed import while_others_wait
 from ldm.training.encoders import Encoders
-from ldm.training.heap import give_back
-from ldm.training.ranks import while_others_wait
 from ldm.training.samples import Batch
 from ldm.training.selfcheck import Frozen, PipelineMismatch, check_frozen, check_unet, known, quiet
-from ldm.training.signals import RunError
-from ldm.training.trainee import averaged_weights
+from ldm.training.train_state import averaged_weights
 
 if TYPE_CHECKING:
-    from ldm.training.loop import Training
+    from ldm.training.trainer import Training
 
 #: A VAE and a text encoder, without their weights => a pipeline, likewise.
 BuildPipeline = Callable[[Any, TextEncoder | None], Any]

@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.batches import evenly, pixel_batches
-from ldm.data.cache import load_pixels
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.cache.latents import load_pixels
+from ldm.data.dataset import CaptionedPictures
+from ldm.data.grid import captioned_grid
 from ldm.data.rows import count
-from ldm.grid import captioned_grid
 from ldm.models.fingerprint import fingerprint
 from ldm.models.vae import Posterior, decode, encode, load_vae, measure, normalize, psnr, to_pictures
+from ldm.system.memory import give_back
 from ldm.training.config import Config
+from ldm.training.distributed import while_others_wait
 from ldm.training.encoders import for_encoding
-from ldm.training.heap import give_back
-from ldm.training.ranks import while_others_wait
 from ldm.training.scales import Scale
 
 MEASURED = 1024  # pictures; the mean of a channel is then known to a thirtieth of its std, or better

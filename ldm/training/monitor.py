@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ldm.training.draws import row_of
-from ldm.training.signals import EXIT_CODES, RunError
-from ldm.training.tracking import Tracker
-from ldm.training.trainee import plain
+from ldm.system.errors import RunError
+from ldm.training.logging import Tracker
+from ldm.training.randomness import row_of
+from ldm.training.signals import EXIT_CODES
+from ldm.training.train_state import plain
 
 WINDOW, ENOUGH = 200, 30  # losses that a jump is measured against, at most and at least
 SIGMA = 1.4826  # the std of a normal distribution over its median absolute deviation

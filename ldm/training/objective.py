@@ -8,12 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from ldm.diffusion import objective, timesteps
-from ldm.diffusion.objective import Network
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion import losses as objective
+from ldm.diffusion import timesteps
+from ldm.diffusion.losses import Network
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.training.bounds import check
+from ldm.system.checks import check
 
 #: (network, x0, t, eps) => the loss of each sample [B].
 Objective = Callable[[Network, Tensor, Tensor, Tensor], Tensor]

@@ -17,16 +17,16 @@ from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.captioned import Row
+from ldm.data.dataset import Row
 from ldm.training.checkpoint import resume, save_checkpoint
 from ldm.training.config import Config, to_dict
-from ldm.training.health import Watch, batch_of, mean_of_finite, telling, update
+from ldm.training.distributed import Peers
 from ldm.training.learning_rate import learning_rate
-from ldm.training.peers import Peers
+from ldm.training.logging import Tracker
+from ldm.training.monitor import Watch, batch_of, mean_of_finite, telling, update
 from ldm.training.samples import numbers_of
 from ldm.training.signals import Stopped, ignore_in_worker, noted
-from ldm.training.tracking import Tracker
-from ldm.training.trainee import Trainee
+from ldm.training.train_state import Trainee
 
 
 class Recipe(Protocol):

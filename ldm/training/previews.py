@@ -10,8 +10,8 @@ from PIL import Image
 
 from ldm.data.batches import evenly
 from ldm.data.conditioned import ConditionedPictures
-from ldm.grid import captioned_grid
-from ldm.models.text import TextEncoder
+from ldm.data.grid import captioned_grid
+from ldm.models.text_encoder import TextEncoder
 from ldm.training.config import Config
 from ldm.training.signals import Noted
 

@@ -12,9 +12,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ldm.system.errors import RunError
 from ldm.training.config import Config, to_dict
 from ldm.training.objective import DiffusionConfig
-from ldm.training.signals import RunError
 
 #: A key, or a section with a dot at its end.
 HARMLESS = (

@@ -18,17 +18,17 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.batches import BATCH, evenly, pixel_batches
-from ldm.data.cache import LatentCache, choose_caption, load_pixels
-from ldm.data.captioned import Row
+from ldm.data.cache.latents import LatentCache, choose_caption, load_pixels
 from ldm.data.conditioned import ConditionedPictures
+from ldm.data.dataset import Row
 from ldm.evaluation.heldout import HeldOut
 from ldm.evaluation.text_use import TextQuestions
 from ldm.models.conditioning import Conditioning
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
-from ldm.training.draws import Draw, draw, generator
 from ldm.training.encoders import Encoders
+from ldm.training.randomness import Draw, draw, generator
 from ldm.training.signals import ignore_in_worker
 
 

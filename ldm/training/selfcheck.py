@@ -22,7 +22,7 @@ from torch import nn
 
 from ldm.models.fingerprint import tokenizer_facts, weights_fingerprint
 from ldm.models.loading import NETWORKS, load_network
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
 
 #: Relative difference of the two losses: attention kernels and TF32 round differently, half precision more so.
 TOLERANCE = {"no": 1e-3, "bf16": 5e-2, "fp16": 5e-2}

@@ -23,10 +23,6 @@ from types import FrameType
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
 
 
-class RunError(RuntimeError):
-    """A run can't go on, and the message says why and what to do; all that was saved can be resumed."""
-
-
 class Stopped(SystemExit):
     """A signal ended the run; leaves the program with the signal's exit code unless it is caught.
 

@@ -14,29 +14,29 @@ from accelerate.utils import tqdm
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ldm.diffusion.objective import diffusion_loss
+from ldm.diffusion.losses import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule, beside
 from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler, at_share
 from ldm.evaluation.heldout import by_quarter
 from ldm.evaluation.text_use import TextQuestions, measure_text_use
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged, build_ema
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.system.memory import give_back
 from ldm.training.checkpoint import resume, save_checkpoint
 from ldm.training.config import Config, to_dict
-from ldm.training.drawing import Wish, draw_wishes
+from ldm.training.distributed import Peers
 from ldm.training.encoders import Encoders
 from ldm.training.export import BuildUNet, export
-from ldm.training.health import Watch, batch_of, mean_of_finite, telling, update
-from ldm.training.heap import give_back
 from ldm.training.learning_rate import learning_rate
+from ldm.training.logging import Tracker
+from ldm.training.monitor import Watch, batch_of, mean_of_finite, telling, update
 from ldm.training.objective import Objective, build_objective, build_timesteps
-from ldm.training.peers import Peers
+from ldm.training.previews import Wish, draw_wishes
 from ldm.training.samples import Batch, Samples, batches, numbers_of
 from ldm.training.selfcheck import quiet
 from ldm.training.signals import Noted, Stopped, noted
-from ldm.training.tracking import Tracker
-from ldm.training.trainee import Trainee
+from ldm.training.train_state import Trainee
 
 STORED = 8  # samples in the batch that exported pipelines are asked
 

@@ -23,11 +23,12 @@ import tiny
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-import app
-from ldm import LDMPipeline, recipe
-from ldm.cli import main
+from ldm import LDMPipeline
+from ldm.app import page as app
+from ldm.cli.main import main
+from ldm.sharing import png_metadata as recipe
 
-ROOT = Path(app.__file__).parent
+ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 MAC_BROWSERS = [f"/Applications/{name}.app/Contents/MacOS/{name}" for name in ("Google Chrome", "Chromium")]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]

@@ -21,7 +21,7 @@ from benchmarks.settings import SETTINGS, Folders, build
 from benchmarks.sides import OURS_TRIALS, Sides
 from benchmarks.time_to_quality import reached
 from benchmarks.turns import Runner, Snapshot, take_turns
-from ldm.data.captioned import read_captioned
+from ldm.data.dataset import read_captioned
 
 SCRIPT = """
 import sys, pathlib, torch
@@ -144,7 +144,7 @@ def test_both_sides_are_given_the_same_networks_and_only_training_pictures(tmp_p
     from diffusers import StableDiffusionPipeline
     from PIL import Image
 
-    from ldm.models.text import TextConfig, TextEncoder
+    from ldm.models.text_encoder import TextConfig, TextEncoder
 
     source = tmp_path / "source"
     (source / "images").mkdir(parents=True)

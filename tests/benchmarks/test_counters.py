@@ -11,10 +11,10 @@ from torch import nn
 
 from benchmarks.counters import META, cached_bytes, counters, evaluations, flops, latent_shape, unet_flops
 from benchmarks.settings import SETTINGS, SIZE
-from ldm.data.cache import Builder, context_kind, posterior_kind
-from ldm.data.captioned import read_captioned
+from ldm.data.cache.latents import Builder, context_kind, posterior_kind
+from ldm.data.dataset import read_captioned
 from ldm.models.unet import choose_attention
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
 
 # FLOPs of one training sample's U-Net step, of encoding a picture and a caption; bytes of both in the cache
 EXPECTED = {

@@ -16,10 +16,10 @@ import tiny
 from PIL import Image
 
 import ldm
-from ldm.cli import main
-from ldm.data.filling import Writer
-from ldm.data.records import RECORDS, Kind, to_keys
-from ldm.grid import captioned_grid
+from ldm.cli.main import main
+from ldm.data.cache.records import RECORDS, Kind, to_keys
+from ldm.data.cache.writer import Writer
+from ldm.data.grid import captioned_grid
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +43,7 @@ def test_importing_ldm_costs_nothing() -> None:
 
 
 def test_ldm_pipeline_is_found_lazily() -> None:
-    from ldm.pipeline import LDMPipeline
+    from ldm.pipelines.text_to_image import LDMPipeline
 
     assert ldm.LDMPipeline is LDMPipeline
     with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
@@ -52,7 +52,7 @@ def test_ldm_pipeline_is_found_lazily() -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["data", "openmoji", "--help"], ["sample", "--help"]])
 def test_help_needs_no_torch_and_has_an_example(words: list[str]) -> None:
-    told = f"import sys; sys.argv = ['ldm', *{words!r}]\nfrom ldm.cli import main\ntry: main()\nfinally: "
+    told = f"import sys; sys.argv = ['ldm', *{words!r}]\nfrom ldm.cli.main import main\ntry: main()\nfinally: "
     done = run("-c", told + "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
     assert len(words) == 1 or "example:\n  ldm " in done.stdout

@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data import contents as contents_module
-from ldm.data import space
-from ldm.data.cache import Builder, LatentCache, context_kind, load_pixels, posterior_kind
-from ldm.data.captioned import BadDataError, CaptionedPictures, read_captioned
-from ldm.data.records import to_keys
+from ldm.data.cache import stamps as contents_module
+from ldm.data.cache.latents import Builder, LatentCache, context_kind, load_pixels, posterior_kind
+from ldm.data.cache.records import to_keys
+from ldm.data.dataset import BadDataError, CaptionedPictures, read_captioned
 from ldm.data.rows import Stamp
-from ldm.data.space import NoSpaceError
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
-from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.vae import VAEConfig, build_vae, encode
+from ldm.system import files as space
+from ldm.system.errors import NoSpaceError
 
 SHAPE = (4, 8, 8)
 
@@ -336,7 +336,7 @@ def test_a_picture_that_changes_while_it_is_encoded_is_refused(lab: Lab, monkeyp
         Image.new("RGB", (tiny.SIZE, tiny.SIZE), "purple").save(lab.data / "images/red_heart.png")
         return found
 
-    monkeypatch.setattr("ldm.data.cache.contents", then_changed)
+    monkeypatch.setattr("ldm.data.cache.latents.contents", then_changed)
     with pytest.raises(BadDataError, match=r"changed while it was being encoded.*red_heart\.png"):
         lab.cache()
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from bad_data import GOOD, Expected, build_csv, build_jsonl, build_shards, build_texts, picture, write_tar
 
-from ldm.data.captioned import BadDataError, CaptionedPictures, read_captioned, split_of
+from ldm.data.dataset import BadDataError, CaptionedPictures, read_captioned, split_of
 from ldm.data.rows import Problem
 
 CAPTIONS = [("a red heart",), ("pizza", "a slice of pizza"), ("naïve café ☕",), ("woman firefighter: dark skin tone",)]

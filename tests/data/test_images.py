@@ -12,7 +12,7 @@ import pytest
 from bad_data import bad_pictures, chunk, png
 from PIL import Image, ImageCms
 
-from ldm.data.pictures import BadPictureError, decode, to_pixels, to_square
+from ldm.data.images import BadPictureError, decode, to_pixels, to_square
 
 RNG = np.random.default_rng(0)
 

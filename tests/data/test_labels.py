@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bad_data import picture
 
-from ldm.data.captioned import BadDataError, CaptionedPictures, read_captioned
+from ldm.data.dataset import BadDataError, CaptionedPictures, read_captioned
 from ldm.data.labels import Labels, label_of
 
 

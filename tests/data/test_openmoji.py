@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.captioned import read_captioned, split_of
-from ldm.data.openmoji import HOLDOUT, SHOWCASE, build, find_compositions, find_drawings, in_demo, render
+from ldm.data.dataset import read_captioned, split_of
+from ldm.data.emoji.openmoji import HOLDOUT, SHOWCASE, build, find_compositions, find_drawings, in_demo, render
 
 
 @pytest.fixture(scope="module")

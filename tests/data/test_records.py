@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data import filling, space
-from ldm.data.filling import Writer, fill
-from ldm.data.records import MANIFEST, RECORDS, DamagedError, Keys, Kind, Records, to_keys
-from ldm.data.space import NoSpaceError, check_space
+from ldm.data.cache import writer as filling
+from ldm.data.cache.records import MANIFEST, RECORDS, DamagedError, Keys, Kind, Records, to_keys
+from ldm.data.cache.writer import Writer, fill
+from ldm.system import files as space
+from ldm.system.errors import NoSpaceError
+from ldm.system.files import check_space
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KIND = Kind("numbers", {"of": "a test"}, "<f4", (2, 3))
 
 
@@ -280,7 +282,7 @@ from pathlib import Path
 import numpy as np
 sys.path.insert(0, "tests")
 from test_records import KIND, value, keys_of
-from ldm.data import filling
+from ldm.data.cache import writer as filling
 filling.COMMIT_SECONDS = float(sys.argv[3])
 log = open(sys.argv[2], "a", buffering=1)
 

@@ -15,12 +15,12 @@ from accelerate.state import AcceleratorState
 
 from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNetConfig, build_unet, choose_attention
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.training.config import Config, LoopConfig
-from ldm.training.device import build_accelerator
-from ldm.training.loop import Training
+from ldm.training.distributed import build_accelerator
 from ldm.training.objective import DiffusionConfig, build_schedule
 from ldm.training.samples import Batch
+from ldm.training.trainer import Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

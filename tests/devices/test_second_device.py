@@ -69,7 +69,7 @@ def test_a_training_that_encodes_at_every_step_on_all_conditions(home: Path, tmp
 
 def test_a_picture_and_an_examination(home: Path, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     cli = tmp_path / "cli.py"  # what `ldm` on the command line is
-    cli.write_text("from ldm.cli import main\nmain()\n")
+    cli.write_text("from ldm.cli.main import main\nmain()\n")
     run(cli, "sample", tiny_pipeline_folder, "red heart", "--steps", "2", "--out", tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").exists()
     words = ("--data", home / "data", "--out", tmp_path / "out", "--quick", "--steps", "2")

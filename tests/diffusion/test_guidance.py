@@ -27,11 +27,12 @@ from oracles import (
     space,
 )
 from scipy.integrate import solve_ivp
-from test_objective import PAIR, descend
+from test_losses import PAIR, descend
 from torch import Tensor
 
-from ldm.diffusion import guidance, score
-from ldm.diffusion.prediction import Prediction, to_eps, to_v, to_x0
+from ldm.diffusion import guidance
+from ldm.diffusion import samplers as score
+from ldm.diffusion.parameterization import Prediction, to_eps, to_v, to_x0
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ldm.diffusion import forward, likelihood
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 

@@ -25,8 +25,10 @@ from oracles import (
 )
 from torch import Tensor
 
-from ldm.diffusion import forward, likelihood, objective, prediction
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion import forward, likelihood
+from ldm.diffusion import losses as objective
+from ldm.diffusion import parameterization as prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 

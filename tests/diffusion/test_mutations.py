@@ -17,16 +17,16 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import pytest
-import test_draws
 import test_forward
 import test_guidance
 import test_likelihood
+import test_losses
 import test_nll
-import test_objective
-import test_prediction
+import test_parameterization
+import test_randomness
 import test_reverse
+import test_samplers
 import test_schedule
-import test_score
 import test_timesteps
 from oracles import plane
 
@@ -60,19 +60,19 @@ FAULTS = [
     Fault("variance for deviation", "forward.q_sample", "sigma * eps", "sigma**2 * eps",
           test_forward.test_chain_and_shortcut_draw_the_noised_data),
     # predictions
-    Fault("v with the wrong sign", "prediction.v_from", "alpha * eps - sigma * x0", "sigma * x0 - alpha * eps",
-          test_prediction.test_v_is_that_of_diffusers),
-    Fault("x0 and eps of v exchanged", "prediction.target", "v_from(x0, eps,", "v_from(eps, x0,",
-          test_prediction.test_a_target_gives_back_the_pair),
-    Fault("x0 of v by the other angle", "prediction.x0_from_v", "- sigma * v", "+ sigma * v",
-          test_prediction.test_a_target_gives_back_the_pair),
-    Fault("score without sigma", "prediction.score_from_eps", "-eps / sigma", "-eps",
-          test_prediction.test_the_exact_network_gives_the_posterior_mean_and_the_score, (plane(), "eps")),
-    Fault("score with the wrong sign", "prediction.score_from_eps", "-eps", "eps",
-          test_prediction.test_the_exact_network_gives_the_posterior_mean_and_the_score, (plane(), "v")),
+    Fault("v with the wrong sign", "parameterization.v_from", "alpha * eps - sigma * x0", "sigma * x0 - alpha * eps",
+          test_parameterization.test_v_is_that_of_diffusers),
+    Fault("x0 and eps of v exchanged", "parameterization.target", "v_from(x0, eps,", "v_from(eps, x0,",
+          test_parameterization.test_a_target_gives_back_the_pair),
+    Fault("x0 of v by the other angle", "parameterization.x0_from_v", "- sigma * v", "+ sigma * v",
+          test_parameterization.test_a_target_gives_back_the_pair),
+    Fault("score without sigma", "parameterization.score_from_eps", "-eps / sigma", "-eps",
+          test_parameterization.test_the_exact_network_gives_the_posterior_mean_and_the_score, (plane(), "eps")),
+    Fault("score with the wrong sign", "parameterization.score_from_eps", "-eps", "eps",
+          test_parameterization.test_the_exact_network_gives_the_posterior_mean_and_the_score, (plane(), "v")),
     Fault("mean not turned back", "reverse.x0_from_mean",
           "/ c.x0_factor.to(x_t)", "* c.x0_factor.to(x_t)",
-          test_prediction.test_every_form_gives_every_other, ("mean", "x0", "linear")),
+          test_parameterization.test_every_form_gives_every_other, ("mean", "x0", "linear")),
     # the reverse process
     Fault("posterior coefficients swapped", "reverse.posterior",
           "c.x0_factor.to(x_t) * x0 + c.x_t_factor.to(x_t) * x_t",
@@ -95,37 +95,37 @@ FAULTS = [
     Fault("noise on the clean sample", "reverse.ancestral_step", "torch.where(clean,", "torch.where(clean & False,",
           test_reverse.test_the_clean_sample_gets_no_noise, (0,)),
     # objectives
-    Fault("min-SNR applied twice", "objective.loss_weight",
+    Fault("min-SNR applied twice", "losses.loss_weight",
           "weighting(snr) / factor", "(weighting(snr) / factor) ** 2",
-          test_objective.test_a_weighting_is_one_loss_for_every_prediction, ("min_snr", "linear")),
-    Fault("min-SNR of v like that of eps", "objective.loss_weight", '"v": snr + 1', '"v": snr',
-          test_objective.test_weights_are_those_of_the_papers),
-    Fault("min-SNR from below", "objective.min_snr", "clamp(max=gamma)", "clamp(min=gamma)",
-          test_objective.test_weights_are_those_of_the_papers),
-    Fault("SNR truncated from above", "objective.truncated_snr", "clamp(min=1.0)", "clamp(max=1.0)",
-          test_objective.test_weights_are_those_of_the_papers),
-    Fault("trained towards x0, called eps", "objective.diffusion_loss",
+          test_losses.test_a_weighting_is_one_loss_for_every_prediction, ("min_snr", "linear")),
+    Fault("min-SNR of v like that of eps", "losses.loss_weight", '"v": snr + 1', '"v": snr',
+          test_losses.test_weights_are_those_of_the_papers),
+    Fault("min-SNR from below", "losses.min_snr", "clamp(max=gamma)", "clamp(min=gamma)",
+          test_losses.test_weights_are_those_of_the_papers),
+    Fault("SNR truncated from above", "losses.truncated_snr", "clamp(min=1.0)", "clamp(max=1.0)",
+          test_losses.test_weights_are_those_of_the_papers),
+    Fault("trained towards x0, called eps", "losses.diffusion_loss",
           "target(prediction, x0, eps,", "target(prediction, eps, x0,",
-          test_objective.test_gradient_is_zero_at_the_exact_denoiser, ("simple", "eps", 300, 1)),
-    Fault("clean sample shown to the network", "objective.diffusion_loss", "network(x_t, t)", "network(x0, t)",
-          test_objective.test_descent_arrives_at_the_exact_denoiser, ("simple", "v", 1)),
-    Fault("absolute errors called squares", "objective.diffusion_loss", 'norm == "l1"', 'norm == "l2"',
-          test_objective.test_the_absolute_error_is_least_at_the_median),
-    Fault("L_vlb allowed to move the mean", "objective.hybrid_loss", "prediction.detach()", "prediction",
-          test_objective.test_hybrid_loss_trains_the_mean_by_least_squares_alone),
-    Fault("L_vlb a mean for a sum", "objective.vlb_loss", "denoiser.schedule.T * ", "",
-          test_objective.test_vlb_loss_averages_to_the_bound),
-    Fault("score matched to noise over variance", "objective.score_matching_loss", "/ sigma**2", "/ sigma",
-          test_objective.test_score_matching_is_the_noise_loss),
+          test_losses.test_gradient_is_zero_at_the_exact_denoiser, ("simple", "eps", 300, 1)),
+    Fault("clean sample shown to the network", "losses.diffusion_loss", "network(x_t, t)", "network(x0, t)",
+          test_losses.test_descent_arrives_at_the_exact_denoiser, ("simple", "v", 1)),
+    Fault("absolute errors called squares", "losses.diffusion_loss", 'norm == "l1"', 'norm == "l2"',
+          test_losses.test_the_absolute_error_is_least_at_the_median),
+    Fault("L_vlb allowed to move the mean", "losses.hybrid_loss", "prediction.detach()", "prediction",
+          test_losses.test_hybrid_loss_trains_the_mean_by_least_squares_alone),
+    Fault("L_vlb a mean for a sum", "losses.vlb_loss", "denoiser.schedule.T * ", "",
+          test_losses.test_vlb_loss_averages_to_the_bound),
+    Fault("score matched to noise over variance", "losses.score_matching_loss", "/ sigma**2", "/ sigma",
+          test_losses.test_score_matching_is_the_noise_loss),
     Fault("importance without its weight", "timesteps.LossSecondMoment.forward", "1 / (len(p) * p[t])", "0 * p[t] + 1",
           test_timesteps.test_the_weighted_mean_is_the_uniform_mean),
     Fault("first moment for second", "timesteps.LossSecondMoment.probabilities",
           ".square().mean(1).sqrt()", ".mean(1)",
           test_timesteps.test_probabilities_follow_the_second_moment),
-    Fault("dropout never resampled", "training/draws.draw",
+    Fault("dropout never resampled", "training/randomness.draw",
           "dropped < caption_dropout",
           "torch.rand((), generator=generator(seed, row_of(seed, n, rows))) < caption_dropout",
-          test_draws.test_captions_are_dropped_anew_each_epoch),
+          test_randomness.test_captions_are_dropped_anew_each_epoch),
     # likelihood
     Fault("a KL that isn't zero at zero", "likelihood.normal_kl",
           "other_log_var - log_var - 1", "other_log_var - log_var",
@@ -142,9 +142,9 @@ FAULTS = [
           "math.inf, (x + half", "(x + half - mean) / std, (x + half",
           test_likelihood.test_bins_against_scipy, (0.5,)),
     Fault("nats called bits", "likelihood.bits_per_dim", " / math.log(2)", "", test_likelihood.test_units),
-    Fault("a drawn step counted once", "evaluation/nll.nll", " / p[drawn]", "",
+    Fault("a drawn step counted once", "evaluation/metrics/nll.nll", " / p[drawn]", "",
           test_nll.test_a_subset_of_steps_is_unbiased, (8,)),
-    Fault("weights of the steps after", "evaluation/nll.nll",
+    Fault("weights of the steps after", "evaluation/metrics/nll.nll",
           "weights[run.start : run.stop] / weights", "weights.roll(-1)[run.start : run.stop] / weights",
           test_nll.test_a_subset_of_steps_is_unbiased, (3,)),
     # guidance
@@ -156,33 +156,35 @@ FAULTS = [
           test_guidance.test_rescale_restores_the_deviation_of_each_sample),
     Fault("away from the class", "guidance.classifier_guidance", "scale * gradient", "-scale * gradient",
           test_guidance.test_an_exact_classifier_guides_like_the_pair, ("eps", 1.0)),
-    Fault("a score's change without sigma", "prediction.add_to_score", "- sigma * change", "- change",
+    Fault("a score's change without sigma", "parameterization.add_to_score", "- sigma * change", "- change",
           test_guidance.test_an_exact_classifier_guides_like_the_pair, ("eps", 1.0)),
-    Fault("v moved like eps", "prediction.add_to_score", "- sigma * per_alpha * change", "- sigma * change",
-          test_prediction.test_adding_to_the_score_is_the_same_for_every_prediction, ("linear",)),
+    Fault("v moved like eps", "parameterization.add_to_score", "- sigma * per_alpha * change", "- sigma * change",
+          test_parameterization.test_adding_to_the_score_is_the_same_for_every_prediction, ("linear",)),
     Fault("interval open below and closed above", "guidance.interval_scale",
           "low <= t / T < high", "low < t / T <= high",
           test_guidance.test_interval_guides_inside_and_nowhere_else),
     Fault("classifier of clean samples", "guidance.classifier_loss", "q_sample(schedule, x0, t, eps)", "x0",
           test_guidance.test_the_classifier_loss_is_least_at_the_true_posterior),
     # the score view
-    Fault("Langevin's sqrt(2) missing", "score.langevin_step", "(2 * step).sqrt()", "step.sqrt()",
-          test_score.test_langevin_converges_to_the_marginal_with_order_one, (400,)),
-    Fault("corrector at the timestep before", "score.predictor_corrector",
+    Fault("Langevin's sqrt(2) missing", "samplers.langevin_step", "(2 * step).sqrt()", "step.sqrt()",
+          test_samplers.test_langevin_converges_to_the_marginal_with_order_one, (400,)),
+    Fault("corrector at the timestep before", "samplers.predictor_corrector",
           "langevin_step(denoiser, x, s,", "langevin_step(denoiser, x, t,",
-          test_score.test_predictor_corrector_takes_the_steps_of_the_paper),
-    Fault("Euler called Heun", "score.probability_flow", "h / 2 * (k1 + k2)", "h * k1",
-          test_score.test_ode_keeps_quantiles_with_order_two, ("linear", "vp")),
-    Fault("density with the wrong sign", "score.probability_flow", "change + h / 2 * (div1", "change - h / 2 * (div1",
-          test_score.test_hutchinson_is_unbiased),
-    Fault("Jacobian of the VE view forgotten", "score.probability_flow", "math.log(scale[-1] / scale[0])", "0",
-          test_score.test_ode_likelihood_in_both_forms, ("linear", "ve")),
-    Fault("VE state shown to a VP network", "score._slope", "denoiser.eps(alpha * state, t)", "denoiser.eps(state, t)",
-          test_score.test_first_step_of_each_form_is_its_equation),
-    Fault("trace without its last element", "score.exact_divergence", "range(columns.shape[1])",
-          "range(columns.shape[1] - 1)", test_score.test_divergence_of_pictures),
-    Fault("Hutchinson's probe used once", "score.hutchinson_divergence", "(product * probe)", "product",
-          test_score.test_hutchinson_is_unbiased),
+          test_samplers.test_predictor_corrector_takes_the_steps_of_the_paper),
+    Fault("Euler called Heun", "samplers.probability_flow", "h / 2 * (k1 + k2)", "h * k1",
+          test_samplers.test_ode_keeps_quantiles_with_order_two, ("linear", "vp")),
+    Fault("density with the wrong sign", "samplers.probability_flow",
+          "change + h / 2 * (div1", "change - h / 2 * (div1",
+          test_samplers.test_hutchinson_is_unbiased),
+    Fault("Jacobian of the VE view forgotten", "samplers.probability_flow", "math.log(scale[-1] / scale[0])", "0",
+          test_samplers.test_ode_likelihood_in_both_forms, ("linear", "ve")),
+    Fault("VE state shown to a VP network", "samplers._slope",
+          "denoiser.eps(alpha * state, t)", "denoiser.eps(state, t)",
+          test_samplers.test_first_step_of_each_form_is_its_equation),
+    Fault("trace without its last element", "samplers.exact_divergence", "range(columns.shape[1])",
+          "range(columns.shape[1] - 1)", test_samplers.test_divergence_of_pictures),
+    Fault("Hutchinson's probe used once", "samplers.hutchinson_divergence", "(product * probe)", "product",
+          test_samplers.test_hutchinson_is_unbiased),
 ]  # fmt: skip
 
 
@@ -203,7 +205,7 @@ def plant(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the function, wherever it was imported, by itself with `old` changed to `new`."""
     module_name, *path = fault.where.split(".")
     room, _, module_name = module_name.rpartition("/")
-    owner: Any = importlib.import_module(f"ldm.{room or 'diffusion'}.{module_name}")
+    owner: Any = importlib.import_module(f"ldm.{(room or 'diffusion').replace('/', '.')}.{module_name}")
     code_globals = vars(owner)
     for name in path[:-1]:
         owner = getattr(owner, name)

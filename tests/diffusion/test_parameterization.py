@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from oracles import PREDICTIONS, SCHEDULES, Mixture, line, plane, randn, space
 from torch import Tensor
 
-from ldm.diffusion import forward, prediction, reverse
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion import forward, reverse
+from ldm.diffusion import parameterization as prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 
 

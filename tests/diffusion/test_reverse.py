@@ -15,7 +15,7 @@ from oracles import PREDICTIONS, SCHEDULES, gaussian, generator, order_of, plane
 from torch import Tensor
 
 from ldm.diffusion import forward, reverse
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 

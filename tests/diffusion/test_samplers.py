@@ -14,7 +14,8 @@ from oracles import SCHEDULES, Mixture, assert_drawn_from, gaussian, generator, 
 from test_forward import noised
 from torch import Tensor
 
-from ldm.diffusion import reverse, score
+from ldm.diffusion import reverse
+from ldm.diffusion import samplers as score
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracles import SCHEDULES
 
 from ldm.diffusion import schedule as schedules
-from ldm.diffusion.prediction import DIFFUSERS_NAMES
+from ldm.diffusion.parameterization import DIFFUSERS_NAMES
 from ldm.diffusion.schedule import NoiseSchedule
 
 NAMES = ["linear", "scaled_linear", "cosine", "sigmoid"]

@@ -27,11 +27,11 @@ from oracles import (
 )
 from test_forward import noised
 from test_reverse import ancestral, moments
-from test_score import QUANTILES, level
+from test_samplers import QUANTILES, level
 from torch import Tensor
 
-from ldm.diffusion import score
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion import samplers as score
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
 
 diffusers.utils.logging.set_verbosity_error()  # from_config says which arguments a sampler doesn't know

@@ -10,10 +10,10 @@ import pytest
 from test_guidance import solved, tilted
 from test_mutations import FAULTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 THEORY = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
 QUOTES = re.findall(r"```python\n# (\S+)::(\S+)\n(.*?)```", THEORY, re.DOTALL)
-TESTS = sorted(set(re.findall(r"`(tests/\w+\.py)::(\w+)`", THEORY)))
+TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", THEORY)))
 MODULES = sorted((ROOT / "ldm" / "diffusion").glob("*.py"))
 
 

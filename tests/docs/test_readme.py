@@ -12,8 +12,8 @@ import pytest
 import road
 from PIL import Image
 
-from ldm.cli import build_parser
-from ldm.training.command_line import parse_config
+from ldm.cli.config import parse_config
+from ldm.cli.main import build_parser
 
 README = (road.ROOT / "README.md").read_text("utf-8")
 COMMANDS = [

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from ldm.data.batches import pixel_batches
-from ldm.data.captioned import CaptionedPictures, read_captioned
+from ldm.data.dataset import CaptionedPictures, read_captioned
 from ldm.evaluation.contrastive import CARD, WEIGHTS, NetConfig, contrastive_loss, load_net, load_text, mean_pooled
 from ldm.evaluation.fit_net import eight_bits, fit_net, known_captions
-from ldm.evaluation.retrieval import distances, ranks, same_caption
+from ldm.evaluation.metrics.retrieval import distances, ranks, same_caption
 
 CPU = torch.device("cpu")
 

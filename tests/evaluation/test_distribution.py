@@ -11,7 +11,15 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
-from ldm.evaluation.distribution import compare, fid, fid_figure, in_their_span, kid_figure, neighborhood, with_floor
+from ldm.evaluation.metrics.distribution import (
+    compare,
+    fid,
+    fid_figure,
+    in_their_span,
+    kid_figure,
+    neighborhood,
+    with_floor,
+)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -14,14 +14,14 @@ import tiny
 import torch
 from PIL import Image
 
-from ldm.cli import main
-from ldm.data.captioned import CaptionedPictures, read_captioned
+from ldm.cli.main import main
+from ldm.data.dataset import CaptionedPictures, read_captioned
 from ldm.evaluation.evaluate import QUICK, evaluate
 from ldm.evaluation.features import Space, pixel_space
 from ldm.evaluation.settings import Settings
 from ldm.evaluation.subject import Subject, consecutive
 from ldm.models.fingerprint import model_sha256
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
 
 
 @pytest.fixture(scope="module")

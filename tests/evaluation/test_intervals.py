@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from ldm.evaluation.intervals import mean_figure, share_figure, spread_figure
+from ldm.evaluation.metrics.intervals import mean_figure, share_figure, spread_figure
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 30), (1, 7), (15, 30), (213, 214), (30, 30)])

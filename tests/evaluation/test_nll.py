@@ -14,15 +14,15 @@ from oracles import PREDICTIONS, SCHEDULES, Mixture, gaussian, generator
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ldm.cli import main
-from ldm.data.captioned import read_captioned
+from ldm.cli.main import main
+from ldm.data.dataset import read_captioned
 from ldm.diffusion import likelihood
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.evaluation.nll import NLL, nll, nll_of_pipeline, strata
+from ldm.evaluation.metrics.nll import NLL, nll, nll_of_pipeline, strata
 from ldm.models.conditioning import Conditioning
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import encode
 
 SHORT = NoiseSchedule.linear(60, 1e-3, 0.3)

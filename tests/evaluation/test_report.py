@@ -18,9 +18,9 @@ import road
 import tiny
 from PIL import Image
 
-from ldm.cli import main
-from ldm.evaluation.charts import Series, even_ticks, line_chart, log_ticks
-from ldm.evaluation.report import figure, write_report
+from ldm.cli.main import main
+from ldm.evaluation.report.charts import Series, even_ticks, line_chart, log_ticks
+from ldm.evaluation.report.page import figure, write_report
 from ldm.evaluation.run_record import averaged, carry_run, read_curves
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}'

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.features import pixel_space
-from ldm.evaluation.memorization import memorization, nearest
-from ldm.evaluation.retrieval import distances, ranks, recall, same_caption
+from ldm.evaluation.metrics.memorization import memorization, nearest
+from ldm.evaluation.metrics.retrieval import distances, ranks, recall, same_caption
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -13,11 +13,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from scipy.stats import binomtest
 
-from ldm.cli import main
-from ldm.defaults import Defaults
-from ldm.evaluation.intervals import share_figure
+from ldm.cli.main import main
+from ldm.evaluation.metrics.intervals import share_figure
 from ldm.evaluation.sweep import chance_of_losing, choose, lines, plot, sweep, table
-from ldm.pipeline import LDMPipeline
+from ldm.inference.defaults import Defaults
+from ldm.pipelines.text_to_image import LDMPipeline
 
 
 def row(

@@ -24,7 +24,7 @@ from world import (
     reference,
 )
 
-from ldm.manifest import fault
+from ldm.system.hashing import fault
 from ldm.training.checkpoint import checkpoints
 from ldm.training.signals import EXIT_CODES
 

@@ -18,7 +18,9 @@ from drills import Bench, Figures
 from safetensors.torch import load_file
 from world import checkpoint_folder, clean
 
-from ldm.training import loop, plain_loop, vae_loop
+from ldm.training import plain_loop
+from ldm.training import trainer as loop
+from ldm.training.tasks import autoencoder as vae_loop
 
 NAN, INF = float("nan"), float("inf")
 STEP = 5  # the poisoned one, from 0

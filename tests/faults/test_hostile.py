@@ -28,16 +28,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm import LDMPipeline, cli
-from ldm.arguments import check_prompts
+from ldm import LDMPipeline
+from ldm.cli import main as cli
+from ldm.cli.config import parse_config
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.features import load_space
 from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
-from ldm.models.text import TextConfig, TextEncoder
-from ldm.models.trust import COMPONENTS, check_index, check_model_folder
+from ldm.models.safety import COMPONENTS, check_index, check_model_folder
+from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.vae import load_vae
-from ldm.training import plain_yaml
-from ldm.training.command_line import parse_config
+from ldm.pipelines.inputs import check_prompts
+from ldm.system import plain_yaml
 from ldm.training.config import Config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -384,7 +385,7 @@ def test_hostile_words_end_in_words(
 @pytest.fixture(scope="module")
 def address(pipe: LDMPipeline) -> Iterator[str]:
     gradio = pytest.importorskip("gradio")
-    import app
+    from ldm.app import page as app
 
     _, url, _ = app.build_demo(pipe).launch(prevent_thread_lock=True, quiet=True, **app.SERVING)
     yield url.rstrip("/")

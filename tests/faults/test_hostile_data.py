@@ -15,9 +15,9 @@ import pytest
 from bad_data import build_csv, build_jsonl, build_shards, build_texts, picture, png, write_tar
 from PIL import Image
 
-from ldm.data.captioned import BadDataError, read_captioned
 from ldm.data.conditioned import ConditionedPictures
-from ldm.data.pictures import BadPictureError, decode
+from ldm.data.dataset import BadDataError, read_captioned
+from ldm.data.images import BadPictureError, decode
 
 SIDE = 60_000  # 3.6 gigapixels: ten gigabytes as RGB
 

@@ -28,7 +28,7 @@ ASK = """
 import json, sys
 from ldm import LDMPipeline
 from ldm.evaluation.features import load_space
-from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.vae import load_vae
 ways = {
     "pipeline": LDMPipeline.from_pretrained,

@@ -6,8 +6,8 @@ import os
 import signal
 from typing import Any
 
-from ldm.training import loop
-from ldm.training.command_line import start
+from ldm.cli.config import start
+from ldm.training import trainer as loop
 from train.train_ldm import main
 
 if os.environ.get("VICTIM_STEP") and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

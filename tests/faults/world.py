@@ -28,13 +28,16 @@ import torch
 import torch.utils.tensorboard
 from accelerate import Accelerator  # noqa: F401
 
-import ldm.pipeline  # noqa: F401
-from ldm.data.captioned import read_captioned
-from ldm.manifest import fault, sha256
+import ldm.pipelines.text_to_image  # noqa: F401
+from ldm.cli import config as command_line
+from ldm.data.dataset import read_captioned
 from ldm.models.vae import VAEConfig, build_vae, normalize
-from ldm.training import caching, command_line, latents, loop, plain_loop, vae_loop
+from ldm.system.hashing import fault, sha256
+from ldm.training import caching, latents, plain_loop
+from ldm.training import trainer as loop
 from ldm.training.checkpoint import checkpoints, number_of
 from ldm.training.config import Config
+from ldm.training.tasks import autoencoder as vae_loop
 from train import train_ldm, train_vae
 
 torch.set_num_threads(1)

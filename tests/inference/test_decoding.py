@@ -15,14 +15,15 @@ import torch
 from test_steering import tiny_context
 from torch import Tensor, nn
 
-from ldm import drawing, recipe
-from ldm.cli import main
-from ldm.defaults import Defaults
-from ldm.devices import best_dtype
+from ldm.cli.main import main
 from ldm.diffusion.guidance import guide, interval_scale
-from ldm.drawing import GuidanceInterval, decoded_in_slices, text_kept
-from ldm.pipeline import LDMPipeline
-from ldm.steering import steered
+from ldm.inference import decoding as drawing
+from ldm.inference.decoding import GuidanceInterval, decoded_in_slices, text_kept
+from ldm.inference.defaults import Defaults
+from ldm.inference.steering import steered
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.sharing import png_metadata as recipe
+from ldm.system.devices import best_dtype
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from benchmarks.drawing import Arm, noise
 from benchmarks.growth import slope
 from benchmarks.quality import errors, worse
 from benchmarks.synthetic import CHANNELS, Rows
-from ldm.data.cache import LatentCache
-from ldm.pipeline import LDMPipeline
+from ldm.data.cache.latents import LatentCache
+from ldm.pipelines.text_to_image import LDMPipeline
 
 COUNTS, CONTEXT = (2_000, 12_000), (3, 4)
 PROMPTS = ["red heart", "blue cat", "green pizza"]

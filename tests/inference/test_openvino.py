@@ -22,14 +22,14 @@ from torch import Tensor
 
 pytest.importorskip("openvino", reason="OpenVINO isn't installed: pip install openvino")
 
-from ldm import recipe
-from ldm.cli import main
-from ldm.converted import cache_folder, converted, core, load_openvino
-from ldm.engine import MOST_COMPILED, OpenVINO
+from ldm.cli.main import main
+from ldm.inference.openvino import MOST_COMPILED, OpenVINO
+from ldm.inference.openvino_cache import cache_folder, converted, core, load_openvino
 from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
 from ldm.models.unet import UNetConfig, build_unet
 from ldm.models.vae import VAEConfig
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.sharing import png_metadata as recipe
 
 LEVEL = 1 / 255
 
@@ -352,7 +352,7 @@ def test_processes_convert_once_and_one_that_is_killed_harms_none(empty: Path) -
 def test_nobody_is_told_that_it_is_used(tmp_path: Path) -> None:
     """`import openvino` alone tells Google Analytics, once a person hasn't said no, and keeps an id in ~/intel."""
     code = (
-        "import sys; from ldm.converted import load_openvino; load_openvino(); "
+        "import sys; from ldm.inference.openvino_cache import load_openvino; load_openvino(); "
         "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
     )
     words = {"HOME": str(tmp_path), "PYTHONPATH": str(road.ROOT)}
@@ -374,7 +374,7 @@ def test_a_picture_is_drawn_again_byte_for_byte(
     said = recipe.read(picture)
     assert said.engine == "openvino" and said.drawn_with["openvino"].startswith("20")
     again = ["sample", "--like", str(picture), str(tiny_pipeline_folder), "--out", str(tmp_path / "again.png")]
-    code = f"import sys; sys.path.insert(0, {str(road.ROOT)!r}); from ldm.cli import main; main({again!r})"
+    code = f"import sys; sys.path.insert(0, {str(road.ROOT)!r}); from ldm.cli.main import main; main({again!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "the same picture, byte for byte" in done.stdout, done.stderr
     assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
@@ -407,7 +407,7 @@ def test_the_page_takes_it_where_it_is_installed(
 ) -> None:
     gradio = pytest.importorskip("gradio")
     assert gradio
-    import app
+    from ldm.app import page as app
 
     assert app.load(str(tiny_pipeline_folder), "auto").engine is not None
     assert app.load(str(tiny_pipeline_folder), "torch").engine is None

@@ -13,11 +13,11 @@ import torch
 from oracles import PREDICTIONS, Mixture, double, generator
 from torch import Tensor, nn
 
-from ldm.diffusion.prediction import DIFFUSERS_NAMES, Prediction
+from ldm.diffusion.parameterization import DIFFUSERS_NAMES, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.inference.steering import ClassifierSteering, steered
 from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
-from ldm.pipeline import LDMPipeline
-from ldm.steering import ClassifierSteering, steered
+from ldm.pipelines.text_to_image import LDMPipeline
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 DETERMINISTIC = (

@@ -15,17 +15,17 @@ import transformers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from ldm.cli import main as ldm_command
-from ldm.data.cache import load_pixels
-from ldm.data.captioned import BadDataError, read_captioned
+from ldm.cli.main import main as ldm_command
+from ldm.data.cache.latents import load_pixels
+from ldm.data.dataset import BadDataError, read_captioned
 from ldm.data.labels import Labels
 from ldm.diffusion.forward import q_sample
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.evaluation.accuracy import LabelledLatents, accuracy
+from ldm.evaluation.metrics.accuracy import LabelledLatents, accuracy
 from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
 from ldm.models.vae import encode, load_vae
-from ldm.training.classifier_loop import ClassifierTraining
 from ldm.training.config import Config
+from ldm.training.tasks.classifier import ClassifierTraining
 from train.train_classifier import main as train_classifier
 from train.train_vae import main as train_vae
 

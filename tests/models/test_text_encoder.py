@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ldm.models.text import MINILM, TextConfig, TextEncoder, measure_context, minilm_folder
+from ldm.models.text_encoder import MINILM, TextConfig, TextEncoder, measure_context, minilm_folder
 
 CAPTIONS = ["red heart", "", "house with garden", "flag: japan"]
 

@@ -12,8 +12,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-import app
 from ldm import LDMPipeline
+from ldm.app import page as app
 from ldm.models.fingerprint import model_sha256
 
 FOLDER = road.ROOT / "models/openmoji64"

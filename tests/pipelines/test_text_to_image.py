@@ -16,9 +16,9 @@ import pytest
 import tiny
 import torch
 
-from ldm.diffusion.prediction import DIFFUSERS_NAMES, Prediction
+from ldm.diffusion.parameterization import DIFFUSERS_NAMES, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
 
 SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def test_stock_diffusers_draws_the_identical_array_in_a_process_without_ldm(
         case |= {"out": str(tmp_path / f"{number}.npy"), "seed": number, "arguments": ARGUMENTS[case["name"]]}
     (tmp_path / "cases.json").write_text(json.dumps(cases), "utf-8")
 
-    command = [sys.executable, str(Path(__file__).with_name("stock_draws.py")), str(tmp_path / "cases.json")]
+    command = [sys.executable, str(Path(__file__).parents[1] / "stock_draws.py"), str(tmp_path / "cases.json")]
     # how sums are rounded depends on it, and tests before this one may have set it
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(

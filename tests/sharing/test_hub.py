@@ -19,14 +19,14 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from stand_in import Hub
 
-from ldm import hub as ldm_hub
-from ldm import recipe
-from ldm.cli import main
-from ldm.defaults import Defaults
-from ldm.hub_card import Terms
-from ldm.hub_figures import headline, limits
+from ldm.cli.main import main
+from ldm.inference.defaults import Defaults
 from ldm.models.fingerprint import model_sha256
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.sharing import hub as ldm_hub
+from ldm.sharing import png_metadata as recipe
+from ldm.sharing.figures import headline, limits
+from ldm.sharing.model_card import Terms
 from ldm.training.config import to_dict
 
 FEW = Defaults(num_inference_steps=2)

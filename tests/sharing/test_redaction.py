@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import road
 
-from ldm.places import without_places
+from ldm.sharing.redaction import without_places
 from ldm.training.config import to_dict
 
 HOME = "/home/ada lovelace/ml"

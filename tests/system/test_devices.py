@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ldm import devices
+from ldm.system import devices
 from ldm.training.config import LoopConfig
-from ldm.training.device import build_accelerator, choose_precision, encoding_dtype
+from ldm.training.distributed import build_accelerator, choose_precision, encoding_dtype
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_it_is_measured_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_run_encodes_in_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("ldm.training.device.cpu_is_faster_in_bf16", lambda found=found: found)
+        monkeypatch.setattr("ldm.training.distributed.cpu_is_faster_in_bf16", lambda found=found: found)
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         AcceleratorState._reset_state(True)
         try:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import road
 
-from ldm.manifest import NAME, fault, write_manifest
-from ldm.training import disk
-from ldm.training.disk import check_room, exchange, put_in_place, settle, temporary_beside
+from ldm.system import files as disk
+from ldm.system.files import check_room, exchange, put_in_place, settle, temporary_beside
+from ldm.system.hashing import NAME, fault, write_manifest
 
 
 def filled(folder: Path, content: str) -> Path:
@@ -74,7 +74,7 @@ def test_room_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_kept_out_until_the_first_one_is_gone(tmp_path: Path) -> None:
-    hold = "from pathlib import Path\nfrom ldm.training import disk\ndisk.PATIENCE = 0.3\n"
+    hold = "from pathlib import Path\nfrom ldm.system import files as disk\ndisk.PATIENCE = 0.3\n"
     hold += f"disk.hold(Path({str(tmp_path)!r}))\n"
     words = [sys.executable, "-c", hold + "print('held', flush=True)\ninput()"]
     first = subprocess.Popen(words, cwd=road.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import road
 
-from ldm.importing import collector_at_rest
+from ldm.system.importing import collector_at_rest
 
 COUNTED = """
 import gc, sys
@@ -30,7 +30,7 @@ def looks_for_garbage(statement: str) -> tuple[int, int]:
 
 
 def test_no_look_for_garbage_while_networks_are_imported() -> None:
-    assert looks_for_garbage("import ldm.pipeline")[0] > 100  # as Python does it
+    assert looks_for_garbage("import ldm.pipelines.text_to_image")[0] > 100  # as Python does it
     looks, old = looks_for_garbage("import ldm; ldm.LDMPipeline")
     assert looks <= 1  # perhaps afterwards
     assert old > 300_000  # the next look at the young ones doesn't go through what was imported
@@ -79,9 +79,9 @@ sys.argv[1:] = {words}
 {statement}
 """
 COMMANDS = {
-    "ldm": ("from ldm.cli import main; main()", ["data", "check", "nowhere"]),
+    "ldm": ("from ldm.cli.main import main; main()", ["data", "check", "nowhere"]),
     "train": (
-        "from ldm.training.command_line import start; start(print, 'Train.')",
+        "from ldm.cli.config import start; start(print, 'Train.')",
         ["--config", str(road.ROOT / "configs/demo.yaml")],
     ),
     "app": ("import app; app.main()", ["--model", "nowhere"]),

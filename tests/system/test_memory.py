@@ -13,7 +13,7 @@ from benchmarks.harness import ROOT
 
 PEAK = """
 import subprocess, sys
-from ldm.training.resident import peak_bytes
+from ldm.system.memory import peak_bytes
 held = b"x" * (int(sys.argv[1]) << 20)
 print(peak_bytes() >> 20, flush=True)
 del held
@@ -24,7 +24,7 @@ if sys.argv[1] != "0":
 COUNT = """
 import json, resource, statistics, sys
 import torch
-from ldm.training.heap import give_back, keep_freed_memory
+from ldm.system.memory import give_back, keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ldm.models.ema import averaged, build_ema
 from ldm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ldm.training.trainee import Trainee
+from ldm.training.train_state import Trainee
 
 SHARDED = """
 import sys
@@ -25,8 +25,8 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from ldm.models.ema import build_ema
 from ldm.training.checkpoint import load_checkpoint, save_checkpoint
-from ldm.training.health import telling, update
-from ldm.training.trainee import Trainee
+from ldm.training.monitor import telling, update
+from ldm.training.train_state import Trainee
 
 def trainee(shard):
     torch.manual_seed(0)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.training.command_line import keys, parse_config
+from ldm.cli.config import keys, parse_config
 from ldm.training.config import Config, to_dict
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:

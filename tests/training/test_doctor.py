@@ -17,15 +17,15 @@ import tiny
 import torch
 from PIL import Image
 
-from ldm import cli
-from ldm.data.captioned import read_captioned
+from ldm.cli import main as cli
+from ldm.data.dataset import read_captioned
 from ldm.data.duplicates import duplicates
 from ldm.models.vae import VAEConfig, build_vae
-from ldm.training import needs
-from ldm.training.doctor import examine
-from ldm.training.findings import Finding
-from ldm.training.health import Watch
-from ldm.training.loop import Training
+from ldm.training.doctor import resources as needs
+from ldm.training.doctor.examine import examine
+from ldm.training.doctor.findings import Finding
+from ldm.training.monitor import Watch
+from ldm.training.trainer import Training
 from train.train_classifier import main as train_classifier
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
-from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.unet import UNetConfig, build_unet
 from ldm.models.vae import VAEConfig, build_vae, encode, latent_shape, load_vae
-from ldm.pipeline import LDMPipeline
-from ldm.training.device import encoding_dtype
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.training.distributed import encoding_dtype
 from ldm.training.encoders import Encoders
 from ldm.training.export import save_frozen
 

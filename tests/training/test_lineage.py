@@ -25,12 +25,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm import LDMPipeline
-from ldm.data.captioned import BadDataError, read_captioned
 from ldm.data.conditioned import ConditionedPictures
-from ldm.diffusion import objective, timesteps
+from ldm.data.dataset import BadDataError, read_captioned
+from ldm.diffusion import losses as objective
+from ldm.diffusion import timesteps
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import load_vae
 from ldm.training.caching import build_cache
 from ldm.training.config import Config

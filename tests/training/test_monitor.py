@@ -13,12 +13,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from ldm.system.errors import RunError
 from ldm.training.checkpoint import load_checkpoint, save_checkpoint
-from ldm.training.draws import draw
-from ldm.training.health import Watch, batch_of, mean_of_finite, telling, update
-from ldm.training.signals import RunError
-from ldm.training.tracking import Tracker
-from ldm.training.trainee import Trainee
+from ldm.training.logging import Tracker
+from ldm.training.monitor import Watch, batch_of, mean_of_finite, telling, update
+from ldm.training.randomness import draw
+from ldm.training.train_state import Trainee
 
 NAN, INF = float("nan"), float("inf")
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.cache import choose_caption
-from ldm.training.draws import Draw, draw, generator
+from ldm.data.cache.latents import choose_caption
+from ldm.training.randomness import Draw, draw, generator
 from ldm.training.samples import numbers_of
 
 SHAPE = (2, 4, 4)

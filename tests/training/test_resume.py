@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from ldm.training.changes import HARMLESS, ROUNDING, UNREAD, check_changes, differences, digest, flat
-from ldm.training.command_line import keys, parse_config
+from ldm.cli.config import keys, parse_config
+from ldm.system.errors import RunError
 from ldm.training.config import Config, to_dict
-from ldm.training.signals import RunError
+from ldm.training.resume import HARMLESS, ROUNDING, UNREAD, check_changes, differences, digest, flat
 
 
 def changed(

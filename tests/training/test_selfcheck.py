@@ -14,10 +14,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from ldm.manifest import sha256
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.system.errors import RunError
+from ldm.system.hashing import sha256
 from ldm.training.selfcheck import Frozen, PipelineMismatch, check_frozen, check_unet, known
-from ldm.training.signals import RunError
 from train.train_ldm import main as train_ldm
 
 

@@ -26,19 +26,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertModel
 
-from ldm.data.captioned import read_captioned
+from ldm.data.cache.records import DamagedError
 from ldm.data.conditioned import ConditionedPictures
-from ldm.data.records import DamagedError
+from ldm.data.dataset import read_captioned
 from ldm.models.conditioning import Conditioning
-from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.vae import build_vae, decode, encode, load_vae
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.system.errors import RunError
 from ldm.training.config import Config
+from ldm.training.doctor.trial import OVERFIT, TIMED
 from ldm.training.encoders import Encoders
-from ldm.training.loop import Training
 from ldm.training.samples import Batch, fixed_questions
-from ldm.training.signals import RunError
-from ldm.training.trial import OVERFIT, TIMED
+from ldm.training.trainer import Training
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
 
@@ -99,7 +99,7 @@ WAITING = """
 import datetime, sys, time
 import torch
 from accelerate import PartialState
-from ldm.training import ranks
+from ldm.training import distributed as ranks
 
 state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=4))
 ranks.TICK_SECONDS = 0.5
@@ -551,7 +551,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
     """Whether bf16 is faster is measured at each start, on whatever machine that is."""
     words = {"loop__precision": "auto", "loop__sample_every": 0, "doctor": False}
     for steps, fast, told in ((1, False, False), (2, False, False), (3, True, True)):
-        monkeypatch.setattr("ldm.training.device.cpu_is_faster_in_bf16", lambda fast=fast: fast)
+        monkeypatch.setattr("ldm.training.distributed.cpu_is_faster_in_bf16", lambda fast=fast: fast)
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             train_ldm(config_of(home, tmp_path, loop__steps=steps, **words))

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.captioned import Row
-from ldm.data.contents import CONTENTS, contents, hash_content
-from ldm.data.filling import Say, Tick, Writer, fill, needed
-from ldm.data.pictures import Crop, to_pixels, to_square
-from ldm.data.records import Keys, Kind, Numbers, Records, to_keys
+from ldm.data.cache.records import Keys, Kind, Numbers, Records, to_keys
+from ldm.data.cache.stamps import CONTENTS, contents, hash_content
+from ldm.data.cache.writer import Say, Tick, Writer, fill, needed
+from ldm.data.dataset import Row
+from ldm.data.images import Crop, to_pixels, to_square
 from ldm.data.rows import BadDataError, count
-from ldm.data.space import check_space, gib
+from ldm.system.files import check_space, gib
 
 #: pixels [B,3,H,W] => mean and std of the posterior, each [B,C,h,w].
 EncodePixels = Callable[[Tensor], tuple[Tensor, Tensor]]

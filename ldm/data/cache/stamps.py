@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.captioned import Row
-from ldm.data.filling import Writer
-from ldm.data.records import DamagedError, Keys, Kind, Records, to_keys
+from ldm.data.cache.records import DamagedError, Keys, Kind, Records, to_keys
+from ldm.data.cache.writer import Writer
+from ldm.data.dataset import Row
 
 SETTLED = 2.0  # seconds; the coarsest clock of a file system in use, FAT's
 CONTENTS = Kind("contents", {"of": "stamps"}, "u1", (16,))

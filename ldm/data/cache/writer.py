@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from ldm.data.records import (
+from ldm.data.cache.records import (
     DAMAGED,
     KEY,
     MANIFEST,
@@ -42,7 +42,8 @@ from ldm.data.records import (
     sum_of,
     to_keys,
 )
-from ldm.data.space import NoSpaceError, no_space, sync
+from ldm.system.errors import NoSpaceError
+from ldm.system.files import no_space, sync
 
 COMMIT_SECONDS = 30.0  # a killed process loses at most this much work
 LOCK = "lock"

@@ -23,12 +23,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from ldm.data.captioned import split_of
+from ldm.data.dataset import split_of
 
 Subset = Literal["all", "demo"]
 
-GROUPS_FILE = Path(__file__).with_name("emoji_groups.txt")
-KEYWORDS_FILE = Path(__file__).with_name("emoji_keywords.txt")
+GROUPS_FILE = Path(__file__).with_name("groups.txt")
+KEYWORDS_FILE = Path(__file__).with_name("keywords.txt")
 MOST_KEYWORDS = 4  # more would not fit into the context beside a long name
 OUTSIDE = "extras-unicode"  # as OpenMoji calls what is in no group of Unicode's
 HOLDOUT = 0.05  # share of the captions kept out of training, by hash

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from ldm.data.pictures import BadPictureError
+from ldm.data.images import BadPictureError
 from ldm.data.rows import (
     BadCaptionError,
     BadDataError,
@@ -29,7 +29,7 @@ from ldm.data.rows import (
     plain,
     require_columns,
 )
-from ldm.data.tables import BadRow, read_table
+from ldm.data.sources.tables import BadRow, read_table
 
 # Names that promise a picture. Those of formats that cannot be read are among them, so that they are reported.
 PICTURES = frozenset(

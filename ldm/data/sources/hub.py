@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ldm.data.pictures import BadPictureError
+from ldm.data.images import BadPictureError
 from ldm.data.rows import BadDataError, Finding, Found, Stamp, file_stamp, plain, require_columns
 
 

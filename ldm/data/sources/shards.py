@@ -12,10 +12,10 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 
-from ldm.data.folders import MAX_FILE_BYTES, MAX_TEXT_BYTES, PICTURES, caption_lines
-from ldm.data.pictures import BadPictureError
+from ldm.data.images import BadPictureError
 from ldm.data.rows import BadDataError, Finding, Found, Problem, Stamp, count, file_stamp, plain
-from ldm.data.tables import BadRow, json_row
+from ldm.data.sources.folders import MAX_FILE_BYTES, MAX_TEXT_BYTES, PICTURES, caption_lines
+from ldm.data.sources.tables import BadRow, json_row
 
 _SEVERAL = re.compile(r"[*?\[{]")
 

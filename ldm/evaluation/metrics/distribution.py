@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluation.intervals import mean_figure, resamples, spread_figure
-from ldm.evaluation.retrieval import distances
+from ldm.evaluation.metrics.intervals import mean_figure, resamples, spread_figure
+from ldm.evaluation.metrics.retrieval import distances
 
 NEIGHBORS = 5  # Naeem et al. 2020, section 4
 FID_RESAMPLES = 50

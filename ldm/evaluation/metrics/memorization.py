@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ldm.evaluation.intervals import share_figure
-from ldm.evaluation.retrieval import Metric, distances
+from ldm.evaluation.metrics.intervals import share_figure
+from ldm.evaluation.metrics.retrieval import Metric, distances
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEAR = 0.05

@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.cache import load_pixels
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.cache.latents import load_pixels
+from ldm.data.dataset import CaptionedPictures
 from ldm.diffusion.forward import q_sample
 from ldm.diffusion.likelihood import nats_per_dim, prior_kl, vlb_term
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule, prediction_from_config, schedule_from_config
 from ldm.models.conditioning import Conditioning, denoise
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import encode
 
 MEANING = "a bound on -log density of the VAE's latents, nats per latent dimension; not of pixels; may be negative"

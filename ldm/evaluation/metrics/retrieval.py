@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ldm.evaluation.intervals import share_figure
+from ldm.evaluation.metrics.intervals import share_figure
 
 Metric = Literal["euclidean", "cosine"]
 TOP = (1, 5)

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ldm.evaluation.charts import Series, line_chart
+from ldm.evaluation.report.charts import Series, line_chart
 
 QUARTERS = ("q1", "q2", "q3", "q4")
 LEGEND = {"q1": "least noise", "q2": "2nd quarter", "q3": "3rd quarter", "q4": "most noise"}

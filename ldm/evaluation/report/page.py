@@ -21,7 +21,7 @@ from PIL import Image
 
 from ldm.data.batches import spread
 from ldm.evaluation import run_record
-from ldm.evaluation.report_charts import charts
+from ldm.evaluation.report.curves import charts
 from ldm.evaluation.sweep import lines
 
 FILE = "evaluation.json"

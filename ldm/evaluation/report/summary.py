@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm.defaults import EVERYWHERE
+from ldm.inference.defaults import EVERYWHERE
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -18,29 +18,29 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ldm.data.batches import evenly
-from ldm.data.captioned import CaptionedPictures, read_captioned
 from ldm.data.conditioned import ConditionedPictures
+from ldm.data.dataset import CaptionedPictures, read_captioned
 from ldm.data.duplicates import alike, duplicates, named
 from ldm.data.rows import BadDataError, count
 from ldm.models.classifier import NoisyClassifier
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import build_vae, latent_shape, load_vae, normalize
 from ldm.training.checkpoint import checkpoints
-from ldm.training.classifier_loop import ClassifierTraining, LabelledSamples
 from ldm.training.config import Config
 from ldm.training.context import measure_captions, report_captions
 from ldm.training.denoiser import denoiser
-from ldm.training.device import build_accelerator, encoding_dtype
+from ldm.training.distributed import build_accelerator, encoding_dtype
+from ldm.training.doctor.findings import Finding, tell
+from ldm.training.doctor.resources import cache_needs, disk, network_needs
+from ldm.training.doctor.trial import FEW, TIMED, try_steps
 from ldm.training.encoders import Encoders
-from ldm.training.findings import Finding, tell
 from ldm.training.latents import MEASURED, check_scale, load_normalized, measure_latents, report_reconstruction
-from ldm.training.loop import Training
-from ldm.training.needs import cache_needs, disk, network_needs
 from ldm.training.objective import build_schedule
 from ldm.training.plain_loop import PlainSamples, PlainTraining
 from ldm.training.samples import build_samples, few_batches, numbers_of
-from ldm.training.trial import FEW, TIMED, try_steps
-from ldm.training.vae_loop import PixelSamples, VAETraining
+from ldm.training.tasks.autoencoder import PixelSamples, VAETraining
+from ldm.training.tasks.classifier import ClassifierTraining, LabelledSamples
+from ldm.training.trainer import Training
 
 BLURRED = 20.0  # dB; below it a reconstruction is no longer its picture
 CUT = 0.05  # share of captions

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ldm.data.cache import context_kind, posterior_kind
+from ldm.data.cache.latents import context_kind, posterior_kind
 from ldm.data.conditioned import ConditionedPictures
-from ldm.data.space import gib
+from ldm.system.files import gib
+from ldm.system.memory import peak_bytes
 from ldm.training.config import Config
+from ldm.training.doctor.findings import Finding
 from ldm.training.encoders import Encoders
-from ldm.training.findings import Finding
-from ldm.training.resident import peak_bytes
 
 FULL = 0.9  # of the memory that is there; what else runs needs some, too
 

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor
 
+from ldm.system.memory import give_back
 from ldm.training.config import Config
-from ldm.training.findings import Finding
-from ldm.training.heap import give_back
-from ldm.training.needs import memory
+from ldm.training.doctor.findings import Finding
+from ldm.training.doctor.resources import memory
 
 TIMED = 3  # steps, after one that warms up
 OVERFIT = 30  # steps on one batch

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.batches import evenly, pixel_batches
-from ldm.data.cache import LatentCache, load_pixels
-from ldm.data.captioned import CaptionedPictures
+from ldm.data.cache.latents import LatentCache, load_pixels
+from ldm.data.dataset import CaptionedPictures
 from ldm.data.labels import Labels
 from ldm.diffusion.guidance import classifier_loss
 from ldm.diffusion.timesteps import at_share
-from ldm.evaluation.accuracy import LabelledLatents, accuracy
+from ldm.evaluation.metrics.accuracy import LabelledLatents, accuracy
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.vae import Posterior, encode
+from ldm.system.files import put_in_place, temporary_beside
 from ldm.training.config import ClassifierTrainingConfig, Config, DataConfig
-from ldm.training.disk import put_in_place, temporary_beside
-from ldm.training.draws import generator, row_of
 from ldm.training.plain_loop import PlainTraining
-from ldm.training.trainee import whole_weights
+from ldm.training.randomness import generator, row_of
+from ldm.training.train_state import whole_weights
 
 ASKED = 1024  # held-out pictures, at most: an accuracy is then known to 0.02
 

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.defaults import ENGINES, EVERYWHERE
+from ldm.inference.defaults import ENGINES, EVERYWHERE
 
 KEY = "ldm"
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm import recipe
-from ldm.cli import main
-from ldm.cli_sample import file_name
+from ldm.cli.main import main
+from ldm.cli.sample import file_name
 from ldm.models.fingerprint import model_sha256
-from ldm.pipeline import LDMPipeline
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.sharing import png_metadata as recipe
 
 WORDS = [
     "--dtype",
@@ -48,7 +48,7 @@ def drawn(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def ldm(*words: str, cwd: Path | None = None) -> str:
     """The command in a process of its own."""
-    told = f"import sys; sys.path.insert(0, {str(road.ROOT)!r}); from ldm.cli import main; main({list(words)!r})"
+    told = f"import sys; sys.path.insert(0, {str(road.ROOT)!r}); from ldm.cli.main import main; main({list(words)!r})"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, timeout=120, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

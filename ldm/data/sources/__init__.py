@@ -1,0 +1,7 @@
+"""Where captioned pictures come from: rows and problems, the same from each.
+
+folders.py  pictures with metadata, or with a .txt beside each
+tables.py   metadata files: csv, jsonl, parquet
+shards.py   WebDataset tar files
+hub.py      Hugging Face data sets
+"""

@@ -1,0 +1,11 @@
+"""The machine underneath: files, memory, devices.
+
+checks.py      bounds of numbers
+devices.py     which device, which dtype
+errors.py      errors that several packages raise
+files.py       folders that are whole or absent, free space
+hashing.py     manifests
+importing.py   quick imports, quick exits
+memory.py      memory that a CPU frees and needs again; peak memory
+plain_yaml.py  YAML without surprises
+"""

@@ -1,0 +1,5 @@
+"""What is trained.
+
+autoencoder.py  the VAE
+classifier.py   the classifier of noisy latents
+"""
