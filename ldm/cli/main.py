@@ -140,12 +140,13 @@ def run_openmoji(arguments: argparse.Namespace) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from ldm.data.dataset import read_captioned
+    from ldm.data.dataset import read_captioned, require_training
     from ldm.data.rows import count
 
     pictures = read_captioned(
         arguments.source, image_column=arguments.image_column, caption_columns=arguments.caption_columns
     )
+    require_training(pictures)
     captions = {caption for row in pictures for caption in row.captions}
     print(
         f"{arguments.source} is fine: {count(len(pictures), 'picture')}, {count(len(captions), 'different caption')}, "

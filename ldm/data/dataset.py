@@ -31,7 +31,16 @@ from ldm.data.rows import BadDataError, Finding, Problem, Split, Stamp, Store, c
 from ldm.data.sources import folders, shards
 from ldm.data.sources import hub as hub_sets
 
-__all__ = ["BadDataError", "CaptionedPictures", "Problem", "Row", "Split", "read_captioned", "split_of"]
+__all__ = [
+    "BadDataError",
+    "CaptionedPictures",
+    "Problem",
+    "Row",
+    "Split",
+    "read_captioned",
+    "require_training",
+    "split_of",
+]
 
 OnBad: TypeAlias = Literal["error", "skip"]
 
@@ -133,6 +142,22 @@ class CaptionedPictures(Sequence[Row]):
         view = CaptionedPictures(self.source, self._store, self._background, self._packed, self.skipped)
         view._index = index
         return view
+
+
+def require_training(pictures: CaptionedPictures) -> None:
+    """Raise BadDataError, naming data.holdout, if every picture is held out.
+
+    A picture is held out by its `split` column or by the hash of its first caption, so pictures that share one caption
+    are held out together.
+    """
+    if len(pictures.train):
+        return
+    first = {row.captions[0] for row in pictures if row.captions}
+    shared = f", captioned {first.pop()[:40]!r}," if len(first) == 1 else ""
+    raise BadDataError(
+        f"no pictures to train on: all {count(len(pictures), 'picture')} of {pictures.source}{shared} are held out; "
+        "lower data.holdout (data.holdout=0 holds none out), or add a column `split` that says train"
+    )
 
 
 def read_captioned(

@@ -1,18 +1,22 @@
-"""Bytes of a picture file => the RGB pixels its maker meant.
+"""The one decoding path: bytes of a picture file, or an opened picture => upright 8-bit RGB.
 
-A folder found in the wild holds gray, palette, transparent, CMYK, 16-bit and camera-rotated pictures. Each is
-brought to upright 8-bit RGB here and nowhere else:
+Folders hold gray, palette, transparent, CMYK, 16-bit and camera-rotated pictures. Training, the pipeline, the page and
+the command line convert all of them here:
 
-    bytes => opened and fully decoded => upright => 8 bits a channel => sRGB => composited on a background => RGB
+    bytes => opened and fully decoded                                                                    (decode)
+          => upright => 8 bits a channel => sRGB => composited on a background => RGB                    (to_rgb)
 
-A broken picture is an error, not a half-gray one: PNG checksums are verified, and truncated files refused.
-Only the formats of `FORMATS` are tried, told by content and not by name, so that no other decoder of Pillow's
-ever sees a stranger's bytes; pictures of more than `MAX_PIXELS` are refused by their header, before decoding.
+A broken picture raises an error: PNG checksums are verified, and truncated files are refused. The format is detected
+from the content, not the name, and only the formats of `FORMATS` are tried, so Pillow's other decoders never see
+untrusted bytes. Pictures of more than `MAX_PIXELS` are refused by their header, before decoding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import zlib
+from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -23,7 +27,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit picture of a quarter of a GiB
 Crop: TypeAlias = Literal["center", "random"]
 
-# What the first bytes say, for pictures that do not open.
+# PNG chunks that hold text or a color profile. Pillow refuses a whole picture if one of them unpacks to over 1 MiB.
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_MAX_TEXT = 1 << 20  # Pillow's limit for one chunk
+_MAX_TEXTS = 1 << 25  # for all of them; Pillow's limit is twice that
+_MAX_PROFILE = 1 << 25  # the largest printer profiles have about 4 MiB
+
+# The first bytes of a file => its kind, for pictures that do not open.
 _KINDS = (
     (b"\x89PNG", "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
@@ -62,31 +73,45 @@ class BadPictureError(ValueError):
 def decode(data: bytes, background: str = "white") -> Image.Image:
     """Decode a picture file into an upright 8-bit RGB picture.
 
-    Of an animation the first frame is taken. 16-bit samples are scaled, not clipped: 65535 becomes 255. Float
-    samples may be in [0, 1], [0, 255] or [0, 65535]; the largest sample tells which.
-
     Args:
-        data: the whole file.
+        data: the whole file. Of an animation the first frame is taken.
         background: color behind transparent pixels, as `PIL.ImageColor` names it: "white", "#808080".
     Returns:
-        A picture of mode RGB.
+        A picture of mode RGB, as `to_rgb` converts it.
     Raises:
         BadPictureError: if the file is of another format, broken, truncated, too large or has no pixels.
         ValueError: if `background` is no color.
     """
-    color = (*ImageColor.getrgb(background)[:3], 255)
+    color = _rgba(background)
     if not data:
         raise BadPictureError("picture is empty (0 bytes)")
-    try:
-        return _rgb(_upright(_open(data)), color)
-    except BadPictureError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadPictureError(_TOO_LARGE) from None
-    except UnidentifiedImageError:
-        raise BadPictureError(_unidentified(data)) from None
-    except Exception as error:
-        raise BadPictureError(f"picture is broken ({_first_line(error)})") from None
+    with _reported():
+        try:
+            image = _open(data)
+        except UnidentifiedImageError:
+            raise BadPictureError(_unidentified(data)) from None
+        return _convert(image, color)
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert an opened picture to upright 8-bit RGB, exactly as `decode` does with its file.
+
+    The picture is turned by its EXIF orientation, converted to sRGB by its ICC profile, and composited on `background`
+    where it is transparent. 16-bit samples are scaled, not clipped: 65535 becomes 255. Float samples may be in
+    [0, 1], [0, 255] or [0, 65535]; the largest sample decides which.
+
+    Args:
+        image: of any mode; one that Pillow has opened but not yet decoded is decoded now.
+        background: color behind transparent pixels, as `PIL.ImageColor` names it: "white", "#808080".
+    Returns:
+        A new picture of mode RGB without metadata, so that converting it again changes nothing.
+    Raises:
+        BadPictureError: if the picture is broken, truncated, too large or has no pixels.
+        ValueError: if `background` is no color.
+    """
+    color = _rgba(background)
+    with _reported():
+        return _convert(image, color)
 
 
 def to_square(
@@ -105,7 +130,7 @@ def to_square(
         image: mode RGB.
         size: side of the result in pixels.
         crop: where the square lies along the longer side; "random" puts it at `position`.
-        position: (x, y), each uniform in [0, 1); the caller draws them, so that the caller owns the randomness.
+        position: (x, y), each uniform in [0, 1); chosen by the caller, who owns the randomness.
         flip: mirror left to right.
     Returns:
         uint8 [size, size, 3].
@@ -140,19 +165,102 @@ def to_pixels(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 _TOO_LARGE = f"picture has more than {MAX_PIXELS // 1_000_000} megapixels"
 
 
+def _rgba(background: str) -> tuple[int, ...]:
+    return (*ImageColor.getrgb(background)[:3], 255)
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Whatever Pillow raises => BadPictureError."""
+    try:
+        yield
+    except BadPictureError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadPictureError(_TOO_LARGE) from None
+    except Exception as error:
+        raise BadPictureError(f"picture is broken ({_first_line(error)})") from None
+
+
 def _open(data: bytes) -> Image.Image:
     """The first frame, decoded to the last byte."""
+    try:
+        return _decoded(data)
+    except ValueError:
+        slim, profile = _without_large_texts(data)
+        if len(slim) == len(data):
+            raise
+    image = _decoded(slim)
+    if profile:
+        image.info["icc_profile"] = profile
+    return image
+
+
+def _decoded(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadPictureError(_TOO_LARGE)
-    if width < 1 or height < 1:
-        raise BadPictureError(f"picture has no pixels ({width} x {height})")
+    _check_size(image)
     if image.format == "PNG":  # Pillow checks the sums of the pixel chunks only in verify(), which uses the file up
         image.verify()
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     image.load()
     return image
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadPictureError(_TOO_LARGE)
+    if width < 1 or height < 1:
+        raise BadPictureError(f"picture has no pixels ({width} x {height})")
+
+
+def _without_large_texts(data: bytes) -> tuple[bytes, bytes | None]:
+    """A PNG without the texts and the color profile that Pillow refuses to unpack, and that profile.
+
+    Pillow's limits are settings of its module, shared by the whole process. They stay as they are.
+    """
+    if not data.startswith(_PNG):
+        return data, None
+    kept, place, texts, profile = [_PNG], len(_PNG), 0, None
+    while place + 12 <= len(data):  # length, name, content, checksum
+        length, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        content, chunk = data[place + 8 : place + 8 + length], data[place : place + 12 + length]
+        place += 12 + length
+        if zlib.crc32(name + content) == int.from_bytes(chunk[-4:], "big"):  # a damaged chunk stays and is refused
+            if name in _TEXTS:
+                size = len(_unpacked(name, content, _MAX_TEXT))
+                texts += size
+                if size >= _MAX_TEXT or texts > _MAX_TEXTS:
+                    continue
+            elif name == b"iCCP" and len(found := _unpacked(name, content, _MAX_PROFILE)) >= _MAX_TEXT:
+                profile = found if len(found) <= _MAX_PROFILE else None
+                continue
+        kept.append(chunk)
+    return b"".join([*kept, data[place:]]), profile
+
+
+def _unpacked(name: bytes, content: bytes, most: int) -> bytes:
+    """The text or profile in a PNG chunk, cut off one byte after `most`; PNG specification, 11.3.2 and 11.3.3."""
+    _, _, rest = content.partition(b"\0")  # after the keyword
+    if name == b"iTXt":
+        compressed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]  # after language and translated keyword
+    else:
+        compressed, rest = name != b"tEXt", rest[1:] if name != b"tEXt" else rest  # after the method of compression
+    if not compressed:
+        return rest[: most + 1]
+    try:
+        return zlib.decompressobj().decompress(rest, most + 1)
+    except zlib.error:
+        return b""
+
+
+def _convert(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """Any opened picture => RGB without metadata."""
+    _check_size(image)
+    image.load()
+    result = _rgb(_upright(image), color)
+    result.info = {}  # the orientation and the profile have been applied
+    return result
 
 
 def _upright(image: Image.Image) -> Image.Image:

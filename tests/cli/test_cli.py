@@ -112,6 +112,14 @@ def test_check_reports_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "red_heart.png" in str(stopped.value) and "blue_cat.png" in str(stopped.value)
 
 
+def test_check_fails_if_every_picture_is_held_out(tmp_path: Path) -> None:
+    for n in range(8):
+        Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text("face")
+    with pytest.raises(SystemExit, match=r"error: no pictures to train on: all 8 .*lower data\.holdout"):
+        main(["data", "check", str(tmp_path)])
+
+
 def test_cache_is_listed_and_every_record_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kind = Kind("posteriors", {"vae": "abc", "size": 64}, "<f4", (3,))
     for number in (1, 2):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from bad_data import GOOD, Expected, build_csv, build_jsonl, build_shards, build_texts, picture, write_tar
 
-from ldm.data.dataset import BadDataError, CaptionedPictures, read_captioned, split_of
+from ldm.data.dataset import BadDataError, CaptionedPictures, read_captioned, require_training, split_of
 from ldm.data.rows import Problem
 
 CAPTIONS = [("a red heart",), ("pizza", "a slice of pizza"), ("naïve café ☕",), ("woman firefighter: dark skin tone",)]
@@ -122,6 +122,17 @@ def test_split_is_a_fixed_function_of_the_caption() -> None:
     heldout = sum(split_of(f"caption {n}", 0.05) == "heldout" for n in range(20_000))
     assert abs(heldout - 1000) < 4 * np.sqrt(20_000 * 0.05 * 0.95)
     assert split_of("x", 0.0) == "train"
+
+
+def test_no_picture_to_train_on_is_an_error_that_names_the_key(tmp_path: Path) -> None:
+    for n in range(8):
+        (tmp_path / f"{n}.png").write_bytes(picture(seed=n))
+        (tmp_path / f"{n}.txt").write_text("face")  # whose hash lies in the first 5 %
+    with pytest.raises(BadDataError, match=r"all 8 pictures of .*captioned 'face', are held out; lower data\.holdout"):
+        require_training(read(tmp_path))
+    require_training(read(tmp_path, holdout=0.0))
+    (tmp_path / "0.txt").write_text("another face")
+    require_training(read(tmp_path))
 
 
 def test_split_column_and_views(tmp_path: Path) -> None:

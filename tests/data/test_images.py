@@ -12,7 +12,7 @@ import pytest
 from bad_data import bad_pictures, chunk, png
 from PIL import Image, ImageCms
 
-from ldm.data.images import BadPictureError, decode, to_pixels, to_square
+from ldm.data.images import BadPictureError, decode, to_pixels, to_rgb, to_square
 
 RNG = np.random.default_rng(0)
 
@@ -167,20 +167,122 @@ def test_first_frame_of_animations() -> None:
         assert (decoded(data) == (255, 0, 0)).all(), format
 
 
-def test_icc_profile_is_followed() -> None:
+def swapped_profile() -> bytes:
     """A profile whose red and blue primaries are those of sRGB in exchange: following it exchanges the channels."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile = profile.replace("sRGB built-in".encode("utf-16-be"), "swapped gamut".encode("utf-16-be"))
     tags = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * profile[131], 12)}
     red, blue = tags[b"rXYZ"] + 4, tags[b"bXYZ"] + 4
     profile[red : red + 8], profile[blue : blue + 8] = profile[blue : blue + 8], profile[red : red + 8]
+    return bytes(profile)
+
+
+def test_icc_profile_is_followed() -> None:
+    profile = swapped_profile()
     pixels, alpha = noise(8, 8, 3), np.full((8, 8, 1), 255, np.uint8)
     for image in (Image.fromarray(pixels), Image.fromarray(np.concatenate([pixels, alpha], -1))):
-        shown = decoded(saved(image, icc_profile=bytes(profile)))
+        shown = decoded(saved(image, icc_profile=profile))
         assert abs(shown.astype(int) - pixels[..., ::-1]).max() <= 2
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for harmless in (srgb, b"no profile", bytes(profile[:200])):
+    for harmless in (srgb, b"no profile", profile[:200]):
         assert (decoded(saved(Image.fromarray(pixels), icc_profile=harmless)) == pixels).all()
+
+
+def zipped(keyword: bytes, size: int) -> bytes:
+    return keyword + b"\0\0" + zlib.compress(b"a" * size)
+
+
+LARGE = 1 << 20  # bytes that Pillow unpacks of one chunk, and no more
+LARGE_CHUNKS = {
+    "compressed text": chunk(b"zTXt", zipped(b"parameters", LARGE + 1)),
+    "compressed text of the limit": chunk(b"zTXt", zipped(b"parameters", LARGE)),
+    "compressed UTF-8": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0en\0\0" + zlib.compress(b"a" * 2 * LARGE)),
+    "many texts": chunk(b"zTXt", zipped(b"a", LARGE - 1)) * 70,
+    "plain texts": chunk(b"tEXt", b"a\0" + b"b" * 70 * LARGE),
+    "color profile": chunk(b"iCCP", zipped(b"large", 3 * LARGE)),
+    "bomb": chunk(b"zTXt", zipped(b"bomb", 500 * LARGE)),
+    "profile bomb": chunk(b"iCCP", zipped(b"bomb", 500 * LARGE)),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_CHUNKS)
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after the pixels"])
+def test_large_texts_and_profiles_in_a_png_do_not_matter(kind: str, after: bool) -> None:
+    pixels = noise(6, 9, 3)
+    whole = saved(Image.fromarray(pixels))
+    place = len(whole) - 12 if after else 33  # before IEND, or after IHDR
+    assert (decoded(whole[:place] + LARGE_CHUNKS[kind] + whole[place:]) == pixels).all()
+
+
+def test_a_large_color_profile_is_followed_and_small_texts_beside_large_ones_stay() -> None:
+    pixels = noise(6, 9, 3)
+    profile = swapped_profile() + bytes(3 * LARGE)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    whole = saved(Image.fromarray(pixels), exif=exif)
+    large = chunk(b"iCCP", b"large\0\0" + zlib.compress(profile)) + LARGE_CHUNKS["compressed text"]
+    shown = decoded(whole[:33] + large + whole[33:])
+    assert abs(shown.astype(int) - pixels[::-1, ::-1, ::-1]).max() <= 2  # turned around, red and blue exchanged
+
+
+def test_large_texts_hide_no_damage() -> None:
+    whole = saved(Image.fromarray(noise(6, 9, 3)))
+    torn = bytearray(whole[:33] + LARGE_CHUNKS["compressed text"] + whole[33:])
+    torn[60] ^= 1
+    with pytest.raises(BadPictureError, match="picture is broken"):
+        decode(bytes(torn))
+    with pytest.raises(BadPictureError, match="picture is broken"):
+        decode(whole[:33] + LARGE_CHUNKS["compressed text"] + whole[33:-20])
+
+
+EXIF_ROTATED = Image.Exif()
+EXIF_ROTATED[0x0112] = 6
+
+
+def opened() -> dict[str, bytes]:
+    """Files of every kind that conversion has to do something about."""
+    color, alpha = noise(8, 12, 3), noise(8, 12)
+    rgb, gray = Image.fromarray(color), Image.fromarray(alpha)
+    palette = rgb.quantize(16)
+    return {
+        "RGB": saved(rgb),
+        "rotated": saved(rgb, exif=EXIF_ROTATED),
+        "rotated JPEG": saved(rgb, "JPEG", exif=EXIF_ROTATED),
+        "RGBA": saved(Image.fromarray(np.dstack([color, alpha])), exif=EXIF_ROTATED),
+        "LA": saved(Image.merge("LA", (gray, gray))),
+        "1": saved(Image.fromarray(alpha > 127)),
+        "P": saved(palette),
+        "P with transparency": saved(palette, transparency=3),
+        "I;16": saved(Image.fromarray(RNG.integers(0, 65536, (8, 12), dtype=np.uint16)), exif=EXIF_ROTATED),
+        "CMYK": saved(Image.frombytes("CMYK", (8, 8), noise(8, 8, 4).tobytes()), "TIFF"),
+        "F": saved(Image.fromarray(noise(8, 8).astype(np.float32)), "TIFF"),
+        "profile": saved(rgb, icc_profile=swapped_profile()),
+    }
+
+
+@pytest.mark.parametrize("kind", opened())
+def test_an_opened_picture_and_its_file_give_the_same_pixels(kind: str) -> None:
+    data = opened()[kind]
+    expected = decoded(data, "#204060")
+    lazy = Image.open(io.BytesIO(data))
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    for image in (lazy, loaded, loaded.copy()):
+        before = image.mode, image.size
+        converted = to_rgb(image, "#204060")
+        assert converted.mode == "RGB" and converted is not image and (image.mode, image.size) == before
+        assert (np.asarray(converted) == expected).all()
+        assert (np.asarray(to_rgb(converted)) == expected).all()  # nothing is turned or converted twice
+
+
+def test_an_opened_picture_that_is_broken_or_empty_is_refused() -> None:
+    data = saved(Image.fromarray(noise(64, 64, 3)))
+    with pytest.raises(BadPictureError, match="picture is broken"):
+        to_rgb(Image.open(io.BytesIO(data[:-200])))
+    with pytest.raises(BadPictureError, match=r"no pixels \(0 x 4\)"):
+        to_rgb(Image.new("RGB", (0, 4)))
+    with pytest.raises(ValueError, match="unknown color"):
+        to_rgb(Image.new("RGB", (2, 2)), "whitish")
 
 
 @pytest.mark.parametrize("kind", bad_pictures())

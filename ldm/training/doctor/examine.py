@@ -19,9 +19,9 @@ from torch.utils.data import default_collate
 
 from ldm.data.batches import evenly
 from ldm.data.conditioned import ConditionedPictures
-from ldm.data.dataset import CaptionedPictures, read_captioned
+from ldm.data.dataset import CaptionedPictures, read_captioned, require_training
 from ldm.data.duplicates import alike, duplicates, named
-from ldm.data.rows import BadDataError, count
+from ldm.data.rows import count
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import build_vae, latent_shape, load_vae, normalize
@@ -79,8 +79,7 @@ def examine(config: Config) -> Iterator[Finding]:
 def _examine(config: Config) -> Iterator[Finding]:
     pictures = read_captioned(config.data.source, **config.data.reading())
     source = ConditionedPictures.read(pictures, config.data.label_column, config.data.condition_column)
-    if not len(pictures.train):
-        raise BadDataError(f"all of {config.data.source} is held out; lower data.holdout")
+    require_training(pictures)
     told = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     if pictures.skipped:
         named = "".join(f"\n{problem}" for problem in pictures.skipped[:3])
