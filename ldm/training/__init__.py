@@ -2,6 +2,7 @@
 
 config.py         one frozen dataclass = one YAML file
 objective.py      its diffusion section => process, timesteps, loss
+run.py            train("vae" | "ldm" | "classifier", config)
 trainer.py        one step, one loop
 plain_loop.py     the loop of those that generate nothing
 samples.py        (seed, sample) => the tensors of a batch
