@@ -1,7 +1,8 @@
 # Two commands set up a fresh machine with Python and make:
 #   make demo   a text-to-image model of a few hundred drawings, from nothing; leaves a grid and runs/demo/pipeline
 #   make test   what CI runs: lint, types, the rooms' walls, tests
-# and   make test-faults   the long form of tests/faults: hundreds of killed, damaged and poisoned trainings
+# and   make docs    the site, into site/, offline and strict
+#       make test-faults   the long form of tests/faults: hundreds of killed, damaged and poisoned trainings
 #       make bench         ratios against peers, in benchmarks/README.md; make bench-quick is a look of five minutes
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ AGAINST := --peer-script $(PEER)
 DRAWN := $(if $(MODEL),--model $(MODEL) --data data/openmoji --net nets/openmoji)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-faults lint bench bench-quick bench-env clean
+.PHONY: demo docs test test-faults lint bench bench-quick bench-env clean
 
 demo: $(VENV)/installed
 	$(TIME) $(RUN)/stages.tsv data $(BIN)/ldm data openmoji data/openmoji-demo --size 64 --subset demo
@@ -31,6 +32,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test-faults: $(VENV)/installed
 	$(BIN)/python tests/faults/run.py --full
