@@ -62,6 +62,7 @@ def configs(canary: Path) -> dict[str, bytes]:
         "alias of itself": "loop: {prompts: &p [*p]}",
         "alias of nothing": "run: *x",
         "merge of itself": "a: &a {<<: *a}",
+        "merge of a map": "data: {<<: {size: 64}}",
         "key twice": "run: a\nrun: b",
         "key twice in a section": "optim: {lr: 1, lr: 2}",
         "section twice": "optim: {lr: 1}\noptim: {warmup: 2}",
