@@ -1,6 +1,8 @@
 """A page to generate pictures on: `python app.py [--model FOLDER]`, the same as `ldm app`."""
 
-from ldm.app.page import main
+import sys
+
+from ldm.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["app", *sys.argv[1:]])

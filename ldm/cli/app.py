@@ -1,0 +1,40 @@
+"""`ldm app`: a page to generate pictures on."""
+
+from __future__ import annotations
+
+import argparse
+
+from ldm.cli.find import DEFAULT_MODELS, default_model
+from ldm.cli.parser import Command, place
+from ldm.inference.defaults import ENGINES
+from ldm.pipelines import import_networks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=place, metavar="FOLDER",
+        help=f"a pipeline folder or a Hub id (default: {', else '.join(DEFAULT_MODELS)})")  # fmt: skip
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    add("--engine", choices=("auto", *ENGINES), default="auto",
+        help="what computes U-Net and VAE decoder (default: auto, OpenVINO where it is installed and there is no GPU)")  # fmt: skip
+    add("--share", action="store_true", help="make a public link through gradio.live")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    model = arguments.model or default_model()
+    import_networks()
+    from ldm.app.page import load, serve
+
+    serve(load(model, arguments.engine), host=arguments.host, port=arguments.port, share=arguments.share)
+
+
+COMMAND = Command(
+    "generate pictures in the browser",
+    """
+ldm app                               (the model in models/openmoji64 or runs/demo/pipeline)
+ldm app --model runs/mine/pipeline
+ldm app --host 0.0.0.0 --port 8000    (for other machines too)""",
+    add_arguments,
+    run,
+)

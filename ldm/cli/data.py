@@ -1,0 +1,106 @@
+"""`ldm data openmoji | check | cache`: make a data set, check one, inspect a cache of latents."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ldm.cli.parser import Command, add_commands, path, place
+
+def add_openmoji(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("out", type=place, metavar="FOLDER", help="the folder to make")
+    add("--size", type=int, default=64, help="edge of the pictures in pixels (default: 64)")
+    add("--subset", choices=("all", "demo"), default="all",
+        help="all 3,939 drawings, or the few hundred of the demo (default: all)")  # fmt: skip
+
+
+def run_openmoji(arguments: argparse.Namespace) -> None:
+    from ldm.data.emoji.openmoji import build
+
+    out = arguments.out
+    made = build(out, arguments.size, arguments.subset)
+    print(f"{made} pictures with captions are in {out} (CC BY-SA 4.0, see {out}/ATTRIBUTION.md)")
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", type=place, help="a captioned folder, WebDataset shards, or a Hub data set")
+    add("--image-column", default="image", help="where a Hub data set has its pictures (default: image)")
+    add("--caption-columns", nargs="+", default=["text"], metavar="COLUMN", help="the captions (default: text)")
+
+
+def run_check(arguments: argparse.Namespace) -> None:
+    from ldm.data.dataset import read_captioned, require_training
+    from ldm.data.rows import count
+
+    pictures = read_captioned(
+        arguments.source, image_column=arguments.image_column, caption_columns=arguments.caption_columns
+    )
+    require_training(pictures)
+    captions = {caption for row in pictures for caption in row.captions}
+    print(
+        f"{arguments.source} is fine: {count(len(pictures), 'picture')}, {count(len(captions), 'different caption')}, "
+        f"{count(len(pictures.heldout), 'picture')} held out"
+    )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=path, help="RUN/cache, or the folder that data.cache names")
+
+
+def run_cache(arguments: argparse.Namespace) -> None:
+    from ldm.data.cache.records import DamagedError, Kind, Records
+    from ldm.data.rows import count
+    from ldm.system.files import gib
+
+    stores = sorted(path.parent for path in arguments.folder.glob("*/manifest.json"))
+    if not stores:
+        raise ValueError(
+            f"{arguments.folder} holds no cache; expected RUN/cache of a run, or what its data.cache names"
+        )
+    broken = 0
+    for store in stores:
+        size = gib(sum(path.stat().st_size for path in store.iterdir()))
+        try:
+            records = Records(store, Kind.of(store))
+            bad = sum(1 for _ in records.damaged(progress=True))
+            facts = ", ".join(f"{key} {value}" for key, value in records.kind.what.items())
+            state = f"{count(bad, 'record')} damaged" if bad else "all whole"
+            print(f"{store.name}: {count(len(records), 'record')}, {size}, {state}; {facts}")
+        except DamagedError as damage:
+            bad = 1
+            print(f"{store.name}: {size}; {damage}")
+        broken += bool(bad)
+    if broken:
+        sys.exit("error: the next run that uses this cache encodes anew what is damaged")
+
+
+COMMANDS = {
+    "openmoji": Command(
+        "render the OpenMoji drawings into a captioned folder",
+        "ldm data openmoji data/openmoji --size 64",
+        add_openmoji,
+        run_openmoji,
+    ),
+    "check": Command(
+        "report every problem of a data set, by file and row; exit status 1 if there is any",
+        "ldm data check my_pictures",
+        add_check,
+        run_check,
+    ),
+    "cache": Command(
+        "list what a cache of latents holds and check every record; exit status 1 if any is damaged",
+        "ldm data cache runs/demo/cache",
+        add_cache,
+        run_cache,
+    ),
+}
+COMMAND = Command(
+    "make and check data sets",
+    """
+ldm data openmoji data/openmoji-demo --subset demo   (a few hundred drawings with captions, offline)
+ldm data check my_pictures                           (every problem at once, by file and row)
+ldm data cache runs/demo/cache                       (what a run has encoded)""",
+    lambda parser: add_commands(parser, COMMANDS),
+)

@@ -1,0 +1,107 @@
+"""The model that someone names, or that lies where models usually are."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")  # for `ldm app`
+EVERY_MODEL = ("models/*/model_index.json", "runs/*/pipeline/model_index.json")  # for `ldm sample --like`
+TRAIN_ONE = """train one:
+  ldm data openmoji data/openmoji-demo --subset demo
+  ldm train vae --config demo
+  ldm train ldm --config demo"""
+
+
+def default_model() -> str:
+    """The first of DEFAULT_MODELS that exists.
+
+    Raises:
+        FileNotFoundError: if none does, with the commands that make one.
+    """
+    for folder in DEFAULT_MODELS:
+        if (Path(folder) / "model_index.json").exists():
+            return folder
+    raise FileNotFoundError(
+        f"there is no model in {' or '.join(DEFAULT_MODELS)}; name yours with --model FOLDER, or {TRAIN_ONE}"
+    )
+
+
+def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
+    """The pipeline's folder, where its evaluation is kept, and the run's resolved config, if it is of a run.
+
+    Raises:
+        FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
+    """
+    from ldm.pipelines.loading import find_pipeline
+    from ldm.training.checkpoint import checkpoints
+
+    path = Path(name)
+    if (path / "pipeline/model_index.json").exists():
+        folder, run = path / "pipeline", path
+    elif (path / "model_index.json").exists():
+        folder, run = path, path.resolve().parent
+    elif path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or path.parent.exists():
+        raise FileNotFoundError(
+            f"{path} is neither a run nor a pipeline folder: it has no pipeline/, no model_index.json"
+        )
+    else:
+        folder = run = find_pipeline(name)
+    found = checkpoints(run / "checkpoints") if folder.name == "pipeline" else []
+    config = json.loads((found[-1] / "state.json").read_text("utf-8"))["config"] if found else None
+    of_run = folder.name == "pipeline"
+    home = (
+        (path if folder != path else path.parent) / "evaluation" if of_run else Path("runs") / f"{path.name}-evaluation"
+    )
+    return folder, home, config
+
+
+def run_of(folder: Path) -> tuple[Path | None, int | None]:
+    """The run that a pipeline folder belongs to, and the step of its newest checkpoint, as far as there are any."""
+    from ldm.training.checkpoint import checkpoints
+
+    if folder.name != "pipeline":
+        return None, None
+    run = folder.resolve().parent
+    found = checkpoints(run / "checkpoints")
+    return run, json.loads((found[-1] / "state.json").read_text("utf-8"))["step"] if found else None
+
+
+def load(folder: str, dtype: str, engine: str | None) -> Any:
+    """The pipeline on the best device for an engine, in a dtype of this name or, for auto, in the one that suits it."""
+    import torch
+
+    from ldm import LDMPipeline
+    from ldm.system import devices
+
+    device = torch.device("cpu") if engine == "openvino" else devices.best_device()
+    kind = devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)
+    return LDMPipeline.from_pretrained(folder, dtype=kind).to(device)
+
+
+def find_by_hash(named: str | None, sha256: str, dtype: str, engine: str | None) -> tuple[Any, str]:
+    """The pipeline that was named, or the one of this hash among models/ and runs/; and its hash.
+
+    Args:
+        dtype: of the networks' weights, on which the hash depends.
+        engine: what is going to compute it.
+    Raises:
+        ValueError: if none was named and none of them has it.
+    """
+    from ldm.models.fingerprint import model_sha256
+
+    folders = [str(path.parent) for pattern in EVERY_MODEL for path in sorted(Path().glob(pattern))]
+    for folder in [named] if named else folders:
+        pipeline = load(folder, dtype, engine)
+        found = model_sha256(pipeline)
+        if found == sha256:
+            return pipeline, found
+        if named:
+            print(f"warning: {named} is not the model that made it (SHA-256 {found[:12]}…, "
+                  f"not {sha256[:12]}…), so the picture will be another one", file=sys.stderr)  # fmt: skip
+            return pipeline, found
+    tried = ", ".join(folders) or "there are no models"
+    raise ValueError(f"model: none in models/ and runs/ has the SHA-256 {sha256[:12]}… ({tried}); name the folder")

@@ -1,0 +1,69 @@
+"""What all commands' parsers share: options between words, examples below the help, paths that begin with ~."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `ldm`.
+
+    Attributes:
+        summary: what it does, in a line.
+        examples: a command a line.
+        add_arguments: adds its arguments, or its own commands, to its parser.
+        run: does it; a group of commands has none.
+    """
+
+    summary: str
+    examples: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None] | None = None
+
+
+class Parser(argparse.ArgumentParser):
+    """Options may stand between the words of a command: ldm sample MODEL --steps 10 "red heart"."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        positional = {action.nargs for action in self._get_positional_actions()}
+        if self._inside or positional & {argparse.PARSER, argparse.REMAINDER}:
+            return super().parse_known_args(args, namespace)
+        self._inside = True  # the next line comes back here
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
+def add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command], title: str = "commands") -> None:
+    """Add commands whose help ends in examples."""
+    group = parser.add_subparsers(required=True, metavar="COMMAND", title=title, parser_class=Parser)
+    for name, command in commands.items():
+        lines = command.examples.strip().splitlines()
+        one = group.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog="\n  ".join(["example:" if len(lines) == 1 else "examples:", *lines]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(one)
+        one.set_defaults(run=command.run)
+
+
+def path(text: str) -> Path:
+    """A path that was typed; a shell leaves the ~ of --out=~/heart.png to the program."""
+    return Path(os.path.expanduser(text))
+
+
+def place(text: str) -> str:
+    """A folder or a Hub id that was typed."""
+    return os.path.expanduser(text)
