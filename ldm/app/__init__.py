@@ -1,4 +1,6 @@
-"""The page to generate pictures on.
+"""The page that `ldm app` serves.
 
-page.py   a prompt, its pictures, and how long they took
+page.py   what is on the page and what happens on it
+jobs.py   generation in a thread, one at a time, that can be stopped
+theme.py  colors, fonts, style
 """

@@ -1,9 +1,16 @@
 """The command line, a file for each command.
 
-main.py      the parser, and what runs a command
+main.py      all commands
+parser.py    what their parsers share
 config.py    what people type after a training's name => its config
+recipes.py   recipes by name
+find.py      models by name, by hash, or where they usually are
+data.py      make and check data sets
+doctor.py    can this recipe train here?
+train.py     train, or resume
 sample.py    generate pictures
 evaluate.py  measure a model
 export.py    a folder of half the size
 push.py      to the Hub
+app.py       the page
 """

@@ -12,12 +12,20 @@ from ldm.pipelines import import_networks
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=place, metavar="FOLDER",
-        help=f"a pipeline folder or a Hub id (default: {', else '.join(DEFAULT_MODELS)})")  # fmt: skip
+    add(
+        "--model",
+        type=place,
+        metavar="FOLDER",
+        help=f"a pipeline folder or a Hub id (default: {', else '.join(DEFAULT_MODELS)})",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, help="port to listen on (default: the first free one from 7860)")
-    add("--engine", choices=("auto", *ENGINES), default="auto",
-        help="what computes U-Net and VAE decoder (default: auto, OpenVINO where it is installed and there is no GPU)")  # fmt: skip
+    add(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="what computes U-Net and VAE decoder (default: auto, OpenVINO if installed and without a GPU)",
+    )
     add("--share", action="store_true", help="make a public link through gradio.live")
 
 

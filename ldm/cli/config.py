@@ -1,9 +1,9 @@
 """What people type => a Config.
 
-    accelerate launch train/train_ldm.py --config configs/demo.yaml optim.lr=3e-4 loop.steps=2000
+    ldm train ldm --config demo optim.lr=3e-4 loop.steps=2000
 
-A later word overrides an earlier one; `--print_config` shows what it all comes to. A key that doesn't
-exist is an error that names the nearest one that does.
+A later word overrides an earlier one; `--print_config` prints the result. An unknown key is an error that names the
+nearest known one. A recipe is a YAML file, or the name of one that comes with this package.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_type_hints
 
+from ldm.cli.recipes import find_recipe
 from ldm.pipelines import import_networks
 from ldm.system.checks import check_plain
 from ldm.system.importing import leave_quickly
@@ -35,12 +36,13 @@ def keys(cls: Any = Config, prefix: str = "") -> list[str]:
     return found
 
 
-def parse_config(args: Sequence[str] | None = None, description: str | None = None) -> Config:
-    """The command line => a Config; exits with status 2 and one clear line if it is wrong.
+def parse_config(args: Sequence[str] | None = None, description: str | None = None, prog: str | None = None) -> Config:
+    """The command line => a Config; exits with status 2 and one line if it is wrong.
 
     Args:
-        args: words such as ["--config", "configs/demo.yaml", "optim.lr=3e-4"]; sys.argv's by default.
+        args: words such as ["--config", "demo", "optim.lr=3e-4"]; sys.argv's by default.
         description: the program's help text.
+        prog: the program's name; by default that of sys.argv.
     """
     from jsonargparse import ArgumentParser, Namespace
 
@@ -51,14 +53,12 @@ def parse_config(args: Sequence[str] | None = None, description: str | None = No
             line = " ".join(nearest_key(str(message)).split())
             self.exit(2, f"{self.prog}: error: {line if len(line) <= LINE else line[:LINE] + '…'}\n")
 
-    parser = Parser(description=description, default_meta=False, parser_mode=plain_yaml.MODE)
-    parser.add_argument("--config", action="config", help="a YAML file; words after it override it")
+    usage = "%(prog)s [--config RECIPE] [KEY=VALUE ...] [--print_config]"
+    parser = Parser(prog=prog, usage=usage, description=description, default_meta=False, parser_mode=plain_yaml.MODE)
+    parser.add_argument("--config", action="config", help="a YAML file or a recipe's name; later words override it")
     parser.add_class_arguments(Config)
-    words = sys.argv[1:] if args is None else list(args)
-    # dotted overrides may leave out the dashes: optim.lr=3e-4
-    words = [f"--{word}" if re.match(r"[a-z_]+(\.[a-z_]+)*=", word) else word for word in words]
     try:
-        parsed: Namespace = parser.parse_args(words)
+        parsed: Namespace = parser.parse_args(list(completed(sys.argv[1:] if args is None else args)))
         check_plain(Config, vars(parsed))
         values = parser.instantiate_classes(parsed)
         return Config(**{item.name: values[item.name] for item in dataclasses.fields(Config)})
@@ -68,8 +68,21 @@ def parse_config(args: Sequence[str] | None = None, description: str | None = No
         parser.error(str(error))
 
 
+def completed(words: Sequence[str]) -> Iterator[str]:
+    """Words as the parser takes them: the dashes of dotted overrides put in, recipes replaced by their files."""
+    before = None
+    for word in words:
+        if before == "--config":
+            yield find_recipe(word)
+        elif word.startswith("--config="):
+            yield "--config=" + find_recipe(word.removeprefix("--config="))
+        else:
+            yield f"--{word}" if re.match(r"[a-z_]+(\.[a-z_]+)*=", word) else word
+        before = word
+
+
 def nearest_key(message: str) -> str:
-    """The parser's complaint about an unknown key, with the nearest key that exists."""
+    """The parser's message about an unknown key, with the nearest known key."""
     in_file = re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", message)
     on_line = re.search(r"unrecognized arguments: -*([\w.]+)", message)
     top = re.search(r"[Oo]ption '([\w.]+)' is not", message)
@@ -86,11 +99,16 @@ def nearest_key(message: str) -> str:
     return f"unknown key {unknown}" + (f"; did you mean {near[0]}?" if near else "; --help lists the keys")
 
 
-def start(main: Callable[[Config], object], description: str | None) -> None:
-    """Parse the command line and run `main`; errors that say what to do, and signals, end the program with words.
+def start(
+    main: Callable[[Config], object],
+    description: str | None,
+    words: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> None:
+    """Parse the command line and run `main`; an error that says what to do, or a signal, ends the program with a line.
 
     Exit codes: 0 done, 1 an error, 2 a wrong command line; 130 Ctrl-C, 143 SIGTERM, 75 SIGUSR1 (saved, start me
-    again); 76 another rank is gone (docs/reliability.md).
+    again); 76 another rank died (docs/reliability.md).
     """
     # their warnings concern their own authors: no torchvision, a BERT where CLIP was expected
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -102,21 +120,21 @@ def start(main: Callable[[Config], object], description: str | None) -> None:
     leave_quickly()
     import_networks()
     try:
-        main(parse_config(description=description))
+        main(parse_config(words, description, prog))
     except (ValueError, OSError, ModuleNotFoundError, RunError) as error:
         leave_group()
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        way_out = "; make room, then the same command goes on from where it was" if full else ""
+        way_out = "; make room, then run the same command again to resume" if full else ""
         sys.exit(f"error: {error}{way_out}")
     except Stopped as stopped:
         leave_group()
         if os.environ.get("RANK", "0") == "0":
-            print(f"\n{stopped.signal.name}: {stopped.saved}; the same command goes on from there", file=sys.stderr)
+            print(f"\n{stopped.signal.name}: {stopped.saved}; run the same command again to resume", file=sys.stderr)
         raise
 
 
 def leave_group() -> None:
-    """Take leave of the other ranks, if torch has been loaded and there are any."""
+    """Leave the process group, if torch has been imported and there is one."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

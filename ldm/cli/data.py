@@ -7,12 +7,17 @@ import sys
 
 from ldm.cli.parser import Command, add_commands, path, place
 
+
 def add_openmoji(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("out", type=place, metavar="FOLDER", help="the folder to make")
     add("--size", type=int, default=64, help="edge of the pictures in pixels (default: 64)")
-    add("--subset", choices=("all", "demo"), default="all",
-        help="all 3,939 drawings, or the few hundred of the demo (default: all)")  # fmt: skip
+    add(
+        "--subset",
+        choices=("all", "demo"),
+        default="all",
+        help="all 3,939 drawings, or the few hundred of the demo (default: all)",
+    )
 
 
 def run_openmoji(arguments: argparse.Namespace) -> None:

@@ -11,59 +11,71 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.parser import Command, path, place
 from ldm.pipelines import import_networks
 
 if TYPE_CHECKING:
     from ldm.data.dataset import CaptionedPictures
 
-EXAMPLE = """ldm evaluate --data data/openmoji --fit-net              (its own judge alone, without a model)
-  ldm evaluate runs/demo                                   (all figures, in runs/demo/evaluation)
-  ldm evaluate runs/demo --quick                           (a short look)
-  ldm evaluate runs/demo --nll                             (the likelihood of held-out latents, by t)
-  ldm evaluate runs/demo --sweep --write-defaults          (and the guidance scale and steps that suit the model)"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `ldm evaluate`."""
     add = parser.add_argument
-    add("model", nargs="?", metavar="RUN_OR_MODEL", help="a run, a pipeline folder or a Hub id; none with --fit-net")
-    add("--data", metavar="SOURCE", help="captioned pictures (default: what the run was trained on)")
+    add(
+        "model",
+        nargs="?",
+        type=place,
+        metavar="RUN_OR_MODEL",
+        help="a run, a pipeline folder or a Hub id; none with --fit-net alone",
+    )
+    add("--data", type=place, metavar="SOURCE", help="captioned pictures (default: what the run was trained on)")
     add("--image-column", help="where a Hub data set has its pictures (default: the run's, or image)")
-    add("--caption-columns", nargs="+", metavar="COLUMN", help="where the captions are (default: the run's, or text)")
-    add("--holdout", type=float, help="share of the captions that was kept out (default: the run's, or 0.05)")
-    add("--out", type=Path, help="folder to write (default: RUN/evaluation)")
-    add("--report", type=Path, metavar="FILE", help="leave a copy of the page here (it is OUT/report.html anyway)")
-    add("--steps", type=int, help="network evaluations per picture (default: the pipeline's)")
-    add("--guidance-scale", type=float, help="(default: the pipeline's)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only where LOW <= t/T < HIGH (default: the pipeline's)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the first picture of each set; the others count on (default: 0)")
-    add("--pictures", type=int, metavar="N", help="held-out captions to draw, spread evenly (default: all)")
-    add("--train-pictures", type=int, metavar="N", help="training captions to draw, spread evenly (default: 200)")
-    add("--batch-size", type=int, default=16, help="pictures drawn at once (default: 16)")
+    add("--caption-columns", nargs="+", metavar="COLUMN", help="the captions (default: the run's, or text)")
+    add("--holdout", type=float, help="share of the captions that was held out (default: the run's, or 0.05)")
+    add("--out", type=path, metavar="FOLDER", help="where to write (default: RUN/evaluation)")
+    add("--report", type=path, metavar="FILE", help="copy the report here, besides FOLDER/report.html")
+    add("--steps", type=int, help="sampling steps (default: the pipeline's)")
+    add("--guidance-scale", type=float, help="classifier-free guidance; 1 is off (default: the pipeline's)")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only where LOW <= t/T < HIGH (default: the pipeline's)",
+    )
+    add("--seed", type=int, default=0, help="of the first picture of each set; picture i has seed + i (default: 0)")
+    add("--pictures", type=int, metavar="N", help="held-out captions to generate, spread evenly (default: all)")
+    add("--train-pictures", type=int, metavar="N", help="training captions to generate, spread evenly (default: 200)")
+    add("--batch-size", type=int, default=16, help="pictures generated at once (default: 16)")
     add("--quick", action="store_true", help="16 captions of each set, few resamples, no timing")
-    likelihood = parser.add_argument_group("likelihood")
-    add = likelihood.add_argument
-    add("--nll", action="store_true", help="only bound the negative log-likelihood of held-out latents, by t")
-    add("--strata", type=int, default=50, help="timesteps asked of each picture; more vary less (default: 50)")
-    features = parser.add_argument_group("what judges the pictures")
-    add = features.add_argument
-    add("--features", nargs="+", default=[], metavar="NET",
-        help="vision models of transformers, as folders or Hub ids (DINOv2, CLIP, …), or "
-        "inception=FILE.safetensors")  # fmt: skip
-    add("--fit-net", action="store_true", help="fit the data set's own net on its training pictures first")
-    add("--net", type=Path, help="where the own net is (default: nets/<name of the data>)")
-    add("--net-epochs", type=int, help="times that it sees each training picture (default: 20)")
-    add("--net-text", default="minilm", metavar="ENCODER", help="what embeds its captions (default: minilm)")
-    sweep = parser.add_argument_group("guidance and steps")
-    add = sweep.add_argument
+    add = parser.add_argument_group("likelihood").add_argument
+    add("--nll", action="store_true", help="only bound the negative log-likelihood of held-out latents, by timestep")
+    add("--strata", type=int, default=50, help="timesteps per picture; more of them vary less (default: 50)")
+    add = parser.add_argument_group("feature extractors").add_argument
+    add(
+        "--features",
+        nargs="+",
+        default=[],
+        type=place,
+        metavar="NET",
+        help="vision models of transformers, as folders or Hub ids (DINOv2, CLIP, …), or inception=FILE.safetensors",
+    )
+    add("--fit-net", action="store_true", help="first train the data set's own CLIP on its training pictures")
+    add("--net", type=path, metavar="FOLDER", help="where that CLIP is (default: nets/<name of the data>)")
+    add("--net-epochs", type=int, metavar="N", help="epochs of its training (default: 20)")
+    add("--net-text", default="minilm", type=place, metavar="ENCODER", help="its text encoder (default: minilm)")
+    add = parser.add_argument_group("guidance and steps").add_argument
     add("--sweep", action="store_true", help="try a grid of guidance scales, steps and intervals")
     add("--sweep-guidance", nargs="+", type=float, metavar="SCALE", help="(default: 1 2 3 4 6)")
     add("--sweep-steps", nargs="+", type=int, metavar="N", help="(default: 8 12 20)")
-    add("--sweep-intervals", nargs="+", type=interval, metavar="LOW:HIGH",
-        help="where in t/T to guide (default: 0:1 0.2:1 0.2:0.8)")  # fmt: skip
+    add(
+        "--sweep-intervals",
+        nargs="+",
+        type=interval,
+        metavar="LOW:HIGH",
+        help="where in t/T to guide (default: 0:1 0.2:1 0.2:0.8)",
+    )
     add("--sweep-pictures", type=int, metavar="N", help="captions of each set (default: 64)")
-    add("--write-defaults", action="store_true", help="write the best setting into the pipeline, as its defaults")
+    add("--write-defaults", action="store_true", help="save the best setting as the pipeline's defaults")
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -77,10 +89,10 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fit the net, evaluate the model, or both."""
     import_networks()
     import torch
 
+    from ldm.cli.find import find_model, run_of
     from ldm.evaluation.run_record import FILE as RUN_FILE
     from ldm.evaluation.run_record import carry_run, record_run
 
@@ -103,46 +115,6 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             record_run(out, *run_of(folder), config)
         examine(folder, out, pictures, net, arguments)
-
-
-def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
-    """The pipeline's folder, where its evaluation is kept, and the run's resolved config, if it is of a run.
-
-    Raises:
-        FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
-    """
-    from ldm.pipelines.loading import find_pipeline
-    from ldm.training.checkpoint import checkpoints
-
-    path = Path(name)
-    if (path / "pipeline/model_index.json").exists():
-        folder, run = path / "pipeline", path
-    elif (path / "model_index.json").exists():
-        folder, run = path, path.resolve().parent
-    elif path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or path.parent.exists():
-        raise FileNotFoundError(
-            f"{path} is neither a run nor a pipeline folder: it has no pipeline/, no model_index.json"
-        )
-    else:
-        folder = run = find_pipeline(name)
-    found = checkpoints(run / "checkpoints") if folder.name == "pipeline" else []
-    config = json.loads((found[-1] / "state.json").read_text("utf-8"))["config"] if found else None
-    of_run = folder.name == "pipeline"
-    home = (
-        (path if folder != path else path.parent) / "evaluation" if of_run else Path("runs") / f"{path.name}-evaluation"
-    )
-    return folder, home, config
-
-
-def run_of(folder: Path) -> tuple[Path | None, int | None]:
-    """The run that a pipeline folder belongs to, and the step of its newest checkpoint, as far as there are any."""
-    from ldm.training.checkpoint import checkpoints
-
-    if folder.name != "pipeline":
-        return None, None
-    run = folder.resolve().parent
-    found = checkpoints(run / "checkpoints")
-    return run, json.loads((found[-1] / "state.json").read_text("utf-8"))["step"] if found else None
 
 
 def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> CaptionedPictures:
@@ -244,3 +216,17 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
     if arguments.write_defaults:
         dataclasses.replace(defaults, **report["sweep"]["best"]).save(folder)
         print(f"these are now the defaults of {folder}")
+
+
+COMMAND = Command(
+    "measure a model: validation loss, metrics, report, best settings",
+    """
+ldm evaluate --data data/openmoji --fit-net          (train the data set's own feature extractor, once)
+ldm evaluate runs/demo                               (all metrics, in runs/demo/evaluation/report.html)
+ldm evaluate runs/demo --quick                       (a first look)
+ldm evaluate runs/demo --nll                         (a bound on the likelihood of held-out latents, by timestep)
+ldm evaluate runs/demo --sweep --write-defaults      (and the guidance scale and steps that suit the model)""",
+    add_arguments,
+    run,
+    "[OPTION ...] RUN_OR_MODEL",
+)

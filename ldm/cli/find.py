@@ -10,10 +10,10 @@ from typing import Any
 
 DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")  # for `ldm app`
 EVERY_MODEL = ("models/*/model_index.json", "runs/*/pipeline/model_index.json")  # for `ldm sample --like`
-TRAIN_ONE = """train one:
-  ldm data openmoji data/openmoji-demo --subset demo
-  ldm train vae --config demo
-  ldm train ldm --config demo"""
+TRAIN_ONE = (
+    "train one: `ldm data openmoji data/openmoji-demo --subset demo`, `ldm train vae --config demo`, "
+    "`ldm train ldm --config demo`"
+)
 
 
 def default_model() -> str:
@@ -100,8 +100,11 @@ def find_by_hash(named: str | None, sha256: str, dtype: str, engine: str | None)
         if found == sha256:
             return pipeline, found
         if named:
-            print(f"warning: {named} is not the model that made it (SHA-256 {found[:12]}…, "
-                  f"not {sha256[:12]}…), so the picture will be another one", file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: {named} is not the model that made it (SHA-256 {found[:12]}…, "
+                f"not {sha256[:12]}…), so the picture will be another one",
+                file=sys.stderr,
+            )
             return pipeline, found
     tried = ", ".join(folders) or "there are no models"
     raise ValueError(f"model: none in models/ and runs/ has the SHA-256 {sha256[:12]}… ({tried}); name the folder")

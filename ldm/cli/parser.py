@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -19,12 +21,14 @@ class Command:
         examples: a command a line.
         add_arguments: adds its arguments, or its own commands, to its parser.
         run: does it; a group of commands has none.
+        usage: what follows `ldm NAME`, where the generated list of all options would be long.
     """
 
     summary: str
     examples: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None] | None = None
+    usage: str | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,12 +55,20 @@ def add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command], 
         one = group.add_parser(
             name,
             help=command.summary,
+            usage=command.usage and f"{parser.prog} {name} {command.usage}",
             description=command.summary[0].upper() + command.summary[1:] + ".",
             epilog="\n  ".join(["example:" if len(lines) == 1 else "examples:", *lines]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(one)
         one.set_defaults(run=command.run)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:20]!r}")
+    return int(text)
 
 
 def path(text: str) -> Path:
@@ -67,3 +79,22 @@ def path(text: str) -> Path:
 def place(text: str) -> str:
     """A folder or a Hub id that was typed."""
     return os.path.expanduser(text)
+
+
+def folder(text: str) -> Path:
+    """A folder to write into, which need not exist."""
+    found = path(text)
+    if os.path.exists(found) and not os.path.isdir(found):
+        raise argparse.ArgumentTypeError(f"{text} is a file; expected a folder")
+    return found
+
+
+def picture_file(text: str) -> Path:
+    """A picture to write; its suffix names the format."""
+    found = path(text)
+    expected = f"expected a file that ends in {', '.join(PICTURES)}"
+    if text.endswith(("/", os.sep)) or os.path.isdir(found):
+        raise argparse.ArgumentTypeError(f"{text} is a folder; {expected}, or --each FOLDER")
+    if found.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text}: {expected}")
+    return found

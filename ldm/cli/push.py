@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from ldm.cli.parser import Command, path, place
 from ldm.pipelines import import_networks
-
-EXAMPLE = """ldm push runs/demo user/name --license mit --data "my photographs" --data-license cc0-1.0 --dry-run out
-  (without --dry-run it is uploaded; `hf auth login` once before)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `ldm push`."""
     add = parser.add_argument
-    add("model", metavar="RUN_OR_MODEL", help="a run or a pipeline folder")
-    add("repo_id", metavar="USER/NAME", help="where on the Hub; it is made if it isn't there")
+    add("model", type=place, metavar="RUN_OR_MODEL", help="a run or a pipeline folder")
+    add("repo_id", metavar="USER/NAME", help="the repository on the Hub; it is created if it does not exist")
     add("--license", required=True, help="of the weights, as the Hub spells it (cc-by-sa-4.0, apache-2.0, …)")
-    add("--data", required=True, help="what it was trained on, in words")
-    add("--data-license", required=True, help="of these data")
-    add("--evaluation", type=Path, metavar="FOLDER", help="what `ldm evaluate` wrote (default: RUN/evaluation)")
-    add("--private", action="store_true", default=None, help="make a private repository")
-    add("--dry-run", type=Path, metavar="FOLDER", help="write there what would be uploaded, and upload nothing")
+    add("--data", required=True, help="what the model was trained on, in words")
+    add("--data-license", required=True, help="of the data")
+    add("--evaluation", type=path, metavar="FOLDER", help="what `ldm evaluate` wrote (default: RUN/evaluation)")
+    add("--private", action="store_true", default=None, help="create a private repository")
+    add("--dry-run", type=path, metavar="FOLDER", help="write what would be uploaded into a folder, and upload nothing")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write or upload."""
     import_networks()
-    from ldm.cli.evaluate import find_model
+    from ldm.cli.find import find_model
     from ldm.models.fingerprint import model_sha256
     from ldm.pipelines.text_to_image import LDMPipeline
     from ldm.sharing import hub
@@ -40,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     if evaluation is None and hub.is_of(home, model_sha256(pipeline)):
         evaluation = home
     if evaluation is None:
-        print(f"no figures: {home} holds no evaluation of this very model (ldm evaluate makes one)")
+        print(f"the card has no metrics: {home} holds no evaluation of this model (`ldm evaluate` makes one)")
     if arguments.dry_run:
         hub.write_model(pipeline, arguments.dry_run, arguments.repo_id, terms, evaluation, config)
         print(f"what would be uploaded to {arguments.repo_id} is in {arguments.dry_run}")
@@ -48,4 +43,15 @@ def run(arguments: argparse.Namespace) -> None:
     address = hub.push(
         pipeline, arguments.repo_id, terms, evaluation=evaluation, config=config, private=arguments.private
     )
-    print(f"it is at {address}")
+    print(f"uploaded to {address}")
+
+
+COMMAND = Command(
+    "share a model on the Hugging Face Hub, with a model card that reports its metrics",
+    """
+ldm push runs/demo user/name --license mit --data "my photographs" --data-license cc0-1.0 --dry-run out
+(without --dry-run it is uploaded; run `hf auth login` once before)""",
+    add_arguments,
+    run,
+    "RUN_OR_MODEL USER/NAME --license LICENSE --data DATA --data-license LICENSE [OPTION ...]",
+)

@@ -1,203 +1,286 @@
-"""`ldm sample`: prompts in; a picture, a grid or a folder of pictures out. Single pictures carry their recipe."""
+"""`ldm sample`: prompts in; a picture, a captioned grid, or a folder of pictures out."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import re
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.find import TRAIN_ONE, find_by_hash, load
+from ldm.cli.parser import PICTURES, Command, folder, path, picture_file, place, positive
 from ldm.inference.defaults import ENGINES
 from ldm.pipelines import import_networks
-from ldm.system.devices import DTYPES
+from ldm.system.checks import DTYPES
 
-EXAMPLE = """ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its recipe inside)
-  ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
-  ldm sample runs/demo/pipeline "red heart" "pizza" --each drawn       (a file for each)
-  ldm sample --like heart.png runs/demo/pipeline --out again.png       (the same picture again)"""
-MODELS = ("models/*/model_index.json", "runs/*/pipeline/model_index.json")  # where --like looks
+OUT = Path("samples.png")
+#: Options => arguments of the pipeline; only those that were typed are passed on.
+SETTINGS = {
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "guidance_interval": "guidance_interval",
+    "negative_prompt": "negative_prompt",
+}
+CHANGES = ("seed", *SETTINGS, "class_label")  # of a picture's settings, with --like
+#: Options that --like can't obey, since it makes one picture.
+NOT_WITH_LIKE = ("each", "images_per_prompt", "columns", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `ldm sample`."""
     add = parser.add_argument
-    add("model", nargs="?", help="a pipeline folder (RUN/pipeline) or a Hub id; --like finds it in models/ and runs/")
-    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; nothing if the model knows no text")
-    add("--out", type=Path, help="PNG file to write: the picture, or a grid of several (default: samples.png)")
-    add("--each", type=Path, metavar="FOLDER", help="write every picture into a file of its own")
-    add("--like", type=Path, metavar="PICTURE", help="draw a picture again by the recipe that it carries")
-    add("--steps", type=int, help="network evaluations per picture (default: the pipeline's, or 20)")
-    add("--guidance-scale", type=float,
-        help="how strictly to follow the prompt; 1 is off (default: the pipeline's, or 3)")  # fmt: skip
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only where LOW <= t/T < HIGH, for less time (default: the pipeline's, or 0 1)")  # fmt: skip
-    add("--dtype", choices=("auto", *DTYPES), default="auto",
+    add(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        type=place,
+        help="a pipeline folder (RUN/pipeline) or a Hub id; --like finds it in models/ and runs/",
+    )
+    add("prompts", nargs="*", metavar="PROMPT", help="what to generate; none for a model without text")
+    add(
+        "--out",
+        type=picture_file,
+        metavar="FILE",
+        help=f"the picture, or a captioned grid of several: {', '.join(PICTURES)} (default: {OUT})",
+    )
+    add("--each", type=folder, metavar="FOLDER", help="write every picture to a PNG file of its own")
+    add(
+        "--like",
+        type=path,
+        metavar="PICTURE",
+        help="generate a picture again by the settings in its PNG file; options change them",
+    )
+    add("--seed", type=int, help="of the first picture; picture i has seed + i (default: 0)")
+    add("--images-per-prompt", type=positive, metavar="N", help="pictures of each prompt (default: 1)")
+    add("--batch-size", type=positive, metavar="N", help="pictures generated at once, for bounded memory (default: 16)")
+    add("--columns", type=positive, metavar="N", help="pictures in a row of the grid (default: 4)")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
         help="what the networks compute in; auto is bfloat16 where the device is faster in it, else float32, in which "
-        "stock diffusers draws the same to the bit (default: auto; with --like, the recipe's)")  # fmt: skip
-    add("--engine", choices=ENGINES,
+        "the picture is stock diffusers' to the bit (default: auto)",
+    )
+    add(
+        "--engine",
+        choices=ENGINES,
         help="what computes U-Net and VAE decoder; openvino takes a second to start, is then faster on a CPU, and "
-        "draws the same but for rounding (default: torch; with --like, the recipe's)")  # fmt: skip
-    add("--negative-prompt", help="what to steer away from")
-    add("--classifier", help="a classifier's folder (RUN/classifier) that steers towards --class-label")
-    add("--class-label", nargs="+", metavar="CLASS",
-        help="the class to draw, or to steer towards; one for all pictures or one each")  # fmt: skip
-    add("--condition", type=Path, metavar="FILE", help="the picture to make pictures of")
-    add("--classifier-scale", type=float, default=1.0, help="how strongly the classifier steers (default: 1)")
-    add("--images-per-prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
-    add("--seed", type=int, default=0, help="of the first picture; the others count on (default: 0)")
-    add("--columns", type=int, default=4, help="pictures in a row (default: 4)")
+        "gives the same picture but for rounding (default: torch)",
+    )
+    add = parser.add_argument_group(
+        "settings",
+        "Without any of --steps, --guidance-scale and --guidance-interval the model's own defaults apply, "
+        "all of them. With one of them, the others are those of stock diffusers.",
+    ).add_argument
+    add("--steps", type=int, metavar="N", help="sampling steps")
+    add(
+        "--guidance-scale",
+        type=float,
+        metavar="W",
+        help="classifier-free guidance, how closely to follow the prompt; 1 is off",
+    )
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only where LOW <= t/T < HIGH; 0 1 is everywhere",
+    )
+    add = parser.add_argument_group("conditioning").add_argument
+    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
+    add(
+        "--class-label",
+        nargs="+",
+        metavar="CLASS",
+        help="the class to generate, or to steer towards; one for all pictures or one each",
+    )
+    add("--condition", type=path, metavar="PICTURE", help="the second picture, for a model that is conditioned on one")
+    add("--classifier", type=path, metavar="FOLDER", help="a classifier (RUN/classifier) that steers to --class-label")
+    add("--classifier-scale", type=float, metavar="W", help="how strongly it steers (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw."""
-    if arguments.model is None and arguments.like is None:
-        raise ValueError("prompts: name a pipeline folder and what to draw, or a picture to draw again with --like")
+    if arguments.like is None and arguments.model is None:
+        raise ValueError(f"model: name a pipeline folder or a Hub id, then the prompts; without a model, {TRAIN_ONE}")
+    for made in (arguments.out and arguments.out.parent, arguments.each):
+        if made is not None:
+            made.mkdir(parents=True, exist_ok=True)  # now, not after generating
+    if arguments.classifier_scale is not None and arguments.classifier is None:
+        raise ValueError("--classifier-scale: there is no --classifier to scale")
     import_networks()
     if arguments.like is None:
-        draw(arguments)
+        generate(arguments)
     else:
-        draw_again(arguments)
+        generate_again(arguments)
 
 
-def draw(arguments: argparse.Namespace) -> None:
-    """Draw the prompts into a picture, a grid or a folder."""
+# --- prompts => pictures -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is generated at once: `count` pictures of each of these prompts and classes, from seeds that count up.
+
+    Attributes:
+        places: which of all the prompts and classes.
+    """
+
+    places: slice
+    count: int
+    seed: int
+
+
+def batches(asked: int, count: int, seed: int, size: int) -> Iterator[Batch]:
+    """`count` pictures of each of `asked` prompts in batches of at most `size`; picture i of all has seed + i."""
+    if count > size:
+        for i in range(asked):
+            for done in range(0, count, size):
+                yield Batch(slice(i, i + 1), min(size, count - done), seed + i * count + done)
+    else:
+        for i in range(0, asked, size // count):
+            yield Batch(slice(i, i + size // count), count, seed + i * count)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Generate the prompts into a picture, a grid or a folder."""
+    from tqdm import tqdm
+
     from ldm.data.grid import captioned_grid
-    from ldm.data.images import decode
-    from ldm.models.classifier import NoisyClassifier
     from ldm.models.fingerprint import model_sha256
     from ldm.pipelines.inputs import one_each
-    from ldm.sharing import png_metadata as recipe
+    from ldm.sharing import png_metadata
 
-    pipeline = load(arguments.model, arguments.dtype, arguments.engine)
+    pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
     if arguments.engine == "openvino":
         pipeline.enable_openvino()
-    prompts, labels, count = arguments.prompts or [None], arguments.class_label or [None], arguments.images_per_prompt
-    asks = max(len(prompts), len(labels))
-    prompts, labels = one_each("prompts", prompts, asks), one_each("--class-label", labels, asks)
-    told: dict[str, Any] = {
-        "num_inference_steps": arguments.steps,
-        "guidance_scale": arguments.guidance_scale,
-        "guidance_interval": arguments.guidance_interval,
-        "negative_prompt": arguments.negative_prompt,
-        "condition": decode(arguments.condition.read_bytes()) if arguments.condition else None,
-        "classifier": NoisyClassifier.load(arguments.classifier) if arguments.classifier else None,
-        "classifier_scale": arguments.classifier_scale,
-    }
-    out = arguments.out or (None if arguments.each else Path("samples.png"))
-    words = [prompt or label or "" for prompt, label in zip(prompts, labels, strict=True)]
-    captions = [word for word in words for _ in range(max(1, count))]
+    asked, count = max(1, len(arguments.prompts), len(arguments.class_label or ())), arguments.images_per_prompt or 1
+    prompts = one_each("prompts", arguments.prompts or [None], asked)
+    labels = one_each("--class-label", arguments.class_label or [None], asked)
+    typed = {name: getattr(arguments, option) for option, name in SETTINGS.items()}
+    settings = conditions(arguments) | {name: value for name, value in typed.items() if value is not None}
+    seed, size = arguments.seed or 0, arguments.batch_size or 16
+    model = None
+    if arguments.each is not None or asked * count == 1:  # files that carry their settings, each prompt alone
+        model, size = model_sha256(pipeline), min(size, count)
+    captions = [prompt or label or "" for prompt, label in zip(prompts, labels, strict=True) for _ in range(count)]
+    parts = list(batches(asked, count, seed, size))
+    pipeline.set_progress_bar_config(disable=len(parts) > 1)
     pictures: list[Any] = []
-    if arguments.each or len(captions) == 1:
-        model = model_sha256(pipeline)
-        for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
-            asked = {**told, "prompt": prompt, "class_label": label, "seed": arguments.seed + i * count}
-            drawn: Any = pipeline(**asked, num_images_per_prompt=count)
-            recipe.stamp(drawn.images, pipeline, model, **asked)
-            pictures += drawn.images
-    else:
-        asked = {**told, "prompt": arguments.prompts or None, "class_label": arguments.class_label}
-        drawn = pipeline(**asked, num_images_per_prompt=count, seed=arguments.seed)
-        pictures = drawn.images
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        if arguments.each:
-            recipe.save(picture, arguments.each / file_name(arguments.seed + i, caption))
-    if out is not None and len(pictures) == 1:
-        recipe.save(pictures[0], out)
-    elif out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        captioned_grid(pictures, captions, columns=arguments.columns).save(out)
+    with tqdm(total=asked * count, unit="picture", disable=len(parts) == 1) as bar:
+        for part in parts:
+            given = {**settings, "seed": part.seed}
+            for name, values in (("prompt", prompts[part.places]), ("class_label", labels[part.places])):
+                if values[0] is not None:
+                    given[name] = values if model is None else values[0]
+            made: Any = pipeline(**given, num_images_per_prompt=part.count)
+            if model is not None:
+                png_metadata.stamp(made.images, pipeline, model, **given)
+            if arguments.each is not None:
+                for i, picture in enumerate(made.images, part.seed):
+                    png_metadata.save(picture, arguments.each / file_name(i, captions[i - seed]))
+            pictures += made.images
+            bar.update(len(made.images))
+
+    out = arguments.out or (None if arguments.each else OUT)
+    if out is not None:
+        grid = len(pictures) > 1
+        shown = captioned_grid(pictures, captions, columns=arguments.columns or 4) if grid else pictures[0]
+        png_metadata.save(shown, out)
     where = " and ".join(str(place) for place in (arguments.each, out) if place is not None)
-    print(f"{len(pictures)} pictures are in {where}" if len(pictures) > 1 else f"the picture is in {where}")
+    print(f"{len(pictures)} pictures are in {where}" if len(pictures) > 1 else f"the picture is in {where}{note(out)}")
 
 
-def draw_again(arguments: argparse.Namespace) -> None:
-    """Draw a picture by its recipe, and say whether it is the same and, if not, why."""
+def note(out: Path | None) -> str:
+    """What there is to know about a single picture's file."""
+    return "" if out is None or out.suffix.lower() == ".png" else " (its settings are not: only PNG files hold them)"
+
+
+def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The picture and the classifier that were named, as arguments of the pipeline."""
+    from ldm.data.images import decode
     from ldm.models.classifier import NoisyClassifier
-    from ldm.sharing import png_metadata as recipe
 
-    if arguments.prompts:
-        raise ValueError("prompts: with --like the picture's recipe says what to draw; leave them out")
-    wanted = recipe.read(arguments.like)
-    if wanted.condition:
-        raise ValueError(f"{arguments.like}: it was made of another picture, which its recipe doesn't hold")
-    if bool(wanted.classifier) != bool(arguments.classifier):
-        use = "was steered by a classifier; name it" if wanted.classifier else "was drawn without one; leave it out"
-        raise ValueError(f"--classifier: {arguments.like} {use}")
-    if arguments.dtype != "auto":
-        raise ValueError("--dtype: with --like the picture's recipe says it; leave it out")
-    engine = arguments.engine or wanted.engine
-    if engine == "openvino" and importlib.util.find_spec("openvino") is None:
-        raise ValueError(
-            f"--engine: {arguments.like} was drawn with OpenVINO, which isn't installed; pip install openvino, or draw "
-            "it with --engine torch, which rounds otherwise"
-        )
-    pipeline, model = find(arguments.model, wanted.model, wanted.dtype or "float32", engine)
-    if engine == "openvino":
-        pipeline.enable_openvino()
-    steering: dict[str, Any] = {}
-    if wanted.classifier:
-        classifier = NoisyClassifier.load(arguments.classifier)
-        steering = {"classifier": classifier, "classifier_scale": wanted.classifier_scale}
-    asked = wanted.arguments()
-    drawn: Any = pipeline(**asked, **steering)
-    told = {key: value for key, value in asked.items() if key not in ("width", "height", "num_images_per_prompt")}
-    recipe.stamp(drawn.images, pipeline, model, **told, **steering)
-    out = arguments.out or Path("samples.png")
-    before = arguments.like.read_bytes()  # which --out may be about to replace
-    recipe.save(drawn.images[wanted.place], out)
-    if out.read_bytes() == before:
-        print(f"the same picture, byte for byte, is in {out}")
-        return
-    again = recipe.read(out)
-    then, now = (
-        {"model": r.model, "scheduler": r.scheduler, "engine": r.engine or "torch", "classifier": r.classifier,
-         "drawn_with": r.drawn_with} for r in (wanted, again)
-    )  # fmt: skip
-    reasons = [f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
-    reasons = reasons or ["another machine rounds otherwise"]
-    print(f"drawn again in {out}, but not the same file\n  " + "\n  ".join(reasons))
-
-
-def load(folder: str, dtype: str, engine: str | None) -> Any:
-    """The pipeline on the best device for an engine, in a dtype of this name or, for auto, in the one that suits it."""
-    import torch
-
-    from ldm import LDMPipeline
-    from ldm.system import devices
-
-    device = torch.device("cpu") if engine == "openvino" else devices.best_device()
-    kind = devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)
-    return LDMPipeline.from_pretrained(folder, dtype=kind).to(device)
-
-
-def find(named: str | None, sha256: str, dtype: str, engine: str | None) -> tuple[Any, str]:
-    """The pipeline that was named, or the one of this hash among models/ and runs/; and its hash.
-
-    Args:
-        dtype: of the networks' weights, on which the hash depends.
-        engine: what it is going to be drawn with.
-    Raises:
-        ValueError: if none was named and none of them has it.
-    """
-    from ldm.models.fingerprint import model_sha256
-
-    folders = [str(path.parent) for pattern in MODELS for path in sorted(Path().glob(pattern))]
-    for folder in [named] if named else folders:
-        pipeline = load(folder, dtype, engine)
-        found = model_sha256(pipeline)
-        if found == sha256:
-            return pipeline, found
-        if named:
-            print(f"warning: {named} isn't the model that drew it (SHA-256 {found[:12]}…, "
-                  f"not {sha256[:12]}…), so it will draw another picture", file=sys.stderr)  # fmt: skip
-            return pipeline, found
-    tried = ", ".join(folders) or "there are no models"
-    raise ValueError(f"model: none in models/ and runs/ has the SHA-256 {sha256[:12]}… ({tried}); name the folder")
+    given: dict[str, Any] = {}
+    if arguments.condition is not None:
+        given["condition"] = decode(arguments.condition.read_bytes())
+    if arguments.classifier is not None:
+        given["classifier"] = NoisyClassifier.load(arguments.classifier)
+        given["classifier_scale"] = 1.0 if arguments.classifier_scale is None else arguments.classifier_scale
+    return given
 
 
 def file_name(seed: int, caption: str | None) -> str:
     """00007-red-heart.png."""
     words = re.sub(r"[^\w]+", "-", caption or "", flags=re.ASCII).strip("-").lower()[:60]
     return f"{seed:05d}-{words}.png" if words else f"{seed:05d}.png"
+
+
+# --- a picture => the same picture -------------------------------------------------------------------
+
+
+def generate_again(arguments: argparse.Namespace) -> None:
+    """Generate a picture by its own settings, but for those that were typed; report whether it is the same file."""
+    from ldm.sharing import png_metadata
+
+    for option in NOT_WITH_LIKE:
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: --like makes one picture; leave it out")
+    if arguments.prompts:
+        raise ValueError(f"prompts: {arguments.like} has its own; leave them out, or leave --like out")
+    wanted = png_metadata.read(arguments.like)
+    if wanted.condition and arguments.condition is None:
+        raise ValueError(
+            f"{arguments.like}: it was made of another picture, which the file does not hold; "
+            "name that with --condition"
+        )
+    if wanted.classifier and arguments.classifier is None:
+        raise ValueError(f"{arguments.like}: it was steered by a classifier; name it with --classifier")
+    if arguments.dtype is not None:
+        raise ValueError(f"--dtype: with --like it is that of {arguments.like}; leave it out")
+    engine = arguments.engine or wanted.engine
+    if engine == "openvino" and importlib.util.find_spec("openvino") is None:
+        raise ValueError(
+            f"--engine: {arguments.like} was made with OpenVINO, which is not installed; pip install openvino, or "
+            "use --engine torch, which rounds otherwise"
+        )
+    changes = {name: getattr(arguments, name) for name in CHANGES if getattr(arguments, name) is not None}
+    if "class_label" in changes:
+        if len(arguments.class_label) > 1:
+            raise ValueError("--class-label: --like makes one picture; expected one class")
+        (changes["class_label"],) = arguments.class_label
+    settings = replace(wanted, **changes)
+    if settings != wanted:  # another picture, so the others of its batch don't matter
+        settings = replace(settings, pictures=1, place=0)
+    extra = conditions(arguments)
+    if "classifier" in extra and arguments.classifier_scale is None:
+        extra["classifier_scale"] = wanted.classifier_scale or 1.0
+
+    pipeline, model = find_by_hash(arguments.model, wanted.model, wanted.dtype or "float32", engine)
+    if engine == "openvino":
+        pipeline.enable_openvino()
+    given = settings.arguments() | extra
+    made: Any = pipeline(**given)
+    png_metadata.stamp(made.images, pipeline, model, **given)
+    picture, out = made.images[settings.place], arguments.out or OUT
+    before = arguments.like.read_bytes()  # which --out may be about to replace
+    png_metadata.save(picture, out)
+    if out.read_bytes() == before:
+        print(f"the same picture, byte for byte, is in {out}")
+        return
+    differences = wanted.differences(png_metadata.of(picture, out))
+    print("\n  ".join([f"the picture is in {out}{note(out)}; it is not the same file:", *differences]))
+
+
+COMMAND = Command(
+    "generate pictures from prompts: one picture, a captioned grid, or a folder",
+    """
+ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its settings inside)
+ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
+ldm sample runs/demo/pipeline "red heart" "pizza" --each pictures    (a file for each)
+ldm sample --like heart.png --out again.png                          (the same picture again, byte for byte)
+ldm sample --like heart.png --seed 8                                 (the same settings, another seed)""",
+    add_arguments,
+    run,
+    "[OPTION ...] MODEL [PROMPT ...]\n       ldm sample [OPTION ...] --like PICTURE [MODEL]",
+)

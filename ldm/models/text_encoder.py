@@ -10,6 +10,7 @@ null caption of classifier-free guidance is the empty string.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ class TextConfig:
     standardize: bool = True
 
     def __post_init__(self) -> None:
+        if self.encoder is not None:
+            object.__setattr__(self, "encoder", os.path.expanduser(self.encoder))
         if not 3 <= self.max_length <= 4096:
             raise ValueError(f"text.max_length: expected 3 to 4096 tokens, two of them special, got {self.max_length}")
 

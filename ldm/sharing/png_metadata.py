@@ -1,8 +1,8 @@
-"""How a picture was drawn, inside the picture: a PNG text chunk named "ldm" that holds JSON.
+"""How a picture was generated, inside the picture: a PNG text chunk named "ldm" that holds JSON.
 
-A picture drawn in a batch may differ by rounding from the same one drawn alone, so a recipe also says with how many
-others of the same prompt it was drawn, and in which place: who draws the whole batch again gets the same bytes, on the
-same machine with the same versions.
+A picture of a batch may differ by rounding from the same one generated alone. So its settings also name the size of
+the batch of its prompt, and its place there: the whole batch, generated again on the same machine with the same
+versions, has the same bytes.
 """
 
 from __future__ import annotations
@@ -21,26 +21,32 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.inference.defaults import ENGINES, EVERYWHERE
 
 KEY = "ldm"
+FORMATS: dict[str, dict[str, Any]] = {  # suffix => what Pillow is told
+    ".png": {},
+    ".jpg": {"quality": 95},
+    ".jpeg": {"quality": 95},
+    ".webp": {"lossless": True},
+}
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Settings:
     """All that a picture depends on.
 
     Attributes:
         model: `model_sha256` of the pipeline.
         seed: of this picture.
-        steps: evaluations of the U-Net.
+        steps: sampling steps.
         guidance_scale: of classifier-free guidance; 1 is off.
         width, height: in pixels.
         scheduler: its class.
         guidance_interval: low and high, fractions of the timesteps; None is everywhere.
         dtype: what the networks computed in; None is float32.
         engine: what computed U-Net and VAE decoder; None is torch.
-        prompt, negative_prompt, class_label: what the model was told.
-        pictures, place: it was the place-th (from 0) of so many, drawn at once from seeds that follow each other.
-        condition: the SHA-256 of the picture that it was made of.
+        prompt, negative_prompt, class_label: what the model was conditioned on.
+        pictures, place: size of the batch and place in it, from 0; seeds count up along the batch.
+        condition: the SHA-256 of the second picture that the model was conditioned on.
         classifier: the fingerprint of the classifier that steered it, by `classifier_scale`.
         drawn_with: versions and device.
     """
@@ -66,12 +72,21 @@ class Recipe:
     drawn_with: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """One line of ASCII, which every reader of PNG files reads; what wasn't said is left out."""
-        told = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return json.dumps(told, sort_keys=True)
+        """One line of ASCII, which every reader of PNG files reads, without what is None."""
+        set_ones = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return json.dumps(set_ones, sort_keys=True)
+
+    def differences(self, now: Settings) -> list[str]:
+        """In which settings another picture differs from this one, a line each."""
+        lines = []
+        for name in (f.name for f in dataclasses.fields(self)):
+            old, new = getattr(self, name), getattr(now, name)
+            if name not in ("pictures", "place") and old != new:
+                lines.append(f"{name}: {old} then, {new} now")
+        return lines or ["the same settings, so another machine rounds otherwise"]
 
     def arguments(self) -> dict[str, Any]:
-        """What draws the whole batch again, for LDMPipeline."""
+        """The arguments with which an LDMPipeline generates the whole batch again."""
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
@@ -92,22 +107,25 @@ def stamp(
     model: str,
     *,
     seed: int,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    class_label: str | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
+    guidance_interval: Sequence[float] | None = None,
     condition: Image.Image | None = None,
     classifier: Any = None,
     classifier_scale: float | None = None,
-    **told: str | None,
+    **_: Any,
 ) -> None:
-    """Put its recipe into each picture of one call's answer, as `info`; what saves PNG files may keep it (`save` does).
+    """Put its settings into each picture of one call's result, as `info`, which `save` writes into PNG files.
 
     Args:
-        pictures: the answer, of one prompt.
-        pipeline: an LDMPipeline.
+        pictures: of one prompt.
+        pipeline: the LDMPipeline.
         model: its `model_sha256`.
-        seed: of the first.
-        told: prompt, negative_prompt and class_label; like the others, as they were handed to the pipeline.
+        seed: of the first picture.
+        others: the arguments of the call; what it left out is recorded as the pipeline resolves it.
     """
     import diffusers
     import torch
@@ -119,7 +137,7 @@ def stamp(
     interval = tuple(defaults.guidance_interval if guidance_interval is None else guidance_interval)
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     for place, picture in enumerate(pictures):
-        recipe = Recipe(
+        settings = Settings(
             model=model,
             seed=seed + place,
             steps=int(defaults.num_inference_steps if num_inference_steps is None else num_inference_steps),
@@ -142,9 +160,11 @@ def stamp(
                 "device": str(pipeline.device.type),
                 **({} if pipeline.engine is None else {pipeline.engine.name: pipeline.engine.version}),
             },
-            **told,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            class_label=class_label,
         )
-        picture.info[KEY] = recipe.to_json()
+        picture.info[KEY] = settings.to_json()
 
 
 def picture_sha256(picture: Image.Image) -> str:
@@ -153,50 +173,54 @@ def picture_sha256(picture: Image.Image) -> str:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a stamped picture as PNG, its recipe with it."""
-    info = PngInfo()
-    info.add_text(KEY, picture.info[KEY])
+    """Write a picture in the format of its suffix; a PNG file holds the settings of a stamped one."""
+    options = dict(FORMATS[path.suffix.lower()])
+    if path.suffix.lower() == ".png" and KEY in picture.info:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text(KEY, picture.info[KEY])
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, "PNG", pnginfo=info)
+    picture.save(path, **options)
 
 
-def read(path: Path) -> Recipe:
-    """The recipe that a picture carries.
+def read(path: Path) -> Settings:
+    """The settings in a picture file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it isn't a picture, or carries none, or one that can't be: names file and key.
+        ValueError: if it isn't a picture, holds no settings, or impossible ones: names file and key.
     """
     try:
         with Image.open(path) as picture:
-            text = picture.info.get(KEY)
+            return of(picture, path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:  # Pillow's, for what isn't a picture
+    except OSError as error:  # Pillow's, for what isn't a picture
         raise ValueError(f"{path}: {error}") from None
+
+
+def of(picture: Image.Image, path: Path) -> Settings:
+    """The settings of a picture, checked: they may be anybody's JSON; `path` is for the errors."""
+    text = picture.info.get(KEY)
     if not isinstance(text, str):
-        raise ValueError(f"{path}: it carries no recipe; expected a PNG file drawn by `ldm sample` or app.py")
+        raise ValueError(f"{path}: it holds no settings; expected a PNG file made by `ldm sample` or `ldm app`")
     try:
-        said = json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: its recipe isn't JSON: {error}") from None
-    return checked(said, path)
-
-
-def checked(said: Any, path: Path) -> Recipe:
-    """A recipe of anybody's JSON."""
-    kinds = {f.name: f for f in dataclasses.fields(Recipe)}
+        raise ValueError(f"{path}: its settings are not JSON: {error}") from None
+    kinds = {f.name: f for f in dataclasses.fields(Settings)}
     required = [name for name, f in kinds.items() if f.default is f.default_factory is dataclasses.MISSING]
-    if not isinstance(said, dict) or not said.keys() <= kinds.keys() or not said.keys() >= set(required):
-        raise ValueError(f"{path}: its recipe: expected an object with {', '.join(required)}, got {str(said)[:200]}")
-    for name, value in said.items():
+    if not isinstance(found, dict) or not found.keys() <= kinds.keys() or not found.keys() >= set(required):
+        raise ValueError(f"{path}: its settings: expected an object with {', '.join(required)}, got {str(found)[:200]}")
+    for name, value in found.items():
         kind = str(kinds[name].type)
         types = next(types for start, types in TYPES.items() if kind.startswith(start))
         if not isinstance(value, types) or isinstance(value, bool):
-            raise ValueError(f"{path}: its recipe: {name}: expected {kind}, got {value!r}")
-    recipe = Recipe(**said)
-    if recipe.engine not in (None, *ENGINES):
-        raise ValueError(f"{path}: its recipe: engine: expected {' or '.join(ENGINES)}, got {recipe.engine!r}")
-    if not 0 <= recipe.place < recipe.pictures or recipe.seed < recipe.place:
-        raise ValueError(f"{path}: its recipe: place: expected one of {recipe.pictures} pictures, got {recipe.place}")
-    return recipe
+            raise ValueError(f"{path}: its settings: {name}: expected {kind}, got {value!r}")
+    settings = Settings(**found)
+    if settings.engine not in (None, *ENGINES):
+        raise ValueError(f"{path}: its settings: engine: expected {' or '.join(ENGINES)}, got {settings.engine!r}")
+    if not 0 <= settings.place < settings.pictures or settings.seed < settings.place:
+        raise ValueError(
+            f"{path}: its settings: place: expected one of {settings.pictures} pictures, got {settings.place}"
+        )
+    return settings

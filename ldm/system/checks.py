@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+DTYPES = ("float32", "bfloat16", "float16")  # that networks may compute in
 LONGEST = 4096  # characters of a text
 LARGEST = 2**63 - 1  # what C and torch call an int
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-DTYPES = ("float32", "bfloat16", "float16")  # that networks may compute in
+from ldm.system.checks import DTYPES
+
 BF16_GAIN = 1.25  # how many times as fast a matrix product in bf16 must be for bf16 to be worth its casts
 GAIN_TURNS = 10
 

@@ -23,6 +23,11 @@ PATIENCE = 10.0  # seconds that a process which is just leaving is given
 _held: dict[Path, IO[str]] = {}
 
 
+def typed_path(text: str) -> str:
+    """A path as people type it => its one spelling: `~` expanded, without ./ and a slash at the end; no URL is."""
+    return text if not text or "://" in text else str(Path(os.path.expanduser(text)))
+
+
 def temporary_beside(final: Path) -> Path:
     """An empty folder to fill before it takes the name of `final`; a killed process leaves it, and nothing reads it."""
     settle(final)

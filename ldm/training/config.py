@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.system.checks import check
+from ldm.system.files import typed_path
 from ldm.training.objective import DiffusionConfig
 
 
@@ -62,6 +64,7 @@ class DataConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "source", typed_path(self.source))
         check("data.size", self.size, at_least=8, at_most=4096)
         if self.size % 8:
             raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}")
@@ -69,6 +72,7 @@ class DataConfig:
         check("data.workers", self.workers, at_least=0)
         if not self.cache:
             object.__setattr__(self, "cache", "off")
+        object.__setattr__(self, "cache", typed_path(str(self.cache)))
         if self.crop == "random" and self.cache != "off":
             raise ValueError("data.crop: random crops can't be encoded once; set data.cache=off or data.crop=center")
 
@@ -284,6 +288,9 @@ class Config:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "run", typed_path(self.run))
+        if self.vae is not None:
+            object.__setattr__(self, "vae", os.path.expanduser(self.vae))
         check("seed", self.seed, at_least=0)
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The page, in a real browser: what it shows is what the pipeline draws."""
+"""The page, in a real browser: what it shows is what the pipeline generates."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from ldm import LDMPipeline
 from ldm.app import page as app
+from ldm.cli.find import default_model
 from ldm.cli.main import main
-from ldm.sharing import png_metadata as recipe
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.inference.defaults import Defaults
+from ldm.sharing import png_metadata
 
 ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
@@ -139,13 +142,13 @@ def slide(page: Page, name: str, value: str) -> None:
     pytest.fail(f"{name} stays what it was")
 
 
-def draw(page: Page) -> None:
-    page.get_by_role("button", name="Draw", exact=True).click()
+def generate(page: Page) -> None:
+    page.get_by_role("button", name="Generate", exact=True).click()
 
 
 def shown(page: Page, count: int) -> list[np.ndarray]:
-    """The pixels of the pictures on the page, once they are drawn."""
-    expect(page.locator("#status")).to_contain_text("Drawn in")
+    """The pixels of the pictures on the page, once they are there."""
+    expect(page.locator("#status")).to_contain_text("Generated in")
     expect(page.locator("#pictures img")).to_have_count(count)
     pictures = []
     for image in page.locator("#pictures img").all():
@@ -155,27 +158,27 @@ def shown(page: Page, count: int) -> list[np.ndarray]:
     return pictures
 
 
-def test_a_prompt_becomes_the_very_picture_that_the_pipeline_draws(page: Page, pipe: LDMPipeline) -> None:
+def test_a_prompt_becomes_the_picture_that_the_pipeline_generates(page: Page, pipe: LDMPipeline) -> None:
     fill(page, prompt="red heart", negative="blue", steps=5, scale=4.5, count=1, seed=7)
-    draw(page)
+    generate(page)
     (found,) = shown(page, 1)
     (drawn,) = pipe("red heart", negative_prompt="blue", num_inference_steps=5, guidance_scale=4.5, seed=7).images
     assert found.std() > 5, "a flat picture proves nothing"
     assert np.abs(found - np.asarray(drawn)).max() == 0
 
 
-def test_a_downloaded_picture_can_be_drawn_again_byte_for_byte(page: Page, folder: Path, tmp_path: Path) -> None:
-    fill(page, prompt="rocket", negative="blue", steps=3, count=4)  # from a seed that nobody chose
-    draw(page)
+def test_a_downloaded_picture_can_be_generated_again_byte_for_byte(page: Page, folder: Path, tmp_path: Path) -> None:
+    fill(page, prompt="rocket", negative="blue", steps=3, count=4)  # from a random seed
+    generate(page)
     shown(page, 4)
     source = str(page.locator("#pictures img").nth(2).get_attribute("src"))
     (tmp_path / "saved.png").write_bytes(page.request.get(source).body())
-    assert recipe.read(tmp_path / "saved.png").prompt == "rocket"
+    assert png_metadata.read(tmp_path / "saved.png").prompt == "rocket"
     main(["sample", "--like", str(tmp_path / "saved.png"), str(folder), "--out", str(tmp_path / "again.png")])
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "saved.png").read_bytes()
 
 
-def test_what_was_drawn_at_random_can_be_drawn_again(page: Page, pipe: LDMPipeline) -> None:
+def test_a_random_seed_is_shown_and_gives_the_same_pictures_again(page: Page, pipe: LDMPipeline) -> None:
     fill(page, prompt="rocket", steps=3)
     page.get_by_label("Prompt", exact=True).press("Enter")
     found = shown(page, 4)
@@ -186,14 +189,14 @@ def test_what_was_drawn_at_random_can_be_drawn_again(page: Page, pipe: LDMPipeli
 
     # another press, other pictures
     sources = page.locator("#pictures img").evaluate_all("images => images.map(image => image.src)")
-    draw(page)
+    generate(page)
     expect(page.locator("#pictures img").first).not_to_have_attribute("src", sources[0])
     assert int(page.get_by_label("Seed", exact=True).input_value()) != seed
 
 
 def test_small_pictures_are_shown_large_and_crisp(page: Page) -> None:
     fill(page, prompt="cat", steps=1)
-    draw(page)
+    generate(page)
     shown(page, 4)
     image = page.locator("#pictures img").first
     assert image.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
@@ -204,31 +207,31 @@ def test_small_pictures_are_shown_large_and_crisp(page: Page) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["cat " * 300, "<b>cat</b> " * 300])
-def test_a_prompt_that_is_too_long_is_told_in_words_and_the_page_goes_on(page: Page, prompt: str) -> None:
+def test_a_prompt_that_is_too_long_is_an_error_and_the_page_still_works(page: Page, prompt: str) -> None:
     fill(page, prompt=prompt, steps=2, count=1)
-    draw(page)
+    generate(page)
     expect(page.get_by_text("prompt: expected at most 12 tokens")).to_be_visible()
     expect(page.get_by_text(prompt[:20]).last).to_be_visible()  # as it was typed, not as HTML
     expect(page.get_by_text("Traceback")).to_have_count(0)
     assert page.locator("#pictures img").count() == 0
     fill(page, prompt="cat")
-    draw(page)
+    generate(page)
     shown(page, 1)
 
 
-def test_stop_stops_and_the_page_goes_on(page: Page) -> None:
+def test_stop_stops_and_the_page_still_works(page: Page) -> None:
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
     fill(page, prompt="house", steps=100, count=9)
-    draw(page)
+    generate(page)
     expect(page.locator("#status")).to_contain_text(re.compile(r"Step \d+ of 100"))
-    expect(page.get_by_role("button", name="Draw", exact=True)).to_be_disabled()
+    expect(page.get_by_role("button", name="Generate", exact=True)).to_be_disabled()
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#status")).to_have_text("Stopped.")
     page.wait_for_timeout(500)
     expect(page.locator("#status")).to_have_text("Stopped.")
     assert page.locator("#pictures img").count() == 0
     fill(page, steps=2, count=1)
-    draw(page)
+    generate(page)
     shown(page, 1)
 
 
@@ -250,7 +253,7 @@ def test_the_page_needs_no_network(browser_page: Page, address: str) -> None:
 def page_of_classes(browser: Browser, tmp_path: Path) -> Iterator[tuple[Page, LDMPipeline]]:
     """The page of a model that knows classes and no text."""
     pipe = tiny.class_pipeline(tmp_path, ("food", "flags", "faces"))
-    _, url, _ = app.build_demo(pipe).launch(prevent_thread_lock=True, quiet=True, theme=app.THEME, css=app.CSS)
+    _, url, _ = app.build_page(pipe).launch(prevent_thread_lock=True, quiet=True, **app.SERVING)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     try:
         page.goto(url, wait_until="networkidle")
@@ -260,18 +263,18 @@ def page_of_classes(browser: Browser, tmp_path: Path) -> Iterator[tuple[Page, LD
         gr.close_all(verbose=False)
 
 
-def test_a_model_that_knows_classes_asks_for_classes_alone(page_of_classes: tuple[Page, LDMPipeline]) -> None:
+def test_a_model_of_classes_shows_classes_alone(page_of_classes: tuple[Page, LDMPipeline]) -> None:
     page, pipe = page_of_classes
-    expect(page.get_by_role("heading", name="Draw", exact=True)).to_be_visible()
+    expect(page.get_by_role("heading", name="Generate pictures", exact=True)).to_be_visible()
     for unasked in ("Prompt", "Negative prompt"):
         expect(page.get_by_label(unasked, exact=True)).to_have_count(0)
     page.get_by_text("Advanced settings").click()
     fill(page, steps=3, count=1, seed=2)
     page.get_by_label("Class", exact=True).click()
     page.get_by_role("option", name="flags").click()
-    page.keyboard.press("Tab")  # a dropdown tells what was chosen when it is left
+    page.keyboard.press("Tab")  # a dropdown takes a choice over when it loses the focus
     expect(page.get_by_label("Class", exact=True)).to_have_value("flags")
-    draw(page)
+    generate(page)
     (found,) = shown(page, 1)
     (drawn,) = pipe(class_label="flags", num_inference_steps=3, seed=2).images
     assert found.std() > 5
@@ -286,7 +289,7 @@ Draw = Callable[..., Iterator[dict[Any, Any]]]
 @pytest.fixture
 def drawing(pipe: LDMPipeline) -> Draw:
     """The generator that the page runs, with its inputs by position."""
-    functions = [one.fn for one in app.build_demo(pipe).fns.values() if one.api_name == "draw"]
+    functions = [one.fn for one in app.build_page(pipe).fns.values() if one.api_name == "generate"]
 
     def draw(prompt: str = "cat", steps: int = 3, seed: int = 1, count: int = 1) -> Iterator[dict[Any, Any]]:
         request = gr.Request(session_hash=f"visitor {seed}")
@@ -350,25 +353,72 @@ def test_a_failure_is_passed_on_and_the_next_drawing_works(
 
 
 def test_the_page_waits_in_a_bounded_queue_and_tells_nobody(pipe: LDMPipeline) -> None:
-    demo = app.build_demo(pipe)
+    demo = app.build_page(pipe)
     assert demo._queue.max_size == app.MOST_WAITING
     assert demo.analytics_enabled is False
-    assert [one.concurrency_limit for one in demo.fns.values() if one.api_name == "draw"] == [1]
+    assert [one.concurrency_limit for one in demo.fns.values() if one.api_name == "generate"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("usual", "ranges"),
+    [
+        (Defaults(), {"Steps": (1, 20, 100), "Guidance scale": (1, 3, 10)}),
+        (Defaults(150, 12.0), {"Steps": (1, 150, 150), "Guidance scale": (1, 12, 12)}),
+        (Defaults(8, 0.0, (0.2, 1.0)), {"Steps": (1, 8, 100), "Guidance scale": (0, 0, 10)}),
+    ],
+)
+def test_the_ranges_follow_the_model(pipe: LDMPipeline, usual: Defaults, ranges: dict[str, Any]) -> None:
+    """Else the page refuses the very settings that it opens with."""
+    pipe.defaults, before = usual, pipe.defaults
+    try:
+        page = app.build_page(pipe)
+        sliders = {one.label: one for one in page.blocks.values() if isinstance(one, gr.Slider)}
+        assert {
+            name: (one.minimum, one.value, one.maximum) for name, one in sliders.items() if name in ranges
+        } == ranges
+        (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
+        inputs = ["cat", None, None, "", 2, usual.guidance_scale, 1, 1, False]
+        (picture,) = last_pictures(function(*inputs, gr.Request(session_hash="visitor")))
+        settings = png_metadata.of(picture, Path("page"))
+        assert settings.guidance_scale == usual.guidance_scale
+        assert tuple(settings.guidance_interval or (0.0, 1.0)) == usual.guidance_interval
+    finally:
+        pipe.defaults = before
+
+
+def test_no_more_steps_than_timesteps(tmp_path: Path) -> None:
+    pipe = tiny.pipeline(tmp_path, schedule=NoiseSchedule.linear(12))
+    page = app.build_page(pipe)
+    (steps,) = [one for one in page.blocks.values() if isinstance(one, gr.Slider) and one.label == "Steps"]
+    assert (steps.value, steps.maximum) == (12, 12)
+
+
+def test_a_prompt_with_line_breaks_is_one_prompt(drawing: Draw, pipe: LDMPipeline) -> None:
+    for prompt in ("red\nheart", "red\n\nheart", "red\u2028heart"):
+        (picture,) = last_pictures(drawing(prompt))
+        assert png_metadata.of(picture, Path("page")).prompt == prompt
+        alone = pipe(prompt, num_inference_steps=3, guidance_scale=3.0, seed=1).images[0]
+        assert np.array_equal(np.asarray(picture), np.asarray(alone))
 
 
 # --- the command line ----------------------------------------------------------------------------------
 
 
-def test_the_default_model_is_the_first_that_exists(folder: Path, tmp_path: Path) -> None:
-    assert app.default_model((str(tmp_path), str(folder))) == str(folder)
-    with pytest.raises(FileNotFoundError, match="make one with `make demo`"):
-        app.default_model((str(tmp_path),))
+def test_the_default_model_is_the_first_that_exists(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="name yours with --model FOLDER, or train one: `ldm data openmoji"):
+        default_model()
+    for name in ("runs/demo/pipeline", "models/openmoji64"):
+        shutil.copytree(folder, tmp_path / name)
+        assert default_model() == name
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"error: no model in models/openmoji64 or runs/demo/pipeline; make one with `make demo`"),
+        ([], r"error: there is no model in models/openmoji64 or runs/demo/pipeline; name yours with --model"),
         (["--model", "./nowhere"], r"error: nowhere is not a pipeline folder"),
     ],
 )
@@ -376,6 +426,5 @@ def test_without_a_model_the_command_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
     with pytest.raises(SystemExit, match=message):
-        app.main()
+        main(["app", *arguments])

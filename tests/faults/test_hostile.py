@@ -385,9 +385,9 @@ def test_hostile_words_end_in_words(
 @pytest.fixture(scope="module")
 def address(pipe: LDMPipeline) -> Iterator[str]:
     gradio = pytest.importorskip("gradio")
-    from ldm.app import page as app
+    from ldm.app.page import SERVING, build_page
 
-    _, url, _ = app.build_demo(pipe).launch(prevent_thread_lock=True, quiet=True, **app.SERVING)
+    _, url, _ = build_page(pipe).launch(prevent_thread_lock=True, quiet=True, **SERVING)
     yield url.rstrip("/")
     gradio.close_all(verbose=False)
 
@@ -438,8 +438,8 @@ def test_the_server_enforces_its_limits_itself(address: str, changed: dict[int, 
     data: list[Any] = ["cat", None, None, "", 1, 3.0, 1, 1, False]
     for place, value in changed.items():
         data[place] = value
-    code, text = status(f"{address}/gradio_api/call/draw", {"data": data})
+    code, text = status(f"{address}/gradio_api/call/generate", {"data": data})
     if code == 200:
-        code, text = status(f"{address}/gradio_api/call/draw/{json.loads(text)['event_id']}")
+        code, text = status(f"{address}/gradio_api/call/generate/{json.loads(text)['event_id']}")
         assert "event: error" in text, text[:500]
     assert "Traceback" not in text and "root:" not in text

@@ -223,7 +223,7 @@ class World:
 
         def command() -> None:
             before()
-            command_line.parse_config = lambda description: config
+            command_line.parse_config = lambda *_: config
             command_line.start(main, "")
 
         rank = environment.get("RANK", "0")

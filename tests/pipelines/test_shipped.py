@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from ldm import LDMPipeline
-from ldm.app import page as app
+from ldm.cli.find import default_model
 from ldm.models.fingerprint import model_sha256
 
 FOLDER = road.ROOT / "models/openmoji64"
@@ -52,7 +52,7 @@ def test_its_report_is_about_it(pipe: LDMPipeline) -> None:
 
 def test_it_is_the_default_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(road.ROOT)
-    assert Path(app.default_model()) == Path("models/openmoji64")
+    assert Path(default_model()) == Path("models/openmoji64")
 
 
 def test_stock_diffusers_draws_the_same(pipe: LDMPipeline) -> None:

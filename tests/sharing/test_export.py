@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from ldm import LDMPipeline
 from ldm.cli.main import main
+from ldm.sharing.export import export
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,5 @@ def test_a_weight_that_fp16_cannot_hold_is_named(exported: Path, tmp_path: Path)
     pipe = LDMPipeline.from_pretrained(exported.parent / "pipeline")
     with torch.no_grad():
         pipe.unet.conv_out.bias[0] = 1e6
-    from ldm.cli.export import export
-
     with pytest.raises(ValueError, match=r"unet/.*conv_out\.bias"):
         export(pipe, tmp_path / "out")

@@ -85,7 +85,7 @@ def test_the_dry_run_is_what_is_uploaded_byte_for_byte(
     """And online: the dry run was offline, which transformers would write down."""
     main(["push", str(run), "someone/shapes", *WORDS, "--private"])
     told = capsys.readouterr().out
-    assert "it is at " in told and "someone/shapes" in told
+    assert "uploaded to " in told and "someone/shapes" in told
     assert hub.made["name"] == "shapes" and hub.made["organization"] == "someone"
     assert hub.made.get("visibility") == "private" or hub.made.get("private") is True  # by version
     expected = files(shared)
@@ -203,7 +203,7 @@ def test_an_evaluation_of_another_model_is_not_passed_on(
     with pytest.raises(SystemExit, match="evaluation: .* holds no evaluation of this very model"):
         main([*words, "--evaluation", str(run / "evaluation")])
     main(words)
-    assert "no figures: " in capsys.readouterr().out
+    assert "the card has no metrics: " in capsys.readouterr().out
     card = ModelCard.load(tmp_path / "out/README.md")
     assert not card.data.eval_results and not (tmp_path / "out/report.html").exists()
     front = yaml.safe_load((tmp_path / "out/README.md").read_text("utf-8").split("---")[1])

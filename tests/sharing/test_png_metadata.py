@@ -109,8 +109,8 @@ def test_another_model_is_said_to_be_another(
     words = ["sample", "--like", str(drawn / "00041-red-heart.png"), "--out", str(tmp_path / "again.png")]
     main([*words, str(tmp_path / "other")])
     told = capsys.readouterr()
-    assert "warning: " in told.err and "isn't the model that drew it" in told.err
-    assert "not the same file\n  model: " in told.out and "byte for byte" not in told.out
+    assert "warning: " in told.err and "is not the model that made it" in told.err
+    assert "not the same file:\n  model: " in told.out and "byte for byte" not in told.out
     assert recipe.read(tmp_path / "again.png").model == model_sha256(other)
 
 
@@ -151,18 +151,18 @@ def carrying(path: Path, said: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"steps": "three"}, "its recipe: steps: expected int, got 'three'"),
-        ({"steps": 2.5}, "its recipe: steps: expected int"),
-        ({"prompt": ["a"]}, "its recipe: prompt: expected str"),
+        ({"steps": "three"}, "its settings: steps: expected int, got 'three'"),
+        ({"steps": 2.5}, "its settings: steps: expected int"),
+        ({"prompt": ["a"]}, "its settings: prompt: expected str"),
         ({"steps": 10**9}, "num_inference_steps: expected a whole number from 1"),
         ({"width": 10**6, "height": 10**6}, "height: expected a multiple of 8"),
         ({"pictures": 10**9}, "num_images_per_prompt: expected a whole number"),
-        ({"place": 1}, "its recipe: place: expected one of 1 pictures, got 1"),
-        ({"seed": -1}, "its recipe: place|seed: expected"),
+        ({"place": 1}, "its settings: place: expected one of 1 pictures, got 1"),
+        ({"seed": -1}, "its settings: place|seed: expected"),
         ({"guidance_scale": float("nan")}, "guidance_scale: expected a number"),
-        ({"extra": 1}, "its recipe: expected an object with model, seed"),
+        ({"extra": 1}, "its settings: expected an object with model, seed"),
         ({"condition": "0" * 64}, "it was made of another picture"),
-        ({"classifier": "0" * 32, "classifier_scale": 1.0}, "was steered by a classifier; name it"),
+        ({"classifier": "0" * 32, "classifier_scale": 1.0}, "was steered by a classifier; name it with --classifier"),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name(
@@ -179,16 +179,16 @@ def test_a_file_without_a_recipe_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("hello")
     for path, told in (
-        (tmp_path / "plain.png", "it carries no recipe"),
+        (tmp_path / "plain.png", "it holds no settings"),
         (tmp_path / "text.png", "cannot identify image file"),
         (tmp_path / "none.png", "there is no such file"),
-        (carrying(tmp_path / "broken.png", "{"), "its recipe isn't JSON"),
+        (carrying(tmp_path / "broken.png", "{"), "its settings are not JSON"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{told}"):
             main(["sample", "--like", str(path)])
-    with pytest.raises(SystemExit, match="name a pipeline folder and what to draw"):
+    with pytest.raises(SystemExit, match="model: name a pipeline folder or a Hub id, then the prompts"):
         main(["sample"])
-    with pytest.raises(SystemExit, match="with --like the picture's recipe says what to draw"):
+    with pytest.raises(SystemExit, match="has its own; leave them out"):
         main(["sample", "model", "cat", "--like", "a.png"])
 
 

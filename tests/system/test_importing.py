@@ -84,7 +84,7 @@ COMMANDS = {
         "from ldm.cli.config import start; start(print, 'Train.')",
         ["--config", str(road.ROOT / "configs/demo.yaml")],
     ),
-    "app": ("import app; app.main()", ["--model", "nowhere"]),
+    "app": ("import runpy; runpy.run_path('app.py', run_name='__main__')", ["--model", "nowhere"]),
 }
 
 

@@ -31,7 +31,7 @@ def test_numbers_may_be_written_as_on_the_command_line_and_dates_stay_text() -> 
         ("a:\n  <<: {b: 1}", "merging (<<) is not supported in line 2; write the keys out"),
         ("\n? [a]\n: b", "a key is not a word in line 2"),
         ("a: 1\n---\nb: 2", "but found another document in line 2"),
-        ("a:\n" + "[" * 20 + "]" * 20, "more than 16 levels in line 2"),
+        ("a:\n " + "[" * 20 + "]" * 20, "more than 16 levels in line 2"),
         ("a: 1\nb: " + "9" * 41, "a number has more than 40 digits in line 2"),
         ("a: [1,\n", "expected the node content, but found '<stream end>' in line 2"),
         ("a: 1\nb: @x", "found character '@' that cannot start any token in line 2"),
