@@ -20,7 +20,7 @@ from typing import Any, NoReturn, get_type_hints
 from ldm.cli.recipes import find_recipe
 from ldm.pipelines import import_networks
 from ldm.system.checks import check_plain
-from ldm.system.importing import leave_quickly
+from ldm.system.importing import leave_quickly, quiet_libraries
 from ldm.training.config import Config
 
 LINE = 600  # characters of an error
@@ -110,9 +110,7 @@ def start(
     Exit codes: 0 done, 1 an error, 2 a wrong command line; 130 Ctrl-C, 143 SIGTERM, 75 SIGUSR1 (saved, start me
     again); 76 another rank died (docs/reliability.md).
     """
-    # their warnings concern their own authors: no torchvision, a BERT where CLIP was expected
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    quiet_libraries()
     from ldm.system.errors import RunError
     from ldm.training.signals import Stopped, install
 

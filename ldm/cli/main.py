@@ -5,7 +5,6 @@ A command imports what it needs when it runs: `ldm --help` does not wait for tor
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 import ldm
 from ldm.cli import app, data, doctor, evaluate, export, push, sample, train
 from ldm.cli.parser import Parser, add_commands
-from ldm.system.importing import leave_quickly
+from ldm.system.importing import leave_quickly, quiet_libraries
 
 COMMANDS = {
     "data": data.COMMAND,
@@ -33,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     parsed = build_parser().parse_args(words)
     parsed.command = shlex.join(["ldm", *words])
-    # their warnings concern their own authors: no torchvision, a BERT where CLIP was expected
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    quiet_libraries()
     try:
         parsed.run(parsed)
     except (ValueError, OSError, ModuleNotFoundError) as error:

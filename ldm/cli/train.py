@@ -13,6 +13,7 @@ from typing import Any
 from ldm.cli.parser import Command
 from ldm.cli.recipes import recipes
 from ldm.pipelines import import_networks
+from ldm.system.importing import quiet_libraries
 
 TASKS = {
     "vae": "Train the autoencoder on the pictures of data.source and save it, normalized, in RUN/vae.",
@@ -33,6 +34,7 @@ def train(task: str, config: Any) -> list[float]:
 
 def start(task: str, words: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train as the command line (by default sys.argv) says, and end the program as `ldm.cli.config.start` does."""
+    quiet_libraries()
     import_networks()
     from ldm.cli import config
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,3 +38,12 @@ def leave_quickly() -> None:
     """
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
+
+
+def quiet_libraries() -> None:
+    """Let diffusers and transformers report errors alone in our own commands; call it before they are imported.
+
+    Their warnings concern their own authors: no torchvision, a BERT where CLIP was expected.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

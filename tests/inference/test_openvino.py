@@ -380,7 +380,7 @@ def test_a_picture_is_drawn_again_byte_for_byte(
     assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="was drawn with OpenVINO, which isn't installed; pip install openvino, or"):
+    with pytest.raises(SystemExit, match="was made with OpenVINO, which is not installed; pip install openvino, or"):
         main(again)
     capsys.readouterr()
     main([*again, "--engine", "torch"])
@@ -417,7 +417,7 @@ def test_the_page_takes_it_where_it_is_installed(
 
     monkeypatch.setattr(OpenVINO, "prepare", refuse)
     assert app.load(str(tiny_pipeline_folder), "auto").engine is None
-    assert "openvino: can't convert the U-Net; drawing with torch" in capsys.readouterr().err
+    assert "openvino: can't convert the U-Net; using torch" in capsys.readouterr().err
     with pytest.raises(ValueError, match="can't convert"):
         app.load(str(tiny_pipeline_folder), "openvino")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
