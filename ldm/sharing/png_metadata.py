@@ -27,6 +27,7 @@ FORMATS: dict[str, dict[str, Any]] = {  # suffix => what Pillow is told
     ".jpeg": {"quality": 95},
     ".webp": {"lossless": True},
 }
+USUAL = {"guidance_interval": "everywhere", "dtype": "float32", "engine": "torch"}  # what None means
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
 
 
@@ -82,7 +83,8 @@ class Settings:
         for name in (f.name for f in dataclasses.fields(self)):
             old, new = getattr(self, name), getattr(now, name)
             if name not in ("pictures", "place") and old != new:
-                lines.append(f"{name}: {old} then, {new} now")
+                usual = USUAL.get(name)
+                lines.append(f"{name}: {usual if old is None else old} then, {usual if new is None else new} now")
         return lines or ["the same settings, so another machine rounds otherwise"]
 
     def arguments(self) -> dict[str, Any]:

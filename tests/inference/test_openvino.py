@@ -384,7 +384,7 @@ def test_a_picture_is_drawn_again_byte_for_byte(
         main(again)
     capsys.readouterr()
     main([*again, "--engine", "torch"])
-    assert "not the same file\n  engine: openvino then, torch now" in capsys.readouterr().out
+    assert "not the same file:\n  engine: openvino then, torch now" in capsys.readouterr().out
     drawn = [np.asarray(Image.open(path)).astype(int) for path in (picture, tmp_path / "again.png")]
     assert np.abs(drawn[0] - drawn[1]).mean() < 2
 
