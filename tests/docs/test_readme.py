@@ -1,4 +1,4 @@
-"""What the README tells people to type works as it stands."""
+"""What README and docs/ tell people to type works as it stands."""
 
 from __future__ import annotations
 
@@ -16,57 +16,124 @@ from ldm.cli.config import parse_config
 from ldm.cli.main import build_parser
 
 README = (road.ROOT / "README.md").read_text("utf-8")
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+TOP = [road.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+PAGES = {str(path.relative_to(road.ROOT)): path.read_text("utf-8") for path in [*TOP, *road.ROOT.glob("docs/*.md")]}
+BLOCKS = {name: re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for name, text in PAGES.items()}
+SCRIPTS = [block for blocks in BLOCKS.values() for block in blocks if "#SBATCH" in block]
+COMMANDS = {  # a command on two pages is one test
+    " ".join(words): words
+    for blocks in BLOCKS.values()
+    for block in blocks
+    if block not in SCRIPTS
     for line in block.splitlines()
-    if line.strip()
-]
-OVERRIDES = re.findall(r"^\| .*?\| `([a-z_.]+=[^`]+)`", README, re.MULTILINE)
+    if (words := shlex.split(line, comments=True))
+}
+OVERRIDES = re.findall(r"^\| .*?\| `([a-z_.]+=[^`]+)`", PAGES["docs/training.md"], re.MULTILINE)
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def parse_recipe(words: list[str]) -> None:
+    """Parse the arguments of a training; recipes of the repository are found from any folder."""
+    parse_config([str(road.ROOT / word) if word.startswith("configs/") else word for word in words])
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_command(words: list[str]) -> None:
     """Every command is one that its program understands."""
-    if words[0] == "make":
-        assert subprocess.run(["make", "--dry-run", *words[1:]], cwd=road.ROOT, capture_output=True).returncode == 0
-    elif words[0] == "ldm":
-        build_parser().parse_args(words[1:])
-    elif words[:2] == ["accelerate", "launch"]:
-        assert (road.ROOT / words[2]).exists()
-        parse_config([str(road.ROOT / word) if word.startswith("configs/") else word for word in words[3:]])
-    elif words[:2] == ["python", "app.py"]:
-        helped = subprocess.run([sys.executable, "app.py", "--help"], cwd=road.ROOT, capture_output=True, text=True)
-        assert helped.returncode == 0
-        assert all(word in helped.stdout for word in words[2:] if word.startswith("--"))
-    else:
-        assert words[:3] == ["pip", "install", "-e"]
-        extras = re.findall(r"\[(.*)\]", words[3])[0].split(",")
-        assert all(f"\n{extra} = [" in (road.ROOT / "pyproject.toml").read_text("utf-8") for extra in extras)
+    match words:
+        case ["make", *targets]:
+            assert subprocess.run(["make", "--dry-run", *targets], cwd=road.ROOT, capture_output=True).returncode == 0
+        case ["ldm", "train", "vae" | "ldm" | "classifier", "--help"]:
+            pass  # tests/cli runs it
+        case ["ldm", "train", "vae" | "ldm" | "classifier" as task, *rest]:
+            build_parser().parse_args(["train", task, *rest])
+            parse_recipe([word for word in rest if word != "--print_config"])
+        case ["ldm", "doctor", *rest]:
+            build_parser().parse_args(["doctor", *rest])
+            parse_recipe(rest)
+        case ["ldm", *rest]:
+            build_parser().parse_args(rest)
+        case ["accelerate", "launch", *rest]:
+            script = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+            assert (road.ROOT / rest[script]).exists()
+            parse_recipe(rest[script + 1 :])
+        case ["python", "app.py", *rest]:
+            helped = subprocess.run([sys.executable, "app.py", "--help"], cwd=road.ROOT, capture_output=True, text=True)
+            assert helped.returncode == 0
+            assert all(word in helped.stdout for word in rest if word.startswith("--"))
+        case ["pytest", *files]:
+            assert all((road.ROOT / file).exists() for file in files)
+        case [".", ".venv/bin/activate"]:
+            pass
+        case _:
+            assert words[:3] == ["pip", "install", "-e"]
+            extras = re.findall(r"\[(.*)\]", words[3])[0].split(",")
+            assert all(f"\n{extra} = [" in (road.ROOT / "pyproject.toml").read_text("utf-8") for extra in extras)
 
 
 def test_every_program_is_shown() -> None:
-    assert {words[0] for words in COMMANDS} == {"make", "ldm", "python", "accelerate", "pip"}
+    assert {words[0] for words in COMMANDS.values()} == {"make", "ldm", "accelerate", "pip", "pytest", "."}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_script_parses(script: str) -> None:
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("words", OVERRIDES)
 def test_override_in_the_table(words: str) -> None:
-    parse_config(["--config", str(road.ROOT / "configs/demo.yaml"), *words.split()])
+    parse_recipe(["--config", "configs/demo.yaml", *words.split()])
 
 
 def test_there_are_overrides_in_the_table() -> None:
-    assert len(OVERRIDES) >= 5
+    assert len(OVERRIDES) >= 10
 
 
-def test_python_lines_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in `folder`, from which models/ can be read as in a checkout."""
+    monkeypatch.chdir(folder)
+    (folder / "models").symlink_to(road.ROOT / "models")
+
+
+def test_readme_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").symlink_to(road.ROOT / "models")
+    in_checkout(tmp_path, monkeypatch)
     exec(lines, {})
     assert Image.open(tmp_path / "red_heart.png").size == (256, 256)
 
 
-def test_links_and_pictures_exist() -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert targets
-    assert not [target for target in targets if not (road.ROOT / target).exists()]
+def test_generation_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page promises that its last lines, stock diffusers, generate what the call above them does."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/generation.md"], re.DOTALL)
+    in_checkout(tmp_path, monkeypatch)
+    names: dict[str, list[Image.Image]] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["ours"] and [p.tobytes() for p in names["ours"]] == [p.tobytes() for p in names["stock"]]
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_page_opens_with_its_use(page: str) -> None:
+    title, _, rest = PAGES[page].partition("\n\n")
+    assert title.startswith("# ") and rest.startswith("After this page you ")
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?![a-z]+:)([^)#]*)#?([^)]*)\)", PAGES[page]):
+        file = (road.ROOT / page).parent / target if target else road.ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        if anchor:
+            assert anchor in anchors(file.read_text("utf-8")), f"{page} links to {target}#{anchor}"
