@@ -52,7 +52,7 @@ bench: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl runs/openmoji64/v
 	$(MEASURE)time_to_quality $(ONTO) $(AGAINST) --vae runs/openmoji64/vae --net nets/openmoji
 	$(MEASURE)sampling $(ONTO) $(DRAWN)
 	$(MEASURE)startup $(ONTO) --explain
-	$(MEASURE)growth $(ONTO)
+	$(MEASURE)scaling $(ONTO)
 
 bench-quick: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl
 	$(MEASURE)mfu $(ONTO) --pairs 2
@@ -60,7 +60,7 @@ bench-quick: $(BENCH)/installed $(PEER) data/openmoji/metadata.jsonl
 	$(MEASURE)train_throughput $(ONTO) $(AGAINST) --pairs 1 --pictures 48 --batch-size 8 --steps 4 --warmup 2 --no-search --no-defaults
 	$(MEASURE)sampling $(ONTO) --quick
 	$(MEASURE)startup $(ONTO) --quick
-	$(MEASURE)growth $(ONTO) --quick
+	$(MEASURE)scaling $(ONTO) --quick
 
 bench-env: $(BENCH)/installed
 

@@ -1,11 +1,11 @@
-"""Levers of a training step, each alone: the loop's own step against the same step with one thing changed.
+"""Ablations of a training step: the trainer's own step against the same step with one change.
 
-    python -m benchmarks.levers --unet base256 --batch-size 64
+    python -m benchmarks.ablations --unet base256 --batch-size 64
 
-The step is that of train_ldm.py at its defaults for this machine's device, a GPU if there is one and unless
-ACCELERATE_USE_CPU=true, on random latents and contexts: noise, loss, clipping, AdamW and the moving average are in it.
-The ratio says how much faster the changed step is: below 1 the default is the better one. --unet takes A, B or C (the
-benchmarks' settings) or the name of a file in configs/.
+The step is that of train_ldm.py with its defaults for this machine's device (a GPU if there is one, unless
+ACCELERATE_USE_CPU=true), on random latents and contexts. It includes noise, loss, clipping, AdamW and the moving
+average. The ratio is the speed of the changed step over that of the default: below 1 the default is better. --unet is
+A, B or C (the benchmarks' settings) or the name of a file in configs/.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HUB_LATENTS, HUB_DIM, HUB_TOKENS = (8, 4), 1024, 77
 
 @dataclass(frozen=True)
 class Shape:
-    """What a U-Net is made for, and how large."""
+    """The U-Net and the shapes of its inputs."""
 
     unet: UNetConfig
     latents: tuple[int, int, int]
@@ -47,21 +47,27 @@ class Shape:
 
 
 def shape_of(name: str) -> Shape:
-    """A setting's, or that of configs/NAME.yaml with a VAE and a text encoder of the Hub's sizes."""
+    """Of a setting, or of configs/NAME.yaml with a VAE and a text encoder of the Hub's sizes."""
     if name in SETTINGS:
         setting = SETTINGS[name]
         return Shape(UNET, latent_shape(setting), setting.tokens, setting.width)
-    told = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text("utf-8"))
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text("utf-8"))
     unet: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in told["unet"].items()
+        key: tuple(value) if isinstance(value, list) else value for key, value in config["unet"].items()
     }
-    size = int(told["data"].get("size", SIZE)) // HUB_LATENTS[0]
+    size = int(config["data"].get("size", SIZE)) // HUB_LATENTS[0]
     return Shape(UNetConfig(**unet), (HUB_LATENTS[1], size, size), HUB_TOKENS, HUB_DIM)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is made: the config, what happens to the U-Net and the training, and what a step happens within."""
+    """How a step is built.
+
+    Attributes:
+        config: of the training.
+        unet, training: change these objects before the first step.
+        around: runs the steps.
+    """
 
     config: Config
     device: torch.device
@@ -76,7 +82,7 @@ def compiled(plan: Plan) -> Plan:
 
 
 def channels_last(plan: Plan) -> Plan:
-    """Weights and latents with their channels last."""
+    """Weights in channels-last memory format."""
     return replace(plan, unet=lambda unet: unet.to(memory_format=torch.channels_last))
 
 
@@ -97,7 +103,7 @@ def other_attention(plan: Plan) -> Plan:
 
 
 def stock_average(plan: Plan) -> Plan:
-    """diffusers' own step of the moving average."""
+    """The moving average of diffusers."""
 
     def change(training: Training) -> None:
         training.ema = EMAModel(training.unet.parameters(), decay=plan.config.optim.ema_decay, foreach=True)
@@ -106,7 +112,7 @@ def stock_average(plan: Plan) -> Plan:
 
 
 def slow_adamw(plan: Plan) -> Plan:
-    """AdamW without its fused kernel, and clipping in a pass of its own with it."""
+    """AdamW without its fused kernel, and so clipping in a pass of its own."""
 
     def change(training: Training) -> None:
         optim = plan.config.optim
@@ -119,7 +125,7 @@ def slow_adamw(plan: Plan) -> Plan:
 
 
 def tf32(plan: Plan) -> Plan:
-    """What is left in float32 multiplied in TF32."""
+    """TF32 for the remaining float32 products."""
 
     def around(step: Callable[[], None]) -> None:
         before = torch.get_float32_matmul_precision()
@@ -132,7 +138,7 @@ def tf32(plan: Plan) -> Plan:
     return replace(plan, around=around)
 
 
-LEVERS: dict[str, Callable[[Plan], Plan]] = {
+CHANGES: dict[str, Callable[[Plan], Plan]] = {
     "channels last": channels_last,
     "compile": compiled,
     "other attention kernel": other_attention,
@@ -144,7 +150,7 @@ LEVERS: dict[str, Callable[[Plan], Plan]] = {
 
 
 def build(plan: Plan, accelerator: Accelerator, shape: Shape, batch_size: int) -> Callable[[int], Measured]:
-    """steps => {"value": pictures/s}, of the step that the plan makes."""
+    """A function: number of steps => {"value": pictures/s} of the planned step."""
     device = plan.device
     torch.manual_seed(0)
     unet = build_unet(shape.unet, latent_shape=shape.latents, context_dim=shape.width)
@@ -173,30 +179,37 @@ def build(plan: Plan, accelerator: Accelerator, shape: Shape, batch_size: int) -
 
 
 def main() -> None:
-    """Measure every lever and report."""
+    """Measure every change and report."""
     parser = arguments(__doc__)
     add = parser.add_argument
-    add("--unet", default="C", help="A, B or C, or a config's name such as base256")
+    add("--unet", default="C", help="A, B or C, or the name of a config such as base256")
     add("--batch-size", type=int, default=16, help="(default: 16)")
     add("--steps", type=int, default=3, help="of each measurement (default: 3)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="loop.precision of all steps")
-    add("--levers", nargs="+", choices=LEVERS, default=list(LEVERS), metavar="LEVER", help=f"of {', '.join(LEVERS)}")
+    add(
+        "--changes",
+        nargs="+",
+        choices=CHANGES,
+        default=list(CHANGES),
+        metavar="CHANGE",
+        help=f"of {', '.join(CHANGES)}",
+    )
     chosen = parser.parse_args()
     loop = LoopConfig(batch_size=chosen.batch_size, threads=chosen.threads, precision=chosen.precision)
     accelerator = build_accelerator(loop)
     config = Config(diffusion=DiffusionConfig(prediction="v", weighting="min_snr"), loop=loop)
     plan, shape = Plan(config, accelerator.device), shape_of(chosen.unet)
     default = build(plan, accelerator, shape, chosen.batch_size)
-    default(2)  # the first ones allocate
+    default(2)  # the first steps allocate memory
     comparisons = []
-    for name in chosen.levers:
-        changed = build(LEVERS[name](plan), accelerator, shape, chosen.batch_size)
+    for name in chosen.changes:
+        changed = build(CHANGES[name](plan), accelerator, shape, chosen.batch_size)
         changed(2)
         comparison = Comparison(f"{chosen.unet}, {name}", "pictures/s")
         ours, peer = (partial(measure, chosen.steps) for measure in (changed, default))
         comparisons.append(compare(comparison, ours, peer, chosen.pairs))
     facts = {"batch_size": chosen.batch_size, "precision": accelerator.mixed_precision, "steps": chosen.steps}
-    report("levers", comparisons, chosen.out, chosen.threads, accelerator.device, **facts)
+    report("ablations", comparisons, chosen.out, chosen.threads, accelerator.device, **facts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What can be counted instead of timed: the same on every machine, so CI can hold it.
+"""Costs that are counted instead of timed: they are the same on every machine, so CI can check them.
 
 python -m benchmarks.counters
 """
@@ -16,7 +16,7 @@ from ldm.data.cache.latents import context_kind, posterior_kind
 from ldm.models.unet import choose_attention
 from ldm.models.vae import downsampling
 
-META = torch.device("meta")  # real CPU tensors would hide attention from the counter
+META = torch.device("meta")  # on real CPU tensors the counter misses attention
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -36,7 +36,7 @@ def latent_shape(setting: Setting) -> tuple[int, int, int]:
 
 
 def unet_flops(setting: Setting) -> int:
-    """Of the U-Net in one training sample, forward and backward, with the attention kernel that a CPU trains with."""
+    """Of the U-Net in one training sample, forward and backward, with the attention kernel of training on a CPU."""
     shape = latent_shape(setting)
     with META:
         unet = setting.unet(shape).train()
@@ -46,13 +46,13 @@ def unet_flops(setting: Setting) -> int:
 
 
 def encoding_flops(setting: Setting) -> dict[str, int]:
-    """Of encoding one picture and one caption: what the cache saves at every sample."""
+    """Of encoding one picture and one caption, which the cache saves for every sample."""
     from transformers import CLIPTextModel
 
     with META, torch.no_grad():
         vae = setting.vae().requires_grad_(False)
         config = setting.text_config()
-        config._attn_implementation = "eager"  # batched products, which the counter knows
+        config._attn_implementation = "eager"  # batched products, which the counter supports
         text = CLIPTextModel(config).requires_grad_(False)
         pixels = torch.empty(1, 3, SIZE, SIZE)
         ids = torch.zeros(1, setting.tokens, dtype=torch.int64)
@@ -70,7 +70,7 @@ def cached_bytes(setting: Setting) -> dict[str, int]:
 
 
 def evaluations(pipeline: Any, steps: int, guidance_scale: float) -> int:
-    """How often the U-Net looks at a picture while a pipeline draws one: rows of its batches, all calls together."""
+    """U-Net evaluations of one generated picture: rows of the batches of all its calls."""
     rows = 0
 
     def hook(_: Any, args: tuple[Any, ...]) -> None:
@@ -86,7 +86,7 @@ def evaluations(pipeline: Any, steps: int, guidance_scale: float) -> int:
 
 
 def counters(setting: Setting) -> dict[str, int]:
-    """All of a setting's counters but the evaluations, which are a pipeline's."""
+    """All counters of a setting, without the evaluations, which depend on the pipeline."""
     encoding, cached = encoding_flops(setting), cached_bytes(setting)
     return {
         "unet_flops_per_sample": unet_flops(setting),
@@ -98,12 +98,12 @@ def counters(setting: Setting) -> dict[str, int]:
 
 
 def main() -> None:
-    """Print the counters of every setting, and how much less a sample costs that needs no encoding."""
-    told = {name: counters(setting) for name, setting in SETTINGS.items()}
-    print("| counter | " + " | ".join(told) + " |\n|---|" + "---|" * len(told))
-    for counter in next(iter(told.values())):
-        print(f"| {counter} | " + " | ".join(f"{found[counter]:,}" for found in told.values()) + " |")
-    shares = (sum(list(found.values())[:3]) / found["unet_flops_per_sample"] for found in told.values())
+    """Print the counters of every setting, and the ratio of a sample's FLOPs with and without encoding."""
+    found = {name: counters(setting) for name, setting in SETTINGS.items()}
+    print("| counter | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
+    for counter in next(iter(found.values())):
+        print(f"| {counter} | " + " | ".join(f"{each[counter]:,}" for each in found.values()) + " |")
+    shares = (sum(list(each.values())[:3]) / each["unet_flops_per_sample"] for each in found.values())
     print("| FLOPs with encoding / without | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
 
 

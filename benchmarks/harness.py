@@ -1,10 +1,10 @@
-"""What every benchmark shares: interleaved pairs, a canary, an interval, a table, and a JSON file with all of it.
+"""The method of all benchmarks: interleaved pairs, a canary, a confidence interval, a table, and a JSON file.
 
-A figure is a ratio of two arms measured side by side in one run, because shared cores drift by a factor of ten. The
-arms take turns, A B B A, so that a steady drift of the machine favors neither; one ratio is formed per pair, and the
-median of the pairs' ratios is reported with a bootstrap interval. A canary, a matrix product of fixed size, is timed
-before, between and after: where it changes within a pair, the machine was busy with something else, and the table
-says in how many pairs. No pair is ever dropped.
+A result is a ratio of two arms measured in turns in one run, because the speed of shared cores drifts by a factor of
+ten. The arms alternate, A B B A, so that a steady drift favors neither. Each pair gives one ratio; their median is
+reported with a bootstrap interval. A canary, a matrix product of fixed size, is timed before, between and after: if it
+changes within a pair, the machine was busy with something else, and the table counts that pair as disturbed. No pair is
+ever dropped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ RESAMPLES = 10_000
 DISTURBED = 1.25  # a pair counts as disturbed if its canaries differ by more than this factor
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow", "gradio")
 
-#: One measurement: {"value": what the ratio is made of, and whatever else shall be in the JSON}.
+#: One measurement: {"value": the number that the ratio is made of, and further entries for the JSON}.
 Measured = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a ratio must reach, and what it should."""
+    """The required and the desired value of a ratio."""
 
     floor: float
     aim: float
@@ -45,9 +45,9 @@ class Comparison:
     """Two arms and all their pairs.
 
     Attributes:
-        name: what was compared, the setting included.
+        name: of the comparison, with the setting.
         unit: of the arms' values.
-        ratio: which way the ratio goes: "ours/peer" for rates and bytes, "peer/ours" for seconds.
+        ratio: direction of the ratio: "ours/peer" for rates and bytes, "peer/ours" for seconds.
         pairs: {"order", "ours", "peer", "ratio", "canary"}, the last in GFLOP/s before, between and after.
     """
 
@@ -62,20 +62,20 @@ class Comparison:
         return [pair["ratio"] for pair in self.pairs]
 
     def pair(self, order: Sequence[str], ours: Measured, peer: Measured, canary: Sequence[float]) -> None:
-        """Add a pair that was measured."""
+        """Add a measured pair."""
         a, b = ours["value"], peer["value"]
         ratio = a / b if self.ratio == "ours/peer" else b / a
         self.pairs.append({"order": order, "ours": ours, "peer": peer, "ratio": ratio, "canary": canary})
 
     def with_values(self, other: Comparison, value: Callable[[Measured], float]) -> Comparison:
-        """Add another comparison's pairs, seen from another side: `value` of what each arm told."""
+        """Add another comparison's pairs with another value: `value` of each measurement."""
         for pair in other.pairs:
             ours, peer = ({**pair[arm], "value": value(pair[arm])} for arm in ("ours", "peer"))
             self.pair(pair["order"], ours, peer, pair["canary"])
         return self
 
     def summary(self) -> dict[str, Any]:
-        """The median of the pairs' ratios, its interval of 95 %, and the arms' medians."""
+        """The median of the pairs' ratios, its 95 % interval, and the arms' medians."""
         low, high = median_interval(self.ratios)
         return {
             "ratio": statistics.median(self.ratios),
@@ -95,34 +95,34 @@ def compare(
     pairs: int,
     canary: Callable[[], float] | None = None,
 ) -> Comparison:
-    """Measure so many more pairs, in the order A B B A; each arm returns {"value": float, …}. Two make a whole turn."""
+    """Measure `pairs` more pairs in the order A B B A, which takes two; each arm returns {"value": float, …}."""
     canary = canary or gemm
     arms = {"ours": ours, "peer": peer}
     for _ in range(pairs):
         order = ["ours", "peer"] if len(comparison.pairs) % 2 == 0 else ["peer", "ours"]
-        told, canaries = {}, [canary()]
+        measured, canaries = {}, [canary()]
         for arm in order:
-            told[arm] = arms[arm]()
+            measured[arm] = arms[arm]()
             canaries.append(canary())
-        comparison.pair(order, told["ours"], told["peer"], canaries)
-        a, b, ratio = told["ours"]["value"], told["peer"]["value"], comparison.ratios[-1]
-        say = f"ours {a:.4g}, peer {b:.4g} {comparison.unit}, ratio {ratio:.3g}"
-        print(f"{comparison.name}: pair {len(comparison.pairs)}: {say}", file=sys.stderr, flush=True)
+        comparison.pair(order, measured["ours"], measured["peer"], canaries)
+        a, b, ratio = measured["ours"]["value"], measured["peer"]["value"], comparison.ratios[-1]
+        result = f"ours {a:.4g}, peer {b:.4g} {comparison.unit}, ratio {ratio:.3g}"
+        print(f"{comparison.name}: pair {len(comparison.pairs)}: {result}", file=sys.stderr, flush=True)
     return comparison
 
 
 def median_interval(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The 2.5 and 97.5 % points of the median of bootstrap samples (Efron 1979).
+    """The 2.5 and 97.5 % quantiles of the median of bootstrap samples (Efron 1979).
 
-    Few pairs make it narrow, not wide: the median of n pairs lies within their range whatever is resampled.
+    With few pairs it is too narrow: a median of resamples never leaves the range of the pairs.
     """
-    chance = random.Random(seed)
-    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(resamples))
+    rng = random.Random(seed)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(resamples))
     return medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
 
 
 def gemm(size: int = 1024, seconds: float = 0.2) -> float:
-    """The canary: GFLOP/s of float32 matrix products [size, size] in this process; the best of those that fit."""
+    """The canary: GFLOP/s of float32 matrix products [size, size] in this process, the best within `seconds`."""
     import torch
 
     a, b = (torch.full((size, size), 1.0 + i) for i in range(2))
@@ -135,7 +135,7 @@ def gemm(size: int = 1024, seconds: float = 0.2) -> float:
 
 
 def environment(threads: int, **variables: str) -> dict[str, str]:
-    """What a measured process inherits: so many CPU threads, no network, this checkout's packages."""
+    """The environment of a measured process: number of CPU threads, no network, this checkout's packages."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -149,10 +149,10 @@ def environment(threads: int, **variables: str) -> dict[str, str]:
 
 
 def fresh(command: Sequence[str | Path], threads: int, log: Path, **variables: str) -> None:
-    """Run a command in a process of its own, with so many CPU threads, offline, what it says kept in `log`.
+    """Run a command offline in a fresh process with this many CPU threads; its output goes to `log`.
 
     Raises:
-        SystemExit: if it fails, with the end of what it said.
+        SystemExit: if it fails, with the end of its output.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as out:
@@ -166,9 +166,9 @@ def fresh(command: Sequence[str | Path], threads: int, log: Path, **variables: s
 
 
 def arguments(description: str | None, pairs: int = 4) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
+    """A parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=pairs, help="pairs per comparison; two make a turn A B B A")
+    parser.add_argument("--pairs", type=int, default=pairs, help="pairs per comparison, even: their order is A B B A")
     parser.add_argument("--threads", type=int, default=len(cores()), help="CPU threads of each process, both arms")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="the folder for JSON and logs")
     return parser
@@ -179,11 +179,11 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def circumstances(threads: int, device: Any = None) -> dict[str, Any]:
-    """Machine, versions, commit and command line: what is needed to repeat or to doubt a figure; the CPU by default."""
+def conditions(threads: int, device: Any = None) -> dict[str, Any]:
+    """Machine, versions, commit and command line of a result; device is the CPU by default."""
     import torch
 
-    from ldm.evaluation.machine import machine
+    from ldm.evaluation.provenance import machine
 
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -202,7 +202,7 @@ def circumstances(threads: int, device: Any = None) -> dict[str, Any]:
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, or None if there is none."""
+    """The version of a package, or None if it isn't installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -210,7 +210,7 @@ def installed(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, "+" if it has changes; None where there is no git."""
+    """The commit of this checkout, with "+" if there are changes; None without git."""
     try:
         words = ["git", "-C", str(ROOT)]
         name = subprocess.check_output([*words, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
@@ -227,7 +227,7 @@ def report(
     print(table(comparisons))
     record = {
         "benchmark": name,
-        **circumstances(threads, device),
+        **conditions(threads, device),
         **facts,
         "comparisons": [
             {
@@ -245,7 +245,7 @@ def report(
 
 
 def write(path: Path, record: dict[str, Any]) -> Path:
-    """Write a JSON file and say where it is."""
+    """Write a JSON file and print its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     print(f"raw pairs, machine, versions and commit: {path}")
@@ -256,11 +256,11 @@ def table(comparisons: Sequence[Comparison]) -> str:
     """One line per comparison, for a terminal and for Markdown."""
     rows = [["comparison", "ratio", "95 %", "floor / aim", "ours", "peer", "unit", "pairs", "disturbed"]]
     for comparison in comparisons:
-        told, target = comparison.summary(), comparison.target
+        found, target = comparison.summary(), comparison.target
         rows.append([
-            comparison.name, f"{told['ratio']:.2f}", f"{told['low']:.2f} to {told['high']:.2f}",
-            f"{target.floor:g} / {target.aim:g}" if target else "", f"{told['ours']:.4g}", f"{told['peer']:.4g}",
-            comparison.unit, str(told["pairs"]), str(told["disturbed"]),
+            comparison.name, f"{found['ratio']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}",
+            f"{target.floor:g} / {target.aim:g}" if target else "", f"{found['ours']:.4g}", f"{found['peer']:.4g}",
+            comparison.unit, str(found["pairs"]), str(found["disturbed"]),
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]

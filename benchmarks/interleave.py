@@ -1,7 +1,7 @@
-"""Two long trainings side by side: each runs alone for some seconds, is stopped where it is, and the other goes on.
+"""Two long trainings, interleaved: each runs alone for some seconds, is paused, and the other continues.
 
-What a machine does to one side in an hour, it does to the other. Only the seconds in which a side runs count as its
-own; its averaged weights are saved, by benchmarks/observe.py, when it has had so many of them.
+So a change of the machine's speed within an hour affects both. Only the seconds in which a training runs count as its
+own. benchmarks/record_steps.py saves its averaged weights at given numbers of such seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.harness import ROOT, environment
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Averaged weights, and how many seconds and steps of training made them."""
+    """Averaged weights, and the seconds and steps of training until then."""
 
     file: Path
     seconds: float
@@ -30,11 +30,13 @@ class Snapshot:
 
 @dataclass
 class Runner:
-    """One side: a process that runs only in its turns.
+    """A training process that runs only in its turns.
 
     Attributes:
-        command: what runs benchmarks/observe.py with --snapshots `folder`.
-        marks: seconds of its own time after which a snapshot is asked for; the last one ends it.
+        command: benchmarks/record_steps.py with --snapshots `folder`.
+        marks: seconds of its own time at which a snapshot is requested; the last one ends it.
+        turns: begin and end of each turn.
+        requested: number of snapshots requested so far.
     """
 
     command: Sequence[str | Path]
@@ -43,7 +45,7 @@ class Runner:
     threads: int
     log: Path
     turns: list[tuple[float, float]] = field(default_factory=list)
-    asked: int = 0
+    requested: int = 0
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -53,14 +55,14 @@ class Runner:
 
     @property
     def done(self) -> bool:
-        """Whether its last snapshot is there."""
+        """Whether its last snapshot exists."""
         return (self.folder / f"{len(self.marks) - 1:03d}.safetensors").exists()
 
     def turn(self, seconds: float) -> None:
-        """Let it run alone for so long, or until it is done.
+        """Run it for this long, or until it is done.
 
         Raises:
-            SystemExit: if it ends by itself, with the end of what it said.
+            SystemExit: if the process ends by itself, with the end of its log.
         """
         begin = time.monotonic()
         if self.process is None:
@@ -74,44 +76,44 @@ class Runner:
         else:
             os.killpg(self.process.pid, signal.SIGCONT)
         while not self.done and (now := time.monotonic()) < begin + seconds:
-            while self.asked < len(self.marks) and self.seconds + now - begin >= self.marks[self.asked]:
-                (self.folder / f"want-{self.asked:03d}").touch()
-                self.asked += 1
+            while self.requested < len(self.marks) and self.seconds + now - begin >= self.marks[self.requested]:
+                (self.folder / f"want-{self.requested:03d}").touch()
+                self.requested += 1
             if self.process.poll() is not None:
-                said = self.log.read_text("utf-8", errors="replace").replace("\r", "\n")[-3000:]
-                raise SystemExit(f"a training ended before its time was over; {self.log} ends with:\n{said}")
+                output = self.log.read_text("utf-8", errors="replace").replace("\r", "\n")[-3000:]
+                raise SystemExit(f"a training ended too early; {self.log} ends with:\n{output}")
             time.sleep(0.05)
         os.killpg(self.process.pid, signal.SIGSTOP)
         self.turns.append((begin, time.monotonic()))
 
     def own_time(self, moment: float) -> float:
-        """A moment of the clock that all processes share => its own seconds until then."""
+        """A time of the monotonic clock, which all processes share => its own seconds until then."""
         return sum(min(end, moment) - begin for begin, end in self.turns if begin < moment)
 
     def snapshots(self) -> list[Snapshot]:
-        """What it saved of its last average, in order; a step that was asked for twice counts once."""
+        """The snapshots of its last average, in order; of several at the same step, the first."""
         found: dict[tuple[int, int], Snapshot] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
-                facts = opened.metadata()
-            average, step = int(facts["average"]), int(facts["step"])
-            found.setdefault((average, step), Snapshot(file, self.own_time(float(facts["time"])), step))
+                metadata = opened.metadata()
+            average, step = int(metadata["average"]), int(metadata["step"])
+            found.setdefault((average, step), Snapshot(file, self.own_time(float(metadata["time"])), step))
         last = max((average for average, _ in found), default=0)
         return [
             snapshot for (average, _), snapshot in sorted(found.items(), key=lambda item: item[0]) if average == last
         ]
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kill it and its workers."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
-def take_turns(runners: Sequence[Runner], seconds: float, say: Callable[[str], None] = lambda _: None) -> None:
-    """Run all of them to their last marks in turns; they are killed whatever happens.
+def interleave(runners: Sequence[Runner], seconds: float, log: Callable[[str], None] = lambda _: None) -> None:
+    """Run all of them in turns to their last marks, then kill them, also after an exception.
 
-    The one that runs longest has turns of so many seconds, and the others shorter ones: all end at about the same time.
+    The longest one has turns of `seconds`, the others shorter ones, so that all end at about the same time.
     """
     longest = max(runner.marks[-1] for runner in runners)
     try:
@@ -119,11 +121,11 @@ def take_turns(runners: Sequence[Runner], seconds: float, say: Callable[[str], N
             for runner in runners:
                 if not runner.done:
                     runner.turn(seconds * runner.marks[-1] / longest)
-            say(
+            log(
                 ", ".join(
                     f"{runner.folder.name} {runner.seconds:.0f} s of {runner.marks[-1]:.0f}" for runner in runners
                 )
             )
     finally:
         for runner in runners:
-            runner.end()
+            runner.kill()

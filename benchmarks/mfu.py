@@ -2,10 +2,10 @@
 
     python -m benchmarks.mfu
 
-The FLOPs are those of the U-Net's matrix products and convolutions, forward and backward, counted on `meta`; the time
-is that of the whole step: noise, loss, clipping, AdamW and the moving average are in it, at the precision that a run
-would choose here. The yardstick is the fastest product of several sizes, in bfloat16 or float32. Both take turns in one
-process, A B B A.
+The FLOPs are those of the U-Net's matrix products and convolutions, forward and backward, counted on `meta`. The time
+is that of the whole step, with noise, loss, clipping, AdamW and the moving average, at the precision that a run would
+choose here. The reference is the fastest product of several sizes, in bfloat16 or float32. Both are measured in one
+process, in the order A B B A.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096))  # (rows, 
 
 
 def best_of(work: Callable[[], object], times: int) -> float:
-    """The shortest of so many runs, in seconds."""
+    """The shortest of `times` runs, in seconds."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -46,17 +46,17 @@ def best_of(work: Callable[[], object], times: int) -> float:
 
 def best_product(times: int) -> Measured:
     """{"value": GFLOP/s of the fastest product, and of each dtype and shape}."""
-    told = {}
+    rates = {}
     for name, dtype in DTYPES.items():
         for m, k, n in SHAPES:
             product = partial(torch.mm, torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype))
             product()
-            told[f"{name} {m}x{k}x{n}"] = 2 * m * k * n / best_of(product, times) / 1e9
-    return {"value": max(told.values()), "products": told}
+            rates[f"{name} {m}x{k}x{n}"] = 2 * m * k * n / best_of(product, times) / 1e9
+    return {"value": max(rates.values()), "products": rates}
 
 
 def build_step(setting: Setting, batch_size: int, threads: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """One training step on random latents and contexts, of the loop that train_ldm.py runs."""
+    """One training step on random latents and contexts, with the trainer of train_ldm.py."""
     diffusion = DiffusionConfig(prediction="v", weighting="min_snr")
     loop = LoopConfig(batch_size=batch_size, threads=threads)
     config = Config(unet=UNET, diffusion=diffusion, loop=loop)
@@ -80,7 +80,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--settings", default="C", help="which of A, B and C")
     parser.add_argument("--batch-size", type=int, default=16, help="(default: 16)")
-    parser.add_argument("--steps", type=int, default=3, help="steps of each measurement, of which the fastest counts")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each measurement; the fastest counts")
     chosen = parser.parse_args()
     comparisons, facts = [], {}
     for name in chosen.settings:
@@ -88,7 +88,7 @@ def main() -> None:
         work = unet_flops(SETTINGS[name]) * chosen.batch_size
         precision = AcceleratorState().mixed_precision
         facts[name] = {"flops_per_step": work, "batch_size": chosen.batch_size, "precision": precision}
-        step()  # the first one allocates
+        step()  # the first step allocates memory
 
         def ours(step: Callable[[], object] = step, work: int = work) -> Measured:
             return {"value": work / best_of(step, chosen.steps) / 1e9}

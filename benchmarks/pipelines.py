@@ -1,8 +1,11 @@
-"""Who draws: this package at its defaults, stock diffusers at its defaults and at its best, from one folder.
+"""The pipelines that the sampling benchmarks compare, from one folder.
 
-Stock's defaults are what its documentation types: the folder's scheduler, 50 steps, float32. Its best is what its
-documentation recommends to those who want speed: DPM++ 2M, 20 steps, bfloat16 where the machine multiplies it. All
-arms draw the same captions at the same guidance scale from the same noise; ours is told nothing else.
+- ours: `LDMPipeline` with its defaults
+- "stock default": stock diffusers as in its documentation: the folder's scheduler, 50 steps, float32
+- "stock best": stock diffusers with its documentation's advice for speed: DPM++ 2M, 20 steps, bfloat16 where the
+  device is faster in it
+
+All of them get the same captions, guidance scale and initial noise.
 """
 
 from __future__ import annotations
@@ -26,49 +29,50 @@ AGAINST = {"stock default": Target(8, 30), "stock best": Target(1.5, 6)}  # pict
 
 @dataclass
 class Arm:
-    """A pipeline in memory, and what a call of it is told besides captions and noise.
+    """A pipeline in memory with fixed arguments.
 
     Attributes:
-        rows: what its U-Net was asked since the last reset, in rows of its batches.
+        arguments: of each call, besides captions and noise.
+        rows: rows of the batches that the U-Net has evaluated since the last reset.
     """
 
     name: str
     pipeline: Any
-    told: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
 
     def __post_init__(self) -> None:
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.unet.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, module: Any, args: tuple[Any, ...], words: dict[str, Any]) -> None:
-        self.rows += len(words["sample"] if "sample" in words else args[0])
+    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.rows += len(kwargs["sample"] if "sample" in kwargs else args[0])
 
-    def draw(self, captions: Sequence[str], first_seed: int = 0, **told: Any) -> Any:
-        """One picture a caption; picture i starts from the noise of `first_seed` + i, the same in every arm."""
+    def generate(self, captions: Sequence[str], first_seed: int = 0, **arguments: Any) -> Any:
+        """One picture per caption; picture i starts from the noise of `first_seed` + i, the same in every arm."""
         latents = noise(self.pipeline, range(first_seed, first_seed + len(captions)))
-        return self.pipeline(list(captions), latents=latents, **{**self.told, **told}).images
+        return self.pipeline(list(captions), latents=latents, **{**self.arguments, **arguments}).images
 
-    def pixels(self, captions: Sequence[str], first_seed: int = 0, **told: Any) -> Tensor:
+    def pixels(self, captions: Sequence[str], first_seed: int = 0, **arguments: Any) -> Tensor:
         """The same as pixels [N,3,H,W] in [-1,1], not rounded to 8 bits."""
-        drawn = torch.from_numpy(self.draw(captions, first_seed, output_type="np", **told))
-        return drawn.permute(0, 3, 1, 2).float() * 2 - 1
+        images = torch.from_numpy(self.generate(captions, first_seed, output_type="np", **arguments))
+        return images.permute(0, 3, 1, 2).float() * 2 - 1
 
     def rate(self, batch: int) -> Measured:
-        """Pictures/s of a batch that is drawn now."""
+        """Pictures/s of one batch."""
         captions = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
         self.rows = 0
         start, cpu = time.perf_counter(), time.process_time()
-        self.draw(captions)
+        self.generate(captions)
         cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
         rows = self.rows / batch
         return {"value": batch / seconds, "per_cpu_second": batch / cpu, "unet_rows_per_picture": rows}
 
     def describe(self) -> dict[str, Any]:
-        """What the JSON says of it."""
+        """The arm's configuration, for the JSON."""
         scheduler = self.pipeline.scheduler
         return {
-            "told": self.told,
+            "arguments": self.arguments,
             "dtype": str(self.pipeline.unet.dtype),
             "scheduler": [type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if k[0] != "_"}],
             "defaults": vars(self.pipeline.defaults) if hasattr(self.pipeline, "defaults") else None,
@@ -77,26 +81,26 @@ class Arm:
 
 
 def timed(command: Sequence[str], threads: int, log: Path) -> tuple[float, float]:
-    """Seconds from the start of a fresh process to its end, and seconds of CPU time that it took."""
+    """Seconds from the start of a fresh process to its end, and its CPU seconds."""
     start, cpu = time.perf_counter(), children_cpu()
     fresh(command, threads, log)
     return time.perf_counter() - start, children_cpu() - cpu
 
 
 def children_cpu() -> float:
-    """CPU seconds of all processes that this one has waited for."""
+    """CPU seconds of all finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def engine_of(pipeline: Any) -> str:
-    """What computes U-Net and VAE decoder, by its name in ldm.inference.defaults.ENGINES."""
+    """The name in ldm.inference.defaults.ENGINES of what computes U-Net and VAE decoder."""
     engine = getattr(pipeline, "engine", None)
     return "torch" if engine is None else str(engine.name)
 
 
 def ours(folder: Path, plain: torch.device | None = None, engine: str = "torch") -> Arm:
-    """LDMPipeline as `ldm sample --engine …` has it, told nothing but what to draw; or plainly, in float32."""
+    """LDMPipeline as `ldm sample --engine …` loads it; or in float32 on the device `plain`."""
     from ldm import LDMPipeline
     from ldm.system.devices import best_device, best_dtype
 
@@ -121,14 +125,14 @@ def stock(folder: Path, name: str, guidance_scale: float, device: torch.device) 
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware."""
+    """bfloat16 where the device is faster in it, else float32."""
     from ldm.system.devices import best_dtype
 
     return best_dtype(device)
 
 
 def noise(pipeline: Any, seeds: Sequence[int]) -> Tensor:
-    """The x_T of these seeds, drawn in float32: a generator asked for bfloat16 gives other numbers."""
+    """x_T of these seeds, sampled in float32: in bfloat16 a generator gives other numbers."""
     config = pipeline.unet.config
     shape = (config.out_channels, config.sample_size, config.sample_size)
     each = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -136,9 +140,9 @@ def noise(pipeline: Any, seeds: Sequence[int]) -> Tensor:
 
 
 def random_pipeline(folder: Path) -> Path:
-    """A pipeline of real size with random weights, saved in `folder` if it isn't there: speed doesn't depend on them.
+    """A pipeline of real size with random weights, made in `folder` if missing: speed doesn't depend on the weights.
 
-    Pictures of 64 pixels through latents [8,16,16], MiniLM, a U-Net of 23 M parameters.
+    Pictures of 64 pixels, latents [8,16,16], MiniLM, a U-Net of 23 M parameters.
     """
     from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
     from ldm.models.text_encoder import TextConfig, TextEncoder

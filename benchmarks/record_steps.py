@@ -1,17 +1,17 @@
-"""Run a training script as it is and note when each of its optimizer steps ended.
+"""Run an unchanged training script and record when each of its optimizer steps ended.
 
-    python -m benchmarks.observe OUT.json STEPS SCRIPT WORDS...    leave after so many steps; 0 runs to the script's end
-    python -m benchmarks.observe --trials=2 OUT.json STEPS SCRIPT WORDS...    the steps of the third optimizer are meant
-    python -m benchmarks.observe --snapshots=FOLDER OUT.json STEPS SCRIPT WORDS...
+    python -m benchmarks.record_steps OUT.json STEPS SCRIPT ARGS...    exit after STEPS steps; with 0 run to the end
+    python -m benchmarks.record_steps --trials=2 OUT.json STEPS SCRIPT ARGS...    record the third optimizer
+    python -m benchmarks.record_steps --snapshots=FOLDER OUT.json STEPS SCRIPT ARGS...
 
-What this adds to the script, which runs by `runpy` as its own __main__ in this process:
-- torch's public hook after every optimizer step (`register_optimizer_step_post_hook`) notes the time, and CPU time and
-  peak size of this process. No function is replaced, and nothing waits: on a CPU a step is over when it returns.
-  With --trials, the first optimizers that are stepped don't count: a script may try a few steps before its run.
-- After STEPS steps OUT.json is written and the process left, so that neither side's saving at the end is timed.
-- With --snapshots, the average's `step` (of diffusers' EMAModel, or of our `Average`) is followed by a look whether
-  FOLDER holds a file want-NAME; if so the averaged weights are saved as FOLDER/NAME.safetensors. Its metadata say when,
-  after how many steps, and of which average of the process: a trial before the first step has one of its own.
+The script runs by `runpy` as __main__ in this process. This is added to it:
+- torch's public hook after every optimizer step (`register_optimizer_step_post_hook`) records time, CPU time and peak
+  memory of this process. No function is replaced, and nothing waits: on a CPU a step is over when it returns.
+  With --trials, the first optimizers that are stepped are skipped: a script may try a few steps before its run.
+- After STEPS steps OUT.json is written and the process exits, so that the final save of neither script is timed.
+- With --snapshots, a `step` of the moving average (diffusers' EMAModel, or our `Average`) looks for files named
+  FOLDER/want-NAME. For each, it saves the averaged weights as FOLDER/NAME.safetensors. The metadata hold the time, the
+  number of steps, and the number of the average in the process: a trial before the run has an average of its own.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from typing import Any, NoReturn
 
 from ldm.system.memory import peak_bytes
 
-STARTED = time.monotonic()  # the interpreter's own start, some milliseconds, is left out on both sides
+STARTED = time.monotonic()  # without the interpreter's start, some milliseconds, for both scripts
 
 
 def main() -> None:
-    """Read the words and run the script."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.observe", description=__doc__)
+    """Parse the arguments and run the script."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.record_steps", description=__doc__)
     add = parser.add_argument
     add("out", type=Path)
     add("steps", type=int)
@@ -44,16 +44,16 @@ def main() -> None:
     add("--snapshots", type=Path)
     add("script", nargs=argparse.REMAINDER)
     chosen = parser.parse_args()
-    seen = Seen(chosen.trials)
+    recorder = Recorder(chosen.trials)
 
     def finish() -> None:
-        chosen.out.write_text(json.dumps(seen.told()), "utf-8")
+        chosen.out.write_text(json.dumps(recorder.record()), "utf-8")
 
-    watch_steps(seen, chosen.steps, finish)
+    watch_steps(recorder, chosen.steps, finish)
     if chosen.snapshots:
         watch_average(chosen.snapshots)
     sys.argv = chosen.script
-    sys.path[0] = str(Path(sys.argv[0]).parent)  # as if the script had been started by itself
+    sys.path[0] = str(Path(sys.argv[0]).parent)  # as if the script had been started directly
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
@@ -61,13 +61,13 @@ def main() -> None:
 
 
 @dataclass
-class Seen:
-    """The ends of the steps of one optimizer of many.
+class Recorder:
+    """Records the steps of one optimizer.
 
     Attributes:
-        trials: optimizers that are stepped before it.
-        optimizers: all that were stepped so far, in order; held weakly, their moments are memory.
-        ends: when each step ended, with CPU seconds and peak bytes until then.
+        trials: number of optimizers that are stepped before it.
+        optimizers: all that were stepped so far, in order; weak references, since their moments take memory.
+        ends: the end of each step: time, CPU seconds and peak bytes so far.
     """
 
     trials: int
@@ -75,34 +75,34 @@ class Seen:
     ends: list[tuple[float, float, int]] = field(default_factory=list)
 
     def step(self, optimizer: Any) -> None:
-        """An optimizer has taken a step."""
+        """To be called after each step of any optimizer."""
         if not any(known() is optimizer for known in self.optimizers):
             self.optimizers.append(weakref.ref(optimizer))
         if len(self.optimizers) > self.trials and self.optimizers[self.trials]() is optimizer:
             self.ends.append((time.monotonic(), time.process_time(), peak_bytes()))
 
-    def told(self) -> dict[str, Any]:
-        """What OUT.json holds."""
+    def record(self) -> dict[str, Any]:
+        """The content of OUT.json."""
         ends, cpu, peaks = zip(*self.ends) if self.ends else ((), (), ())
-        told = {"started": STARTED, "steps": ends, "cpu": cpu, "steps_peak_bytes": max(peaks, default=0)}
-        return {**told, "peak_bytes": peak_bytes(), "optimizers": len(self.optimizers)}
+        steps = {"started": STARTED, "steps": ends, "cpu": cpu, "steps_peak_bytes": max(peaks, default=0)}
+        return {**steps, "peak_bytes": peak_bytes(), "optimizers": len(self.optimizers)}
 
 
-def watch_steps(seen: Seen, steps: int, finish: Any) -> None:
-    """Note what each optimizer step ends with, and leave after the last one that is wanted."""
+def watch_steps(recorder: Recorder, steps: int, finish: Any) -> None:
+    """Record each optimizer step, and exit after `steps` of them."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def hook(optimizer: Any, *_: Any) -> None:
-        seen.step(optimizer)
-        if steps and len(seen.ends) == steps:
+        recorder.step(optimizer)
+        if steps and len(recorder.ends) == steps:
             finish()
-            leave()
+            exit_at_once()
 
     register_optimizer_step_post_hook(hook)
 
 
 def watch_average(folder: Path) -> None:
-    """Save the averaged weights when asked, as soon as they have been stepped."""
+    """Save the averaged weights after the next step when a file want-NAME appears in the folder."""
     from diffusers.training_utils import EMAModel
     from safetensors.torch import save_file
 
@@ -115,24 +115,24 @@ def watch_average(folder: Path) -> None:
         steps[type(self)](self, parameters)
         if not hasattr(self, "number"):
             self.number = next(averages)
-        for wanted in folder.glob("want-*"):
-            facts = {
+        for request in folder.glob("want-*"):
+            metadata = {
                 "time": str(time.monotonic()),
                 "step": str(self.optimization_step),
                 "average": str(self.number),
             }
             weights = {f"{i:04d}": weight.contiguous() for i, weight in enumerate(self.shadow_params)}
-            name = wanted.name.removeprefix("want-")
-            save_file(weights, folder / f".{name}.new", facts)
+            name = request.name.removeprefix("want-")
+            save_file(weights, folder / f".{name}.new", metadata)
             (folder / f".{name}.new").rename(folder / f"{name}.safetensors")
-            wanted.unlink()
+            request.unlink()
 
     for kind in steps:
         setattr(kind, "step", stepped)  # noqa: B010
 
 
-def leave() -> NoReturn:
-    """End at once, workers included, without what a script does at its end."""
+def exit_at_once() -> NoReturn:
+    """End this process and its workers without the rest of the script."""
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()

@@ -1,12 +1,11 @@
-"""Pictures/s, and what they are worth, beside stock StableDiffusionPipeline on the same weights.
+"""Pictures/s and picture quality, against stock StableDiffusionPipeline with the same weights.
 
     python -m benchmarks.sampling                                                # random weights of real size
     python -m benchmarks.sampling --model runs/demo/pipeline --data data/openmoji-demo
 
-Ours is LDMPipeline with its defaults, whatever the folder says they are. Stock draws at its defaults (50 steps,
-float32) and at its best (DPM++ 2M, 20 steps, bfloat16), at our guidance scale, from our noise. Warm: in this process,
-after a first call. Cold: a fresh process, from its start to its end. A speed is worth what its pictures are worth, so
-the second table says what each arm's are (benchmarks/quality.py).
+Ours is LDMPipeline with the folder's defaults. Stock runs with its defaults (50 steps, float32) and at its best (DPM++
+2M, 20 steps, bfloat16), with our guidance scale and noise. Warm: in this process, after a first call. Cold: a fresh
+process, from its start to its end. The second table compares the pictures' quality (benchmarks/sample_quality.py).
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.drawing import AGAINST, PROMPTS, Arm, engine_of, ours, random_pipeline, stock, timed
 from benchmarks.harness import Comparison, Measured, arguments, compare, report
-from benchmarks.quality import Judge, compare_quality, quality_table
+from benchmarks.pipelines import AGAINST, PROMPTS, Arm, engine_of, ours, random_pipeline, stock, timed
+from benchmarks.sample_quality import SampleEvaluator, compare_quality, quality_table
 from ldm.inference.defaults import ENGINES
 
 COLD_OURS = """
@@ -49,28 +48,28 @@ pipeline(
 
 
 def cold(arm: Arm, folder: Path, batch: int, threads: int, log: Path) -> Measured:
-    """Pictures/s of a fresh process that draws as this arm does."""
+    """Pictures/s of a fresh process with this arm's settings."""
     words = [str(folder), str(batch)]
-    if arm.told:
+    if arm.arguments:
         dtype = str(arm.pipeline.unet.dtype).removeprefix("torch.")
-        words += [str(arm.told["num_inference_steps"]), str(arm.told["guidance_scale"]), dtype, arm.name]
+        words += [str(arm.arguments["num_inference_steps"]), str(arm.arguments["guidance_scale"]), dtype, arm.name]
     else:
         words.append(engine_of(arm.pipeline))
-    script = COLD_STOCK if arm.told else COLD_OURS
+    script = COLD_STOCK if arm.arguments else COLD_OURS
     seconds, cpu = timed([sys.executable, "-c", script, *words], threads, log)
     return {"value": batch / seconds, "per_cpu_second": batch / cpu}
 
 
 def by_cpu(comparison: Comparison) -> Comparison:
-    """The same pairs by CPU time, which other people's work on the same cores disturbs less."""
-    seen = Comparison(f"{comparison.name}, by CPU time", "pictures/CPU s")
-    return seen.with_values(comparison, lambda told: told["per_cpu_second"])
+    """The same pairs by CPU time, which other programs on the same cores disturb less."""
+    by_time = Comparison(f"{comparison.name}, by CPU time", "pictures/CPU s")
+    return by_time.with_values(comparison, lambda measured: measured["per_cpu_second"])
 
 
 def compare_warm(ours: Arm, arm: Arm, batch: int, pairs: int) -> Comparison:
-    """Pictures/s of two pipelines that have drawn before."""
+    """Pictures/s of two warm pipelines."""
     for each in (ours, arm):
-        each.draw([PROMPTS[0]] * batch)  # every step: an engine compiles for the batches with guidance and without
+        each.generate([PROMPTS[0]] * batch)  # all steps: an engine compiles for batches with and without guidance
     comparison = Comparison(f"batch {batch}, warm, {arm.name}", "pictures/s", target=AGAINST[arm.name])
     return compare(comparison, lambda: ours.rate(batch), lambda: arm.rate(batch), pairs)
 
@@ -79,27 +78,31 @@ def compare_cold(ours: Arm, arm: Arm, batch: int, pairs: int, folder: Path, thre
     """Pictures/s of two fresh processes."""
     comparison = Comparison(f"batch {batch}, cold, {arm.name}", "pictures/s", target=AGAINST[arm.name])
 
-    def side(each: Arm) -> Callable[[], Measured]:
+    def measure(each: Arm) -> Callable[[], Measured]:
         return lambda: cold(each, folder, batch, threads, log)
 
-    return compare(comparison, side(ours), side(arm), pairs)
+    return compare(comparison, measure(ours), measure(arm), pairs)
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """What was typed."""
+    """The command line's options."""
     parser = arguments(__doc__)
     add = parser.add_argument
     add("--model", type=Path, help="a pipeline folder (default: random weights of real size)")
-    add("--engine", choices=ENGINES, default="torch", help="what computes ours (default: torch, as `ldm sample`)")
-    add("--data", help="what it was trained on; then retrieval and KID are told beside the speed")
-    add("--split", choices=("train", "heldout"), default="heldout", help="whose captions are judged (default: heldout)")
+    add("--engine", choices=ENGINES, default="torch", help="the engine of ours (default: torch, as `ldm sample`)")
+    add("--data", help="its training data; then retrieval and KID are measured, too")
+    add("--split", choices=("train", "heldout"), default="heldout", help="of the prompts (default: heldout)")
     add("--holdout", type=float, default=0.05, help="the run's data.holdout (default: 0.05)")
-    add("--net", type=Path, help="the data set's own judge (default: nets/<name of the data>)")
-    add("--features", nargs="+", default=[], metavar="NET", help="other judges, as `ldm evaluate` takes them")
+    add("--net", type=Path, help="folder of the in-domain CLIP (default: nets/<name of the data>)")
+    add("--features", nargs="+", default=[], metavar="NET", help="further feature extractors, as in `ldm evaluate`")
     add("--batches", nargs="+", type=int, default=[1, 16], help="(default: 1 16)")
-    add("--pictures", type=int, help="to judge (default: 64 with --data, else 16)")
-    add("--reference-steps", type=int, default=200, help="of the pictures that errors are told from (default: 200)")
-    add("--quick", action="store_true", help="two pairs, warm single pictures, two pictures judged: a look, no figure")
+    add("--pictures", type=int, help="number to evaluate (default: 64 with --data, else 16)")
+    add("--reference-steps", type=int, default=200, help="of the pictures that errors refer to (default: 200)")
+    add(
+        "--quick",
+        action="store_true",
+        help="two pairs, warm single pictures, two pictures evaluated: a check, not a result",
+    )
     chosen = parser.parse_args(words)
     if chosen.quick:
         chosen.pairs, chosen.batches, chosen.reference_steps = 2, [1], 100
@@ -116,11 +119,11 @@ def main() -> None:
     mine = ours(folder, engine=chosen.engine)
     scale, device = mine.pipeline.defaults.guidance_scale, mine.pipeline.device
     others = [stock(folder, name, scale, device) for name in AGAINST]
-    judge, captions = None, [PROMPTS[i % len(PROMPTS)] for i in range(chosen.pictures)]
+    evaluator, captions = None, [PROMPTS[i % len(PROMPTS)] for i in range(chosen.pictures)]
     if chosen.data:
         chosen.net = chosen.net or Path("nets") / Path(chosen.data).name
-        judge = Judge.of(chosen, mine.pipeline.edge("height"), out / "features")
-        captions = list(judge.asked.captions)
+        evaluator = SampleEvaluator.of(chosen, mine.pipeline.edge("height"), out / "features")
+        captions = list(evaluator.prompts.captions)
 
     comparisons = []
     for arm in others:
@@ -129,14 +132,16 @@ def main() -> None:
             log = out / "sampling.log"
             comparisons.append(compare_cold(mine, arm, batch, chosen.pairs, folder, chosen.threads, log))
     float32 = ours(folder, device), others[0]
-    worth = compare_quality([mine, *others], float32, captions, chosen.reference_steps, judge, out)
+    quality = compare_quality([mine, *others], float32, captions, chosen.reference_steps, evaluator, out)
     report(
-        "sampling", [seen for each in comparisons for seen in (each, by_cpu(each))], out, chosen.threads,
+        "sampling", [one for each in comparisons for one in (each, by_cpu(each))], out, chosen.threads,
         model=str(folder), data=chosen.data, arms={arm.name: arm.describe() for arm in [mine, *others]},
-        reference_steps=chosen.reference_steps, judged_pictures=len(captions), quality=worth,
+        reference_steps=chosen.reference_steps, evaluated_pictures=len(captions), quality=quality,
     )  # fmt: skip
-    print(f"\nwhat {len(captions)} pictures of each are worth; errors are told from {chosen.reference_steps} steps")
-    print(quality_table(worth))
+    print(
+        f"\nquality of {len(captions)} pictures of each arm; errors are to pictures of {chosen.reference_steps} steps"
+    )
+    print(quality_table(quality))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What both sides train: one folder of pictures and one folder in Stable Diffusion's layout, for each setting.
+"""The inputs of both trainings, for each setting: a folder of pictures and a folder in Stable Diffusion's layout.
 
 | setting | VAE                                        | text encoder                              | tokens |
 |---------|--------------------------------------------|-------------------------------------------|--------|
@@ -6,10 +6,10 @@
 | B       | configs/openmoji64.yaml's (f4)             | of CLIP-L's size                          | 77     |
 | C       | configs/openmoji64.yaml's (f4)             | a CLIP of MiniLM's size (6 layers, 384)   | 24     |
 
-Weights are random, from a fixed seed: nothing is downloaded, and how fast a network is does not depend on them. The
-U-Net is the recipe's with one block per level, and starts from the same weights on both sides. Pictures are flattened
-on white beforehand, since the peer drops the alpha channel; only training pictures are in the folder, since the peer
-knows no held-out ones.
+Weights are random, from a fixed seed: nothing is downloaded, and speed does not depend on weights. The U-Net is the
+recipe's with one block per level, and both trainings start from the same weights. Pictures are flattened on white
+beforehand, since the peer drops the alpha channel. Only training pictures are in the folder, since the peer has no
+held-out split.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Setting:
     Attributes:
         sd_vae: whether the VAE has Stable Diffusion's size, or ours.
         layers, width, heads, vocabulary: of the CLIP text encoder.
-        tokens: that captions are padded to.
+        tokens: length that captions are padded to.
     """
 
     name: str
@@ -102,11 +102,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Folders:
-    """What both sides are given.
+    """The inputs of both trainings.
 
     Attributes:
         model: in Stable Diffusion's layout.
-        text: the same text encoder and tokenizer in one folder, as ours reads them.
+        text: the same text encoder and tokenizer in one folder, for ours.
         data: pictures and metadata.jsonl.
     """
 
@@ -116,8 +116,8 @@ class Folders:
     data: Path
     pictures: int
 
-    def ours(self, run: Path, batch_size: int, steps: int, threads: int, *words: str) -> list[str]:
-        """The words of train_ldm.py; nothing is saved, drawn or asked on the way, as on the peer's side."""
+    def ours(self, run: Path, batch_size: int, steps: int, threads: int, *overrides: str) -> list[str]:
+        """The arguments of train_ldm.py, without checkpoints, previews and validations on the way, as for the peer."""
         chosen = {
             "run": run,
             "vae": self.model,
@@ -139,10 +139,10 @@ class Folders:
             "loop.evaluate_every": 0,
             "loop.checkpoint_every": 0,
         }
-        return [*(f"{key}={value}" for key, value in chosen.items()), *words]
+        return [*(f"{key}={value}" for key, value in chosen.items()), *overrides]
 
     def peer(self, out: Path, batch_size: int, steps: int, *flags: str) -> list[str]:
-        """The words of train_text_to_image.py: what it can't do without, and these flags."""
+        """The arguments of train_text_to_image.py: the necessary ones, and these flags."""
         chosen = {
             "pretrained_model_name_or_path": self.model,
             "train_data_dir": self.data,
@@ -159,13 +159,13 @@ class Folders:
 def build(
     setting: Setting, source: str, folder: Path, most: int = 0, seed: int = 0, vae: Path | None = None
 ) -> Folders:
-    """Make a setting's folders in `folder`, anew.
+    """Make a setting's folders in `folder`, which is deleted first.
 
     Args:
         source: captioned pictures.
         most: training pictures, spread evenly; 0 is all.
         seed: of the U-Net's first weights.
-        vae: a trained VAE instead of a random one; then the model can learn something.
+        vae: a trained VAE instead of a random one, with which the model can learn something.
     """
     import torch
 
@@ -173,14 +173,14 @@ def build(
     captions = save_pictures(source, folder / "data", most)
     torch.manual_seed(1)
     autoencoder = load_vae(vae) if vae else setting.vae().eval()
-    if vae:  # the peer knows latents of unit variance only if it is given them
+    if vae:  # the peer doesn't normalize latents itself
         normalize_on(autoencoder, read_captioned(str(folder / "data"), holdout=0), SIZE)
     text = text_encoder(setting, captions, folder / "text")
     size = SIZE // downsampling(autoencoder)
     torch.manual_seed(seed)  # as train_ldm.py does before it builds its own
     unet = setting.unet((autoencoder.config.latent_channels, size, size))
-    how_to_draw = scheduler_config(NoiseSchedule.scaled_linear(), "v")
-    LDMPipeline.from_components(autoencoder, text, unet, how_to_draw).save_pretrained(folder / "model")
+    scheduler = scheduler_config(NoiseSchedule.scaled_linear(), "v")
+    LDMPipeline.from_components(autoencoder, text, unet, scheduler).save_pretrained(folder / "model")
     return Folders(setting, folder / "model", folder / "text", folder / "data", len(captions))
 
 

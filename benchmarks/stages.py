@@ -1,9 +1,9 @@
-"""How long each stage of `make demo` takes, and its share of the whole.
+"""The time of each stage of `make demo`, and its share of the total.
 
     python benchmarks/stages.py time LOG NAME COMMAND...    run a command; append its name and seconds to LOG
     python benchmarks/stages.py report LOG...               print the table of these logs
 
-The standard library alone: it times the installation too.
+It uses the standard library only, since it times the installation, too.
 """
 
 from __future__ import annotations

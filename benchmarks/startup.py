@@ -1,11 +1,11 @@
-"""How long a fresh process takes to import, to help, and to its first picture, beside stock diffusers.
+"""Seconds of a fresh process to import, to print its help, and to its first picture, against stock diffusers.
 
     python -m benchmarks.startup                                   # a pipeline of real size with random weights
     python -m benchmarks.startup --model runs/demo/pipeline
 
-Every measurement is a process of its own, from its start to its end, offline, with files warm in the system's cache:
-both arms have run once before. Stock's first picture is a script as its documentation has it, which saves a PNG; at its
-default of 50 steps, and at as many steps as ours takes. `--explain` says which imports our process waits for.
+Every measurement is a fresh process, from its start to its end, offline, with its files in the system's cache: both
+arms have run once before. Stock's first picture is the script of its documentation, which saves a PNG, at its default
+of 50 steps and at our number of steps. `--explain` lists the slowest imports of our process.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.drawing import DEFAULT_STEPS, PROMPTS, random_pipeline, timed
 from benchmarks.harness import Comparison, Measured, Target, arguments, compare, report
+from benchmarks.pipelines import DEFAULT_STEPS, PROMPTS, random_pipeline, timed
 from ldm.inference.defaults import Defaults
 
 FIRST_PICTURE = Target(0.8, 0.3)  # seconds, over stock's
@@ -28,18 +28,18 @@ import torch
 from diffusers import StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-told = dict(num_inference_steps=int(sys.argv[4]), guidance_scale=float(sys.argv[5]))
-pipeline(sys.argv[2], generator=torch.Generator().manual_seed(7), **told).images[0].save(sys.argv[3])
+arguments = dict(num_inference_steps=int(sys.argv[4]), guidance_scale=float(sys.argv[5]))
+pipeline(sys.argv[2], generator=torch.Generator().manual_seed(7), **arguments).images[0].save(sys.argv[3])
 """
 
 
 def python(code: str) -> list[str]:
-    """A fresh interpreter that runs this."""
+    """The command of a fresh interpreter that runs this code."""
     return [sys.executable, "-c", code]
 
 
 def process(command: Sequence[str], threads: int, log: Path) -> Callable[[], Measured]:
-    """An arm: a fresh process that runs this command, in seconds."""
+    """An arm: seconds of a fresh process that runs this command."""
 
     def arm() -> Measured:
         seconds, cpu = timed(command, threads, log)
@@ -49,7 +49,7 @@ def process(command: Sequence[str], threads: int, log: Path) -> Callable[[], Mea
 
 
 def commands(folder: Path, out: Path) -> dict[str, tuple[list[str], list[str], Target | None]]:
-    """What is compared: ours, stock's, and what the ratio of seconds shall reach."""
+    """By comparison: our command, stock's command, and the target of the ratio of seconds."""
     defaults = Defaults.load(folder)
     ours = [LDM, "sample", str(folder), PROMPTS[0], "--out", str(out / "first-ours.png"), "--seed", "7"]
     stock = [*python(STOCK), str(folder), PROMPTS[0], str(out / "first-stock.png")]
@@ -66,17 +66,17 @@ def commands(folder: Path, out: Path) -> dict[str, tuple[list[str], list[str], T
 
 
 def warm_up(folder: Path, out: Path, threads: int) -> None:
-    """Draw once on both sides, in one step: what they read is then in the system's cache."""
+    """Generate once with each, in one step, so that their files are in the system's cache."""
     ours, stock, _ = commands(folder, out)[f"first picture, stock in {DEFAULT_STEPS} steps"]
     timed([*ours, "--steps", "1"], threads, out / "startup.log")
     timed([*stock[:-2], "1", stock[-1]], threads, out / "startup.log")
 
 
 def slowest_imports(command: Sequence[str], most: int = 12) -> list[str]:
-    """The packages whose modules a Python command takes longest to import, each without what it imports itself."""
-    told = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True).stderr
+    """The packages with the longest import times in a Python command, without their own imports of others."""
+    output = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True).stderr
     spent: Counter[str] = Counter()
-    for own, _, module in (line.split("|") for line in told.splitlines() if line.count("|") == 2):
+    for own, _, module in (line.split("|") for line in output.splitlines() if line.count("|") == 2):
         microseconds = own.removeprefix("import time:").strip()
         if microseconds.isdigit():  # the first line names the columns
             spent[module.strip().split(".")[0]] += int(microseconds)
@@ -87,8 +87,10 @@ def main() -> None:
     """Measure and report."""
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="a pipeline folder (default: random weights of real size)")
-    parser.add_argument("--explain", action="store_true", help="the packages that our first picture waits for")
-    parser.add_argument("--quick", action="store_true", help="one turn of two pairs, without the small processes")
+    parser.add_argument(
+        "--explain", action="store_true", help="list the packages that our first picture spends most time importing"
+    )
+    parser.add_argument("--quick", action="store_true", help="two pairs, first picture only")
     chosen = parser.parse_args()
     out = chosen.out.resolve()
     folder = (chosen.model or random_pipeline(out / "random-pipeline")).resolve()
@@ -101,11 +103,11 @@ def main() -> None:
         pairs = 2 if chosen.quick else chosen.pairs
         found = compare(Comparison(f"{name} (lower is better)", "s", target=target), mine, theirs, pairs)
         cpu = Comparison(f"{name} (lower is better), by CPU time", "CPU s")
-        comparisons += [found, cpu.with_values(found, lambda told: told["cpu_seconds"])]
+        comparisons += [found, cpu.with_values(found, lambda measured: measured["cpu_seconds"])]
     report("startup", comparisons, out, chosen.threads, model=str(folder), defaults=vars(Defaults.load(folder)))
     if chosen.explain:
         ours = commands(folder, out)[f"first picture, stock in {DEFAULT_STEPS} steps"][0]
-        print("our first picture: packages by what their modules take to import", *slowest_imports(ours), sep="\n")
+        print("our first picture: packages by the import time of their modules", *slowest_imports(ours), sep="\n")
 
 
 if __name__ == "__main__":

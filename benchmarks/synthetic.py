@@ -1,7 +1,7 @@
-"""Synthetic rows in a real cache: what training reads, at any number of rows, without encoding a picture.
+"""Synthetic rows in a real latent cache, in any number, without encoding a picture.
 
-Captions are all different, latents and contexts have the shapes of configs/openmoji64.yaml (at another resolution, more
-or fewer latents). The stores are written and read by ldm.data itself; only what they hold is made up.
+Captions are all different. Latents and contexts have the shapes of configs/openmoji64.yaml, at the chosen resolution.
+The stores are written and read by ldm.data itself; only their content is random.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import CaptionedPictures, read_captioned
 
 CHANNELS = 4
-PART = 512  # rows written at once
+PART = 512  # rows per write
 
 
 @dataclass(frozen=True)
 class Rows:
-    """So many rows in a folder, with latents [4,edge,edge] and contexts [L,D]."""
+    """`count` rows in a folder, with latents [4,edge,edge] and contexts [L,D]."""
 
     folder: Path
     count: int
@@ -34,7 +34,7 @@ class Rows:
 
     @property
     def place(self) -> Path:
-        """Where they are."""
+        """Their folder."""
         return self.folder / f"{self.count}-rows-{self.edge}"
 
     @property
@@ -49,11 +49,11 @@ class Rows:
 
     @property
     def size(self) -> int:
-        """Bytes on disk, about."""
+        """Approximate bytes on disk."""
         return self.count * (self.posteriors.record.itemsize + self.contexts.record.itemsize + 400)
 
     def write(self) -> None:
-        """Make them, if they aren't there."""
+        """Make them if they are missing."""
         table = self.place / "rows.npy"
         if table.exists():
             return
@@ -62,10 +62,10 @@ class Rows:
         builder = Builder(self.place / "cache")
         keys = to_keys(b"".join(self.posteriors.key(b"%d" % i) for i in range(self.count)))
         captions = Captions.of(pictures, self.contexts).keys
-        chance = np.random.default_rng(0)
-        mean = chance.standard_normal((PART, *self.posteriors.shape[1:]), np.float32)
+        rng = np.random.default_rng(0)
+        mean = rng.standard_normal((PART, *self.posteriors.shape[1:]), np.float32)
         latents = np.stack([mean, np.full_like(mean, 0.05)], 1)  # mean and std
-        states = chance.standard_normal((PART, *self.contexts.shape), np.float32)
+        states = rng.standard_normal((PART, *self.contexts.shape), np.float32)
         found = {}
         for kind, wanted, payloads in ((self.posteriors, keys, latents), (self.contexts, captions, states)):
             with builder.writer(kind) as writer:
@@ -77,20 +77,20 @@ class Rows:
         save_table(table, found[self.posteriors.name].reshape(-1, 1))
 
     def pictures(self) -> CaptionedPictures:
-        """The rows, read as training reads them but for the pictures, which nobody looks at."""
+        """The rows as training reads them, without decoding the pictures."""
         return read_captioned(self.place / "data", check=False, holdout=0.0, progress=False)
 
     def source(self) -> ConditionedPictures:
-        """The same with everything that a model may be told of them."""
+        """The same with all of their conditions."""
         return ConditionedPictures.read(self.pictures(), progress=False)
 
     def cache(self) -> LatentCache:
-        """Their cache, opened."""
+        """Their latent cache."""
         return LatentCache.open(self.place / "cache", self.place / "rows.npy", self.posteriors, self.contexts)
 
 
 def save_captions(folder: Path, count: int) -> None:
-    """A data set of `datasets` with so many different captions of one black picture."""
+    """A data set of `datasets` with `count` different captions of one black picture."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -93,11 +93,12 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ldm.cli.find import find_model, run_of
-    from ldm.evaluation.run_record import FILE as RUN_FILE
-    from ldm.evaluation.run_record import carry_run, record_run
+    from ldm.evaluation.provenance import RUN_FILE, copy_run_record, record_run
 
     if arguments.model is None and not arguments.fit_net:
-        raise ValueError("model: name a run or a pipeline folder to evaluate, or fit a net with --fit-net")
+        raise ValueError(
+            "model: name a run or a pipeline folder to evaluate, or train the in-domain CLIP with --fit-net"
+        )
     if arguments.write_defaults and not (arguments.sweep and arguments.model):
         raise ValueError("--write-defaults: it writes what --sweep finds for a model; give both")
     folder, home, config = find_model(arguments.model) if arguments.model else (None, None, None)
@@ -110,44 +111,47 @@ def run(arguments: argparse.Namespace) -> None:
         bound_likelihood(folder, arguments.out or home, pictures, arguments)
     elif folder is not None and home is not None:
         out = arguments.out or home
-        if (folder / RUN_FILE).exists():  # what `ldm export` told of the run
-            carry_run(folder, out)
+        if (folder / RUN_FILE).exists():  # written by `ldm export`
+            copy_run_record(folder, out)
         else:
             record_run(out, *run_of(folder), config)
         examine(folder, out, pictures, net, arguments)
 
 
 def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> CaptionedPictures:
-    """The captioned pictures, read as the run read them except for what was typed."""
+    """The captioned pictures, with the run's settings except for those on the command line."""
     from ldm.data.dataset import read_captioned
     from ldm.training.config import DataConfig
 
     known = config["data"] if config else {}
     source = arguments.data or known.get("source")
     if source is None:
-        raise ValueError("data: there is no run that says what it was trained on; name the pictures with --data")
+        raise ValueError("data: no run defines the data set; name the pictures with --data")
     reading = DataConfig(**known).reading() if known else {}
     typed = {name: getattr(arguments, name) for name in ("image_column", "caption_columns", "holdout")}
     return read_captioned(source, **{**reading, **{key: value for key, value in typed.items() if value is not None}})
 
 
 def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, device: Any) -> None:
-    """Fit the data set's own net and say how well it knows what it hasn't seen."""
-    from ldm.evaluation.contrastive import NetConfig
-    from ldm.evaluation.fit_net import EPOCHS, fit_net
-    from ldm.evaluation.report.summary import shares
+    """Train the in-domain CLIP and print its recall on held-out pictures."""
+    from ldm.evaluation.in_domain_clip import InDomainClipConfig
+    from ldm.evaluation.in_domain_clip_training import EPOCHS, train_clip
+    from ldm.evaluation.report.text import recall_text
 
-    config = NetConfig(text_encoder=arguments.net_text)
+    config = InDomainClipConfig(text_encoder=arguments.net_text)
     epochs = EPOCHS if arguments.net_epochs is None else arguments.net_epochs
-    card = fit_net(pictures, net, device, config=config, epochs=epochs)
-    print(f"fit on {card['n']} training pictures in {card['seconds']} s; {card['recall_on']} pictures:")
+    card = train_clip(pictures, net, device, config=config, epochs=epochs)
+    print(
+        f"in-domain CLIP trained on {card['n']} pictures in {card['seconds']} s; recall, {card['recall_on']} captions:"
+    )
     for direction, found in card["recall"].items():
-        print(f"  {direction}: {shares(found)}, by chance {found['chance']['top1']:.1%}, {found['chance']['top5']:.1%}")
-    print(f"the net is in {net}")
+        chance = found["chance"]
+        print(f"  {direction}: {recall_text(found)}; chance {chance['top1']:.1%}, {chance['top5']:.1%}")
+    print(f"saved in {net}")
 
 
 def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:
-    """Bound the likelihood of the held-out latents, and say it by t."""
+    """Bound the likelihood of the held-out latents, and print the bound by t."""
     from ldm.evaluation.metrics.nll import nll_of_pipeline
     from ldm.evaluation.report.page import FILE, write_report
     from ldm.models.fingerprint import model_sha256
@@ -158,38 +162,37 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
     found = nll_of_pipeline(pipeline, pictures.heldout, most_strata=arguments.strata, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
-    told = {"model": model_sha256(pipeline), **found.to_dict()}
-    (out / "nll.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-    print(f"{found.table()}\nall of it is in {out / 'nll.json'}")
+    record = {"model": model_sha256(pipeline), **found.to_dict()}
+    (out / "nll.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    print(f"{found.table()}\nsaved in {out / 'nll.json'}")
     if (out / FILE).exists():
         print(f"and in {write_report(out)}")
 
 
 def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:
-    """Load what is named, evaluate, and say what came out."""
-    from ldm.evaluation.contrastive import load_net, read_card
+    """Evaluate the model and print a summary."""
     from ldm.evaluation.evaluate import QUICK, Plan, evaluate
-    from ldm.evaluation.features import load_space, pixel_space
+    from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
+    from ldm.evaluation.features import load_extractor, pixel_extractor
+    from ldm.evaluation.in_domain_clip import load_clip, read_card
     from ldm.evaluation.report.page import FILE, PAGE
-    from ldm.evaluation.report.summary import summary
-    from ldm.evaluation.settings import Settings
-    from ldm.evaluation.subject import Subject
+    from ldm.evaluation.report.text import summary
     from ldm.inference.defaults import check_interval
     from ldm.pipelines.text_to_image import LDMPipeline
 
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
-    subject = Subject(pipeline, folder)
-    spaces = [pixel_space(subject.size)]
-    spaces += [load_space(spec, subject.size, subject.device) for spec in arguments.features]
+    model = EvaluatedModel(pipeline, folder)
+    extractors = [pixel_extractor(model.size)]
+    extractors += [load_extractor(spec, model.size, model.device) for spec in arguments.features]
     if read_card(net) is not None:
-        spaces.append(load_net(net, pictures, subject.size, subject.device))
-    if len(spaces) == 1:
+        extractors.append(load_clip(net, pictures, model.size, model.device))
+    if len(extractors) == 1:
         print(
-            f"no feature net: there is none in {net} (fit it with --fit-net), and --features names none; "
-            "FID and its kin are left out, the rest is told in pixels"
+            f"no in-domain CLIP in {net} (train it with --fit-net) and no --features: "
+            "FID and the other distribution metrics are left out, the rest is measured in pixels"
         )
     defaults = pipeline.defaults
-    settings = Settings(
+    settings = SamplingSettings(
         defaults.num_inference_steps if arguments.steps is None else arguments.steps,
         defaults.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale,
         arguments.seed,
@@ -207,15 +210,15 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
     plan = dataclasses.replace(
         QUICK if arguments.quick else Plan(), batch_size=arguments.batch_size, sweep=arguments.sweep, **chosen
     )
-    report = evaluate(subject, pictures, spaces, settings, out, plan, command=arguments.command)
+    report = evaluate(model, pictures, extractors, settings, out, plan, command=arguments.command)
     page = out / PAGE
     if arguments.report:
         arguments.report.parent.mkdir(parents=True, exist_ok=True)
         page = shutil.copyfile(page, arguments.report)
-    print(f"\n{summary(report)}\nall of it is in {out / FILE}, and to look at in {page}")
+    print(f"\n{summary(report)}\nall metrics: {out / FILE}\nreport: {page}")
     if arguments.write_defaults:
         dataclasses.replace(defaults, **report["sweep"]["best"]).save(folder)
-        print(f"these are now the defaults of {folder}")
+        print(f"the best setting is now the default of {folder}")
 
 
 COMMAND = Command(

@@ -17,15 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import_networks()
     from ldm.cli.find import find_model, run_of
-    from ldm.evaluation.run_record import record_run
+    from ldm.evaluation.provenance import record_run
     from ldm.pipelines.text_to_image import LDMPipeline
     from ldm.sharing.export import export
-    from ldm.sharing.redaction import without_places
+    from ldm.sharing.redaction import redact_paths
 
     folder, _, config = find_model(arguments.model)
     size = export(LDMPipeline.from_pretrained(folder), arguments.out)
     if config:
-        config = without_places(config, [config.get("run"), config.get("data", {}).get("source")])
+        config = redact_paths(config, [config.get("run"), config.get("data", {}).get("source")])
     record_run(arguments.out, *run_of(folder), config)  # `ldm evaluate` reports it
     print(f"{arguments.out} holds {size / 1e6:.1f} MB; generate with: ldm sample {arguments.out} PROMPT")
 

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder, home, config = find_model(arguments.model)
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
     evaluation = arguments.evaluation
-    if evaluation is None and hub.is_of(home, model_sha256(pipeline)):
+    if evaluation is None and hub.is_evaluation_of(home, model_sha256(pipeline)):
         evaluation = home
     if evaluation is None:
         print(f"the card has no metrics: {home} holds no evaluation of this model (`ldm evaluate` makes one)")

@@ -1,18 +1,15 @@
-"""How good the model is: `ldm evaluate`.
+"""Evaluation of trained models, and validation during training.
 
-evaluate.py     all metrics of a model, and one JSON file with them
-examine.py      the sections of an evaluation
-subject.py      a pipeline as the evaluation sees it
-settings.py     how the evaluated pictures are generated
-gallery.py      all real pictures of a data set
-heldout.py      the validation loss at fixed (t, eps), by quarter of t
-text_use.py     shuffled-caption gap and null-caption gap
-features.py     feature spaces: pixels, a frozen network, the in-domain CLIP
-contrastive.py  the in-domain CLIP
-fit_net.py      fitting it
-sweep.py        which guidance and how many steps
-machine.py      speed, and the machine
-run_record.py   what is known of the run that made a model
-metrics/        FID, KID, retrieval, likelihood, memorization, with confidence intervals
-report/         report.html and the summary
+evaluate.py                all metrics of a model, into evaluation.json and report.html
+sections.py                the sections of an evaluation
+evaluated_model.py         a pipeline under evaluation: its networks, generation, timing
+evaluation_set.py          the real pictures of a data set, and the prompt sets
+features.py                feature extractors: pixels, a frozen network, the in-domain CLIP
+in_domain_clip.py          the in-domain CLIP
+in_domain_clip_training.py its training
+sweep.py                   the choice of guidance scale, interval and number of steps
+validation.py              validation losses of a training run at fixed (sample, t, eps)
+provenance.py              the machine, and the record of the run that made a model
+metrics/                   FID, KID, retrieval, likelihood, memorization, with confidence intervals
+report/                    report.html and the summary in the terminal
 """

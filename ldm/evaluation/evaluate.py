@@ -1,18 +1,18 @@
-"""All questions at once, and one JSON file with all answers: OUT/evaluation.json.
+"""All metrics of a model: `evaluate` writes OUT/evaluation.json and OUT/report.html.
 
-    OUT/evaluation.json      the answers; paths in it are relative to OUT
-    OUT/report.html          the same to look at, in one file
-    OUT/pictures/            what was drawn, kept and used again when the same is asked of the same model
-    OUT/real/                the real pictures that it is shown beside
-    OUT/reconstructed/       what the autoencoder makes of these
-    OUT/features/            the vectors of the real pictures, by space
-    OUT/sweep.png            retrieval and KID over guidance scale, steps and interval
+    OUT/evaluation.json      all metrics; paths in it are relative to OUT
+    OUT/report.html          the same as one page
+    OUT/pictures/            generated pictures, reused by an identical request of the same model
+    OUT/real/                real pictures that the report shows
+    OUT/reconstructed/       the VAE's reconstructions of the evaluated real pictures
+    OUT/features/            feature vectors of the real pictures, by feature extractor
 
-Every picture is drawn once: for captions that were trained on, and for held-out ones.
+There are two prompt sets, training and held-out captions, and one picture for every prompt.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from ldm.data.dataset import CaptionedPictures
-from ldm.evaluation import examine
-from ldm.evaluation.features import Space, embed_all, pixels_of
-from ldm.evaluation.gallery import Asked, Gallery, fingerprint
-from ldm.evaluation.machine import machine, timing
-from ldm.evaluation.metrics.distribution import kid_figure, require_torchmetrics
-from ldm.evaluation.metrics.intervals import RESAMPLES, mean_figure
+from ldm.evaluation import sections
+from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings, time_generation
+from ldm.evaluation.evaluation_set import EvaluationSet, PromptSet, fingerprint
+from ldm.evaluation.features import FeatureExtractor, extract_features, in_batches, read_pixels
+from ldm.evaluation.metrics.distribution import kid_estimate
+from ldm.evaluation.metrics.intervals import RESAMPLES, mean_estimate
+from ldm.evaluation.provenance import machine
 from ldm.evaluation.report.page import FILE, write_report
-from ldm.evaluation.settings import Settings
-from ldm.evaluation.subject import Subject
-from ldm.evaluation.sweep import GUIDANCE, INTERVALS, STEPS, choose, plot, sweep, table
+from ldm.evaluation.report.text import sweep_table
+from ldm.evaluation.sweep import GUIDANCE, INTERVALS, STEPS, choose, sweep
 
 SCHEMA = 1
 SEED = 0  # of t, eps and the shuffled captions
@@ -41,14 +41,14 @@ SEED = 0  # of t, eps and the shuffled captions
 
 @dataclass(frozen=True)
 class Plan:
-    """How thoroughly to look.
+    """How thoroughly to evaluate.
 
     Attributes:
-        train_pictures: training captions drawn, spread evenly.
-        heldout_pictures: held-out captions drawn, spread evenly; None is all.
-        batch_size: pictures drawn at once.
+        train_pictures: training captions to generate, spread evenly.
+        heldout_pictures: held-out captions to generate, spread evenly; None is all.
+        batch_size: pictures generated at once.
         resamples, fid_resamples: of the bootstrap.
-        timing: whether to measure how long drawing takes.
+        timing: whether to measure the time of generation.
         sweep: whether to try the grid of guidance, steps and intervals, on up to `sweep_pictures` captions of each set.
     """
 
@@ -65,177 +65,187 @@ class Plan:
     sweep_pictures: int = 64
 
 
-#: A short look, for tests and for models that are still learning.
+#: A quick evaluation, for tests and for models in training.
 QUICK = Plan(train_pictures=16, heldout_pictures=16, resamples=200, fid_resamples=10, timing=False, sweep_pictures=16)
 
 
 def evaluate(
-    subject: Subject,
+    model: EvaluatedModel,
     pictures: CaptionedPictures,
-    spaces: Sequence[Space],
-    settings: Settings,
+    extractors: Sequence[FeatureExtractor],
+    settings: SamplingSettings,
     out: Path,
     plan: Plan | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Examine a model and write OUT/evaluation.json and OUT/report.html.
+    """Evaluate a model and write OUT/evaluation.json and OUT/report.html.
 
     Args:
         pictures: the whole data set, training and held-out pictures.
-        spaces: the pixel space first, then the feature nets.
-        settings: how it shall draw.
-        command: what was typed, for whoever wants to do it again.
+        extractors: pixels first, then networks; the last one is the report's main one.
+        settings: of the generated pictures.
+        command: the command line, for the report.
     Returns:
-        What the file holds.
+        The content of evaluation.json.
     Raises:
-        ModuleNotFoundError: without torchmetrics.
+        ModuleNotFoundError: without the packages of the extra "metrics".
     """
-    require_torchmetrics()
+    require_packages()
     plan = plan or Plan()
     started = time.perf_counter()
-    gallery = Gallery(pictures, subject.size)
-    sets = [gallery.ask("train", plan.train_pictures), gallery.ask("heldout", plan.heldout_pictures)]
-    sets = [asked for asked in sets if len(asked)]
-    judged = sets[-1]  # the held-out captions, or the training captions of a data set without them
-    nets = [space for space in spaces if space.sha256 is not None]
+    data = EvaluationSet(pictures, model.size)
+    sets = [data.prompts("train", plan.train_pictures), data.prompts("heldout", plan.heldout_pictures)]
+    sets = [prompts for prompts in sets if len(prompts)]
+    main = sets[-1]  # the held-out captions, or the training captions of a data set without them
+    networks = [extractor for extractor in extractors if extractor.sha256 is not None]
 
-    say("the loss on fixed questions, with true, shuffled and null captions")
+    log("validation loss with true, shuffled and null captions")
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "command": command,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine(subject.device),
-        "model": describe_model(subject),
-        "data": describe_data(gallery),
+        "machine": machine(model.device),
+        "model": describe_model(model),
+        "data": describe_data(data),
         "settings": {**asdict(settings), **asdict(plan)},
-        "spaces": [space.describe() for space in spaces],
-        "text_use": examine.reading(subject, gallery, judged, SEED, plan.resamples),
+        "spaces": [extractor.describe() for extractor in extractors],
+        "text_use": sections.validation(model, data, main, SEED, plan.resamples),
     }
-    real = gallery.vectors(spaces, out / "features")
-    paths = {asked.name: subject.draw_all(asked, settings, out, plan.batch_size) for asked in sets}
-    drawn = {name: embed_all(spaces, map(pixels_of, examine.parts(some))) for name, some in paths.items()}
+    real = data.features(extractors, out / "features")
+    paths = {prompts.name: model.generate_all(prompts, settings, out, plan.batch_size) for prompts in sets}
+    generated = {name: extract_features(extractors, map(read_pixels, in_batches(some))) for name, some in paths.items()}
 
     ranks, psnrs, report["retrieval"], report["reconstruction"] = {}, {}, {}, {}
-    for asked in sets:
-        say(f"retrieval of {len(asked)} {asked.name} captions among {len(pictures)} real pictures")
-        told, ranks[asked.name] = examine.retrieval(spaces, gallery, real, drawn[asked.name], asked)
-        values, back = examine.reconstruction(subject, spaces, gallery, asked, out)
-        psnrs[asked.name] = values.tolist()
-        ceiling, _ = examine.retrieval(spaces, gallery, real, back, asked)
-        report["retrieval"][asked.name] = {"drawn": told, "ceiling": ceiling}
-        report["reconstruction"][asked.name] = {"psnr_db": mean_figure(values, plan.resamples)}
-    report["distribution"] = examine.distribution(
-        nets, gallery, real, drawn[judged.name], judged, plan.resamples, plan.fid_resamples, say
+    for prompts in sets:
+        log(f"retrieval of {len(prompts)} {prompts.name} prompts among {len(pictures)} real pictures")
+        recall, ranks[prompts.name] = sections.retrieval(extractors, data, real, generated[prompts.name], prompts)
+        values, reconstructed = sections.reconstruction(model, extractors, data, prompts, out)
+        psnrs[prompts.name] = values.tolist()
+        upper_bound, _ = sections.retrieval(extractors, data, real, reconstructed, prompts)
+        report["retrieval"][prompts.name] = {"drawn": recall, "ceiling": upper_bound}
+        report["reconstruction"][prompts.name] = {"psnr_db": mean_estimate(values, plan.resamples)}
+    report["distribution"] = sections.distribution(
+        networks, data, real, generated[main.name], main, plan.resamples, plan.fid_resamples, log
     )
     report["text_fit"] = {
-        asked.name: examine.text_fit(nets, gallery, paths[asked.name], asked, plan.resamples, SEED) for asked in sets
+        prompts.name: sections.clip_score(networks, data, paths[prompts.name], prompts, plan.resamples, SEED)
+        for prompts in sets
     }
-    report["memorization"], neighbors = examine.copies(spaces, gallery, real, drawn)
+    report["memorization"], neighbors = sections.copies(extractors, data, real, generated)
     report["pictures"] = {
-        asked.name: [
+        prompts.name: [
             {
                 "number": number,
-                "caption": asked.captions[i],
-                "where": gallery.where[number],
-                "composition": asked.compositions[i],
+                "caption": prompts.captions[i],
+                "where": data.where[number],
+                "composition": prompts.compositions[i],
                 "seed": settings.seed + i,
-                "drawn": paths[asked.name][i].relative_to(out).as_posix(),
-                "real": gallery.save(number, out),
-                "reconstructed": examine.reconstructed(number),
-                "psnr_db": psnrs[asked.name][i],
-                "rank": {space.name: int(ranks[asked.name][space.name][i]) for space in spaces},
+                "drawn": paths[prompts.name][i].relative_to(out).as_posix(),
+                "real": data.save(number, out),
+                "reconstructed": sections.reconstruction_path(number),
+                "psnr_db": psnrs[prompts.name][i],
+                "rank": {name: int(rank[i]) for name, rank in ranks[prompts.name].items()},
                 "nearest_training": {
-                    space.name: describe_neighbor(gallery, neighbors[space.name][asked.name], i, out)
-                    for space in spaces
+                    name: describe_neighbor(data, found[prompts.name], i, out) for name, found in neighbors.items()
                 },
             }
-            for i, number in enumerate(asked.numbers)
+            for i, number in enumerate(prompts.numbers)
         ]
-        for asked in sets
+        for prompts in sets
     }
     if plan.sweep:
-        report["sweep"] = run_sweep(subject, gallery, sets, spaces[-1], real, settings, plan, out, say)
+        report["sweep"] = run_sweep(model, data, sets, extractors[-1], real, settings, plan, out, log)
     if plan.timing:
-        say("timing: a fresh process, then 16 pictures")
-        report["timing"] = timing(subject, judged.captions[0], settings)
+        log("timing: a fresh process, then 16 pictures")
+        report["timing"] = time_generation(model, main.captions[0], settings)
     report["seconds"] = round(time.perf_counter() - started, 1)
     write(report, out / FILE)
     write_report(out)
     return report
 
 
+def require_packages() -> None:
+    """Raise a ModuleNotFoundError with the command that installs what is missing, before anything is computed."""
+    for package in ("torchmetrics", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"{package} is missing; install it with: pip install 'ldm[metrics]'")
+
+
 def run_sweep(
-    subject: Subject,
-    gallery: Gallery,
-    sets: Sequence[Asked],
-    space: Space,
+    model: EvaluatedModel,
+    data: EvaluationSet,
+    sets: Sequence[PromptSet],
+    extractor: FeatureExtractor,
     real: dict[str, Tensor],
-    settings: Settings,
+    settings: SamplingSettings,
     plan: Plan,
     out: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The grid, judged in one space: retrieval of each set, KID of all drawn pictures against the others."""
-    few = [asked.some(plan.sweep_pictures) for asked in sets]
-    reference = real[space.name][gallery.others(few)]
-    only = {space.name: real[space.name]}
+    """The grid with one extractor: retrieval of each prompt set, KID of all generated pictures."""
+    subsets = [prompts.subset(plan.sweep_pictures) for prompts in sets]
+    reference = real[extractor.name][data.reference(subsets)]
+    only = {extractor.name: real[extractor.name]}
 
-    def judge(tried: Settings) -> dict[str, Any]:
-        recalls, found, drawn = {}, {}, []
-        for asked in few:
-            paths = subject.draw_all(asked, tried, out, plan.batch_size)
-            vectors = embed_all([space], map(pixels_of, examine.parts(paths)))
-            recall, rank = examine.retrieval([space], gallery, only, vectors, asked)
-            recalls[asked.name], found[asked.name] = recall[space.name], (rank[space.name] <= 5).tolist()
-            drawn.append(vectors[space.name])
-        kid = kid_figure(torch.cat(drawn), reference, plan.resamples)
-        return {"evaluations": subject.evaluations(tried), "retrieval": recalls, "found": found, "kid": kid}
+    def measure(tried: SamplingSettings) -> dict[str, Any]:
+        recalls, found, generated = {}, {}, []
+        for prompts in subsets:
+            paths = model.generate_all(prompts, tried, out, plan.batch_size)
+            vectors = extract_features([extractor], map(read_pixels, in_batches(paths)))
+            recall, rank = sections.retrieval([extractor], data, only, vectors, prompts)
+            recalls[prompts.name], found[prompts.name] = recall[extractor.name], (rank[extractor.name] <= 5).tolist()
+            generated.append(vectors[extractor.name])
+        kid = kid_estimate(torch.cat(generated), reference, plan.resamples)
+        return {"evaluations": model.unet_evaluations(tried), "retrieval": recalls, "found": found, "kid": kid}
 
-    rows = sweep(judge, plan.sweep_guidance, plan.sweep_steps, plan.sweep_intervals, settings.seed)
-    names = [asked.name for asked in few]
-    say(table(rows, names))
-    plot(rows, names[-1], out / "sweep.png")
-    best = choose(rows, names[::-1])
-    return {"space": space.name, "n": {asked.name: len(asked) for asked in few}, "rows": rows, "best": best,
-            "chosen_on": names[-1], "plot": "sweep.png"}  # fmt: skip
-
-
-def describe_model(subject: Subject) -> dict[str, Any]:
-    """Which model this is."""
-    parts = {"unet": subject.pipeline.unet, "vae": subject.pipeline.vae, "text_encoder": subject.pipeline.text_encoder}
+    rows = sweep(measure, plan.sweep_guidance, plan.sweep_steps, plan.sweep_intervals, settings.seed)
+    names = [prompts.name for prompts in subsets]
+    log(sweep_table(rows, names))
     return {
-        "folder": str(subject.folder),
-        "sha256": subject.sha256,
-        "size": subject.size,
-        "prediction": subject.prediction,
-        "timesteps": subject.schedule.T,
+        "space": extractor.name,
+        "n": {prompts.name: len(prompts) for prompts in subsets},
+        "rows": rows,
+        "best": choose(rows, names[::-1]),
+        "chosen_on": names[-1],
+    }
+
+
+def describe_model(model: EvaluatedModel) -> dict[str, Any]:
+    """The model's identity."""
+    parts = {"unet": model.pipeline.unet, "vae": model.pipeline.vae, "text_encoder": model.pipeline.text_encoder}
+    return {
+        "folder": str(model.folder),
+        "sha256": model.sha256,
+        "size": model.size,
+        "prediction": model.prediction,
+        "timesteps": model.schedule.T,
         "parameters": {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()},
     }
 
 
-def describe_data(gallery: Gallery) -> dict[str, Any]:
-    """Which data these are."""
-    heldout = gallery.ask("heldout", None)
+def describe_data(data: EvaluationSet) -> dict[str, Any]:
+    """The data set's identity and numbers of pictures."""
+    heldout = data.prompts("heldout", None)
     return {
-        "source": gallery.pictures.source,
-        "sha256": fingerprint(gallery.pictures),
-        "pictures": len(gallery.captions),
-        "training": len(gallery.training),
+        "source": data.pictures.source,
+        "sha256": fingerprint(data.pictures),
+        "pictures": len(data.captions),
+        "training": len(data.training),
         "heldout": len(heldout),
         "compositions": sum(heldout.compositions),
     }
 
 
-def describe_neighbor(gallery: Gallery, found: tuple[Tensor, Tensor], i: int, out: Path) -> dict[str, Any]:
-    """The training picture nearest to the i-th drawn one."""
+def describe_neighbor(data: EvaluationSet, found: tuple[Tensor, Tensor], i: int, out: Path) -> dict[str, Any]:
+    """The training picture nearest to the i-th generated one, of (distances, indices)."""
     number = int(found[1][i])
-    caption = gallery.captions[number][0]
-    return {"number": number, "caption": caption, "distance": float(found[0][i]), "real": gallery.save(number, out)}
+    caption = data.captions[number][0]
+    return {"number": number, "caption": caption, "distance": float(found[0][i]), "real": data.save(number, out)}
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write the JSON file whole, or not at all. Raises ValueError for a NaN, which JSON doesn't know."""
+    """Write the JSON file completely or not at all. Raises ValueError for a NaN, which JSON doesn't have."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".new")
     unfinished.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")

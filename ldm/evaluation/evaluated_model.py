@@ -1,11 +1,15 @@
-"""A pipeline as its examiner sees it: a noise predictor with a schedule, an autoencoder, and something that draws."""
+"""The model under evaluation: a noise predictor with a schedule, an autoencoder, and a generator of pictures."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +18,48 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.diffusion.guidance import interval_scale
 from ldm.diffusion.parameterization import DIFFUSERS_NAMES, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.evaluation.gallery import Asked
-from ldm.evaluation.settings import Settings
+from ldm.evaluation.evaluation_set import PromptSet
+from ldm.inference.defaults import EVERYWHERE
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.fingerprint import model_sha256
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import encode
 
+WARM = 16
+COLD = """
+import sys
+from ldm import LDMPipeline
+pipeline = LDMPipeline.from_pretrained(sys.argv[1]).to_best_device()
+pipeline(sys.argv[2], num_inference_steps=int(sys.argv[3]), guidance_scale=float(sys.argv[4]), seed=0)
+"""
 
-class Subject:
-    """A pipeline to examine.
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Sampling steps, guidance, and the seed of the first picture; picture i has seed + i."""
+
+    steps: int
+    guidance_scale: float
+    seed: int = 0
+    guidance_interval: tuple[float, float] = EVERYWHERE
+
+
+class EvaluatedModel:
+    """A pipeline to evaluate.
 
     Args:
         pipeline: an LDMPipeline.
         folder: where it was loaded from.
     Raises:
-        ValueError: if it knows no text, or wants to be told a class or a picture besides.
+        ValueError: if it takes no text, or a class or a picture besides.
     """
 
     def __init__(self, pipeline: Any, folder: Path) -> None:
         if pipeline.tokenizer is None or pipeline.labels or pipeline.condition_channels:
-            raise ValueError(f"{folder}: only models that are told a caption, and nothing else, can be evaluated")
+            raise ValueError(f"{folder}: only models that are conditioned on text, and nothing else, can be evaluated")
         self.pipeline = pipeline
         self.folder = folder
         self.sha256 = model_sha256(pipeline)
@@ -46,34 +69,38 @@ class Subject:
         self.prediction = names[pipeline.scheduler.config.prediction_type]
         self.size: int = pipeline.edge("height")
         self.null_context = self.text.encode([""])
-        pipeline.set_progress_bar_config(disable=True)  # there is one over all pictures
+        pipeline.set_progress_bar_config(disable=True)  # `generate_all` has one for all pictures
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.pipeline.device)
 
-    def network(self, x_t: Tensor, t: Tensor, told: Conditioning) -> Tensor:
-        """The U-Net's answer."""
-        return denoise(self.pipeline.unet, x_t, t, told)
+    def network(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's prediction."""
+        return denoise(self.pipeline.unet, x_t, t, conditioning)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """pixels [B,3,H,W] => the mean of their latents."""
         return encode(self.pipeline.vae, pixels.to(self.device)).mean
 
-    def evaluations(self, settings: Settings) -> int:
-        """How often the U-Net is asked for one picture: twice at a guided step, once at any other."""
+    def unet_evaluations(self, settings: SamplingSettings) -> int:
+        """U-Net evaluations per picture: two at a guided step, one at any other."""
         stock = self.pipeline.scheduler
         scheduler = type(stock).from_config(stock.config)
         scheduler.set_timesteps(settings.steps)
-        low, high = (settings.guidance_interval[i] * self.schedule.T for i in (0, 1))
-        guided = [settings.guidance_scale > 1 and low <= float(t) < high for t in scheduler.timesteps]
+        T, scale, interval = self.schedule.T, settings.guidance_scale, settings.guidance_interval
+        guided = [interval_scale(scale, t, T, interval) > 1 for t in scheduler.timesteps.tolist()]
         return len(guided) + sum(guided)
 
-    def draw(self, captions: Sequence[str], first: int, settings: Settings) -> list[Image.Image]:
-        """One picture for each caption; captions too long for the encoder are cut, as in training."""
+    def generate(self, captions: Sequence[str], first: int, settings: SamplingSettings) -> list[Image.Image]:
+        """One picture for each caption; captions too long for the encoder are truncated, as in training.
+
+        Args:
+            first: number of the first picture, which decides the seeds.
+        """
         context = self.text.encode(captions)
-        drawn = self.pipeline(
+        output = self.pipeline(
             prompt_embeds=context,
             negative_prompt_embeds=self.null_context.expand_as(context),
             num_inference_steps=settings.steps,
@@ -81,26 +108,26 @@ class Subject:
             guidance_interval=settings.guidance_interval,
             seed=[settings.seed + first + i for i in range(len(captions))],
         )
-        pictures: list[Image.Image] = drawn.images
+        pictures: list[Image.Image] = output.images
         return pictures
 
-    def draw_all(self, asked: Asked, settings: Settings, out: Path, batch_size: int) -> list[Path]:
-        """Draw every caption into out/pictures/, or find there what the same request has drawn before.
+    def generate_all(self, prompts: PromptSet, settings: SamplingSettings, out: Path, batch_size: int) -> list[Path]:
+        """Generate a picture for every prompt into out/pictures/; pictures of an earlier identical request are reused.
 
-        A picture that is there is whole, so an interrupted evaluation goes on where it was.
+        Files are written whole or not at all, so an interrupted evaluation continues where it stopped.
         """
-        request = {"model": self.sha256, "settings": asdict(settings), "captions": list(asked.captions)}
+        request = {"model": self.sha256, "settings": asdict(settings), "captions": list(prompts.captions)}
         key = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]
-        folder = out / "pictures" / f"{asked.name}-{key}"
+        folder = out / "pictures" / f"{prompts.name}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "request.json").write_text(json.dumps(request, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        paths = [folder / f"{i:05d}.png" for i in range(len(asked))]
+        paths = [folder / f"{i:05d}.png" for i in range(len(prompts))]
         missing = [i for i, path in enumerate(paths) if not path.exists()]
-        doing = f"drawing {asked.name} captions, {settings.steps} steps, guidance {settings.guidance_scale:g}"
+        doing = f"generating {prompts.name} prompts, {settings.steps} steps, guidance {settings.guidance_scale:g}"
         with tqdm(total=len(paths), initial=len(paths) - len(missing), desc=doing, unit="picture") as bar:
             for batch in consecutive(missing, batch_size):
-                drawn = self.draw([asked.captions[i] for i in batch], batch[0], settings)
-                for i, picture in zip(batch, drawn, strict=True):
+                pictures = self.generate([prompts.captions[i] for i in batch], batch[0], settings)
+                for i, picture in zip(batch, pictures, strict=True):
                     unfinished = paths[i].with_suffix(".new")
                     picture.save(unfinished, format="PNG")
                     unfinished.rename(paths[i])
@@ -109,7 +136,7 @@ class Subject:
 
 
 def consecutive(numbers: Sequence[int], most: int) -> list[list[int]]:
-    """Runs of consecutive numbers, none longer than `most`."""
+    """Ascending numbers => runs of consecutive ones, none longer than `most`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and len(runs[-1]) < most and runs[-1][-1] + 1 == number:
@@ -117,3 +144,26 @@ def consecutive(numbers: Sequence[int], most: int) -> list[list[int]]:
         else:
             runs.append([number])
     return runs
+
+
+def time_generation(model: EvaluatedModel, caption: str, settings: SamplingSettings) -> dict[str, Any]:
+    """Seconds from the start of a fresh process to its first picture, and for 16 pictures in this warm process.
+
+    Each is measured once, beside whatever else the machine does.
+    """
+    words = [str(model.folder), caption, str(settings.steps), str(settings.guidance_scale)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", COLD, *words], check=True, env=environment, capture_output=True)
+    cold = time.perf_counter() - started
+    model.generate([caption], 0, settings)  # warm up
+    started = time.perf_counter()
+    model.generate([caption] * WARM, 0, settings)
+    warm = time.perf_counter() - started
+    return {
+        "first_picture_cold_seconds": round(cold, 2),
+        "warm_pictures": WARM,
+        "warm_seconds": round(warm, 2),
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+    }

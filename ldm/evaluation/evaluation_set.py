@@ -1,4 +1,4 @@
-"""All real pictures of a data set, and the captions among theirs that a model is asked to draw."""
+"""The evaluation set: all real pictures of a data set, and the prompts that a model is evaluated on."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor
 from ldm.data.batches import pixel_batches, spread
 from ldm.data.cache.latents import load_pixels
 from ldm.data.dataset import CaptionedPictures
-from ldm.evaluation.features import Space, embed_all
+from ldm.evaluation.features import FeatureExtractor, extract_features
 from ldm.models.vae import to_pictures
 
-REFERENCE = 10_000  # pictures that others are compared with; all pairs of them have to fit into memory
+MAX_REFERENCE = 10_000  # pictures of the reference set; the kernel matrix of all pairs has to fit into memory
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Captions to draw, and the real pictures that they belong to.
+class PromptSet:
+    """Captions to generate pictures for, and the real pictures that they belong to.
 
     Attributes:
         name: "train" or "heldout", the split that they are from.
-        numbers: the pictures' places in the data set.
+        numbers: the pictures' indices in the data set.
         captions: the first caption of each.
         compositions: whether each is a new combination of things that are trained on apart.
     """
@@ -40,10 +40,10 @@ class Asked:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def some(self, most: int) -> Asked:
-        """At most so many, spread evenly."""
+    def subset(self, most: int) -> PromptSet:
+        """At most this many, spread evenly."""
         kept = spread(len(self), most)
-        return Asked(
+        return PromptSet(
             self.name,
             tuple(self.numbers[i] for i in kept),
             tuple(self.captions[i] for i in kept),
@@ -51,13 +51,13 @@ class Asked:
         )
 
 
-class Gallery:
+class EvaluationSet:
     """A data set at one size.
 
     Attributes:
         pictures: all of its rows.
         captions: of each row.
-        training: the places of the rows that are trained on, int64.
+        training: the indices of the training rows, int64.
     """
 
     def __init__(self, pictures: CaptionedPictures, size: int) -> None:
@@ -70,38 +70,38 @@ class Gallery:
         self._composition = [bool(row.extra.get("composition")) for row in rows]
         self.training = torch.tensor([i for i, out in enumerate(self._heldout) if not out], dtype=torch.int64)
 
-    def ask(self, split: str, most: int | None) -> Asked:
-        """The captions of a split, or at most so many of them, spread evenly."""
+    def prompts(self, split: str, most: int | None) -> PromptSet:
+        """The captions of a split, "train" or "heldout", or at most this many of them, spread evenly."""
         numbers = tuple(i for i, out in enumerate(self._heldout) if out == (split == "heldout"))
-        asked = Asked(
+        prompts = PromptSet(
             split,
             numbers,
             tuple(self.captions[i][0] for i in numbers),
             tuple(self._composition[i] for i in numbers),
         )
-        return asked if most is None else asked.some(most)
+        return prompts if most is None else prompts.subset(most)
 
-    def others(self, sets: Sequence[Asked], most: int = REFERENCE) -> list[int]:
-        """Training pictures that are in none of these sets, at most so many, spread evenly."""
-        taken = {number for asked in sets for number in asked.numbers}
+    def reference(self, sets: Sequence[PromptSet], most: int = MAX_REFERENCE) -> list[int]:
+        """The indices of training pictures outside these prompt sets, at most this many, spread evenly."""
+        taken = {number for prompts in sets for number in prompts.numbers}
         free = [number for number in self.training.tolist() if number not in taken]
         return [free[i] for i in spread(len(free), most)]
 
     def pixels(self, numbers: Sequence[int]) -> Tensor:
-        """The real pictures at these places, [N,3,size,size] in [-1,1]."""
+        """The real pictures at these indices, [N,3,size,size] in [-1,1]."""
         return torch.stack([load_pixels(self.pictures[i], self.size) for i in numbers])
 
-    def vectors(self, spaces: Sequence[Space], cache: Path) -> dict[str, Tensor]:
-        """Each space's vectors [N,D] of all pictures, from the cache folder if they were computed before."""
+    def features(self, extractors: Sequence[FeatureExtractor], cache: Path) -> dict[str, Tensor]:
+        """The vectors [N,D] of all pictures by extractor, from the cache folder if they were computed before."""
         known = fingerprint(self.pictures)
         files = {}
-        for space in spaces:
-            key = json.dumps([space.describe(), known, self.size])
-            files[space.name] = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        missing = [space for space in spaces if not files[space.name].exists()]
+        for extractor in extractors:
+            key = json.dumps([extractor.describe(), known, self.size])
+            files[extractor.name] = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        missing = [extractor for extractor in extractors if not files[extractor.name].exists()]
         if missing:
             cache.mkdir(parents=True, exist_ok=True)
-            found = embed_all(missing, pixel_batches(self.pictures, self.size, "looking at real pictures"))
+            found = extract_features(missing, pixel_batches(self.pictures, self.size, "embedding real pictures"))
             for name, vectors in found.items():
                 unfinished = files[name].with_suffix(".new")
                 save_file({"vectors": vectors.contiguous()}, unfinished)
@@ -109,7 +109,7 @@ class Gallery:
         return {name: load_file(file)["vectors"] for name, file in files.items()}
 
     def save(self, number: int, out: Path) -> str:
-        """Write the real picture at this place to out/real/<number>.png, once; returns its path relative to out."""
+        """Write the real picture at this index to out/real/<number>.png, once; returns its path relative to out."""
         relative = f"real/{number:06d}.png"
         path = out / relative
         if not path.exists():
@@ -119,7 +119,7 @@ class Gallery:
 
 
 def fingerprint(pictures: CaptionedPictures) -> str:
-    """The SHA-256 of which pictures these are: their locators and captions, in order."""
+    """The SHA-256 of the pictures' locators and captions, in order."""
     digest = hashlib.sha256()
     for row in pictures:
         digest.update(json.dumps([row.locator, row.captions]).encode())

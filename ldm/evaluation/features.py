@@ -1,13 +1,14 @@
-"""Spaces in which pictures are compared: pixels, a frozen network that the user names, or the data set's own net.
+"""Feature extractors: pixels, a frozen network that the user names, or the in-domain CLIP (in_domain_clip.py).
 
-A figure such as FID means nothing without its space, so a space says all that decides it: its name, the SHA-256 of
-its weights file, and how pictures were resized for it.
+A metric such as FID means nothing without its feature extractor. So an extractor states what determines its vectors:
+its name, the SHA-256 of its weights, and how pictures are resized for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
@@ -24,22 +26,22 @@ from ldm.models.loading import find_model, load_network, loading
 from ldm.models.safety import check_model_folder
 
 BATCH = 32
-BLURRED = 16  # edge to which the pixel space averages pictures
+PIXEL_EDGE = 16  # edge to which the pixel extractor averages pictures
 INCEPTION = "inception="
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d"
 
 
 @dataclass(frozen=True)
-class Space:
-    """A way to turn pictures into vectors.
+class FeatureExtractor:
+    """Pictures => feature vectors.
 
     Attributes:
-        name: as the user named it, "pixels" or "own".
+        name: as the user named it, "pixels" or "in-domain CLIP".
         sha256: of the weights file; None if there are no weights.
-        resize: what happens to the pictures first, in words.
-        metric: how nearest neighbors are told.
+        resize: how pictures are resized first, in words.
+        metric: the distance of its nearest neighbors.
         embed: pixels [B,3,H,W] in [-1,1] => vectors [B,D].
-        embed_pair: pixels => vectors that can be compared with those of `embed_captions`; None without a text tower.
+        embed_pair: pixels => vectors that are comparable to those of `embed_captions`; None without a text tower.
         embed_captions: captions => vectors.
     """
 
@@ -52,29 +54,29 @@ class Space:
     embed_captions: Callable[[Sequence[str]], Tensor] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What the JSON says of it."""
+        """Its identity, for evaluation.json."""
         return {"name": self.name, "sha256": self.sha256, "resize": self.resize, "metric": self.metric}
 
 
-def pixel_space(size: int) -> Space:
-    """Colors averaged over squares down to 16 x 16: where things are and what color they have, not their edges."""
-    edge = min(BLURRED, size)
+def pixel_extractor(size: int) -> FeatureExtractor:
+    """Colors averaged over squares, 16 x 16 in all: positions and colors of objects without their edges."""
+    edge = min(PIXEL_EDGE, size)
 
     def embed(pixels: Tensor) -> Tensor:
         return adaptive_avg_pool2d(pixels.float(), edge).flatten(1)
 
     resize = f"average pooling over {size / edge:g} x {size / edge:g} pixels, {size} => {edge}"
-    return Space("pixels", None, resize, "euclidean", embed)
+    return FeatureExtractor("pixels", None, resize, "euclidean", embed)
 
 
-def load_space(spec: str, size: int, device: torch.device) -> Space:
-    """The space that the user named.
+def load_extractor(spec: str, size: int, device: torch.device) -> FeatureExtractor:
+    """The feature extractor that the user named.
 
     Args:
         spec: "inception=FILE.safetensors", or the folder or Hub id of a vision model of transformers.
         size: edge of the pictures, in pixels.
     Raises:
-        ValueError: if it can't be used, with the reason.
+        ValueError: if it can't be used, with the reason and a fix.
         ModuleNotFoundError: for Inception without torch-fidelity.
         OSError: if there is no such folder or id.
     """
@@ -83,28 +85,26 @@ def load_space(spec: str, size: int, device: torch.device) -> Space:
     return _vision_model(spec, size, device)
 
 
-def _inception(file: str, size: int, device: torch.device) -> Space:
-    """torch-fidelity's InceptionV3 of 2015, the network of published FIDs, before its last layer, float32 [B,2048]."""
+def _inception(file: str, size: int, device: torch.device) -> FeatureExtractor:
+    """torch-fidelity's InceptionV3 of 2015, which published FIDs use, before its last layer, float32 [B,2048]."""
     if not file.endswith(".safetensors") or not Path(file).is_file():
         raise ValueError(
-            f"features: inception needs its weights as safetensors: --features {INCEPTION}FILE.safetensors. Get "
+            f"features: inception needs its weights as safetensors: --features {INCEPTION}FILE.safetensors. Download "
             f"{INCEPTION_FILE}.pth from github.com/toshas/torch-fidelity/releases and convert it: python -c "
             f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{INCEPTION_FILE}.pth', "
             "weights_only=True), 'inception.safetensors')\""
         )
     try:
-        from torch_fidelity import feature_extractor_inceptionv3 as theirs
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"features: inception needs torch-fidelity and torchvision ({error.name} is missing); "
             "install them with: pip install 'ldm[inception]'"
         ) from error
-    from unittest.mock import patch
-
-    from safetensors.torch import load_file
-
-    with patch.object(theirs, "load_state_dict_from_url", lambda *_, **__: load_file(file)):  # theirs unpickles
-        net = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    with tempfile.TemporaryDirectory() as folder:  # it reads torch's format only: give it one that was written here
+        weights = Path(folder) / "weights.pth"
+        torch.save(load_file(file), weights)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
     net.to(device)
 
     @torch.no_grad()
@@ -114,16 +114,16 @@ def _inception(file: str, size: int, device: torch.device) -> Space:
         return features.cpu()
 
     resize = f"bilinear as in TensorFlow 1, {size} => 299"
-    return Space("inception", sha256_of([Path(file)]), resize, "cosine", embed)
+    return FeatureExtractor("inception", sha256_of([Path(file)]), resize, "cosine", embed)
 
 
-def _vision_model(spec: str, size: int, device: torch.device) -> Space:
+def _vision_model(spec: str, size: int, device: torch.device) -> FeatureExtractor:
     """A model of transformers: its image embedding (CLIP, SigLIP), class token (ViT, DINOv2) or mean (others)."""
     import transformers
 
     folder = find_model(spec)
     check_model_folder(folder)
-    # a pooler's output is not read; classifiers' files have none
+    # the pooler's output is not used, and classifiers' files have none
     model = load_network(transformers.AutoModel, folder, unused=("pooler.",), whole=False)
     model.eval().requires_grad_(False).to(device)
     edge, mean, std = _preprocessing(folder, spec)
@@ -146,7 +146,7 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
     resize = f"bicubic, antialiased, {size} => {edge}"
     digest = sha256_of(sorted(folder.glob("*.safetensors")))
     if not hasattr(model, "get_text_features"):
-        return Space(spec, digest, resize, "cosine", embed)
+        return FeatureExtractor(spec, digest, resize, "cosine", embed)
     with loading(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -155,11 +155,11 @@ def _vision_model(spec: str, size: int, device: torch.device) -> Space:
         tokens = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
         return _pooled(model.get_text_features(**tokens))
 
-    return Space(spec, digest, resize, "cosine", embed, embed, embed_captions)
+    return FeatureExtractor(spec, digest, resize, "cosine", embed, embed, embed_captions)
 
 
 def _pooled(features: Any) -> Tensor:
-    """transformers 5 answers with an output object, earlier versions with the tensor."""
+    """transformers 5 returns an output object, earlier versions the tensor."""
     tensor: Tensor = getattr(features, "pooler_output", features)
     return tensor.float().cpu()
 
@@ -170,19 +170,19 @@ def _preprocessing(folder: Path, spec: str) -> tuple[int, Tensor, Tensor]:
         folder / name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).exists()
     ]
     if not files:
-        raise ValueError(f"features: {spec} has no preprocessor_config.json, which says how its pictures are resized")
-    said = json.loads(files[0].read_text("utf-8"))
-    said = said.get("image_processor", said)
-    if missing := [key for key in ("image_mean", "image_std", "size") if key not in said]:
-        raise ValueError(f"features: {spec} does not say {missing[0]} in {files[0].name}")
-    size = said.get("crop_size") or said["size"]
+        raise ValueError(f"features: {spec} has no preprocessor_config.json, which defines how pictures are resized")
+    config = json.loads(files[0].read_text("utf-8"))
+    config = config.get("image_processor", config)
+    if missing := [key for key in ("image_mean", "image_std", "size") if key not in config]:
+        raise ValueError(f"features: {files[0].name} of {spec} has no {missing[0]}")
+    size = config.get("crop_size") or config["size"]
     edge = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
-    mean, std = (torch.tensor(said[key]).reshape(3, 1, 1) for key in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(config[key]).reshape(3, 1, 1) for key in ("image_mean", "image_std"))
     return int(edge), mean, std
 
 
 def sha256_of(files: Iterable[Path]) -> str:
-    """The SHA-256 of these files' contents, one after the other."""
+    """The SHA-256 of the concatenated contents of these files."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
@@ -191,7 +191,7 @@ def sha256_of(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def pixels_of(paths: Sequence[Path]) -> Tensor:
+def read_pixels(paths: Sequence[Path]) -> Tensor:
     """Picture files of one size => pixels [N,3,H,W] in [-1,1]."""
     arrays = []
     for path in paths:
@@ -200,10 +200,15 @@ def pixels_of(paths: Sequence[Path]) -> Tensor:
     return torch.stack(arrays)
 
 
-def embed_all(spaces: Sequence[Space], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Each space's vectors [N,D] of all pictures in the batches, which are read once."""
-    vectors: dict[str, list[Tensor]] = {space.name: [] for space in spaces}
+def extract_features(extractors: Sequence[FeatureExtractor], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The vectors [N,D] of all pictures in the batches, by extractor; the batches are read once."""
+    vectors: dict[str, list[Tensor]] = {extractor.name: [] for extractor in extractors}
     for pixels in batches:
-        for space in spaces:
-            vectors[space.name].append(space.embed(pixels).float().cpu())
+        for extractor in extractors:
+            vectors[extractor.name].append(extractor.embed(pixels).float().cpu())
     return {name: torch.cat(parts) for name, parts in vectors.items()}
+
+
+def in_batches(items: Sequence[Any]) -> list[Any]:
+    """The items in slices of BATCH."""
+    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]

@@ -1,11 +1,11 @@
-"""The data set's own judge: a small network that has learned which caption goes with which picture.
+"""The in-domain CLIP: a small network trained to match the pictures and captions of one data set.
 
-Networks trained on photographs see little in drawings of 64 pixels, and none comes with a fresh, offline machine. So
-a picture tower (a stock ResNet) and a linear map of a frozen text encoder's embeddings learn to agree on the
-TRAINING split of the very data set (Radford et al. 2021, CLIP). Frozen, its picture features carry FID, retrieval and
-the search for copies, and its two towers say how well a picture fits a caption.
+Networks trained on photographs see little in drawings of 64 pixels, and none can be downloaded on an offline machine.
+So a picture tower (a stock ResNet) and a linear map of a frozen text encoder's embeddings are trained on the TRAINING
+split of the data set itself, with a contrastive loss (Radford et al. 2021, CLIP). Frozen, its picture features are used
+for FID, retrieval and the search for copies, and the cosine of both towers for the CLIP score.
 
-It judges and must never teach: nothing in `ldm.training` may import it, which `lint-imports` holds.
+It evaluates models and must never train them: no module of `ldm.training` may import it (`lint-imports`).
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, normalize
 
 from ldm.data.dataset import CaptionedPictures
-from ldm.evaluation.features import Space, sha256_of
-from ldm.evaluation.gallery import fingerprint
+from ldm.evaluation.evaluation_set import fingerprint
+from ldm.evaluation.features import FeatureExtractor, sha256_of
 from ldm.models.text_encoder import MINILM, TextConfig, TextEncoder
 
 WEIGHTS, CARD = "net.safetensors", "net.json"
 TOKENS = 64
+NAME = "in-domain CLIP"  # in reports and evaluation.json
 
 
 @dataclass(frozen=True)
-class NetConfig:
-    """The judge's shape.
+class InDomainClipConfig:
+    """The shape of the network.
 
     Attributes:
-        size: edge of the pictures it sees; others are resized.
-        channels: width of each stage of the ResNet, each half as fine as the one before; the first is at size / 4.
+        size: edge of its input pictures; others are resized.
+        channels: width of each stage of the ResNet; the first has resolution size / 4, each further one half of it.
         layers: basic blocks per stage.
-        dim: of the space where pictures and captions meet.
-        text_encoder: what embeds the captions, frozen: "minilm", a folder or a Hub id.
+        dim: of the joint embedding of pictures and captions.
+        text_encoder: the frozen encoder of the captions: "minilm", a folder or a Hub id.
     """
 
     size: int = 64
@@ -49,10 +50,10 @@ class NetConfig:
     text_encoder: str = MINILM
 
 
-class ContrastiveNet(nn.Module):
-    """Pictures and caption embeddings => unit vectors in one space."""
+class InDomainClip(nn.Module):
+    """Pictures and caption embeddings => unit vectors in one embedding."""
 
-    def __init__(self, config: NetConfig, text_dim: int) -> None:
+    def __init__(self, config: InDomainClipConfig, text_dim: int) -> None:
         super().__init__()
         import transformers
 
@@ -66,10 +67,10 @@ class ContrastiveNet(nn.Module):
         self.pictures = transformers.ResNetModel(shape)
         self.picture_head = nn.Linear(config.channels[-1], config.dim)
         self.caption_head = nn.Linear(text_dim, config.dim)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's start, section 2.5
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's initial value, section 2.5
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels [B,3,H,W] in [-1,1] => what the picture tower sees, [B, channels[-1]]."""
+        """Pixels [B,3,H,W] in [-1,1] => pooled features of the picture tower, [B, channels[-1]]."""
         if pixels.shape[-1] != self.config.size:
             pixels = interpolate(pixels, size=(self.config.size,) * 2, mode="bicubic", antialias=True).clamp(-1, 1)
         pooled: Tensor = self.pictures(pixels).pooler_output
@@ -84,19 +85,19 @@ class ContrastiveNet(nn.Module):
         return normalize(self.caption_head(embeddings), dim=1)
 
 
-def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, fits: Tensor) -> Tensor:
-    """Symmetric InfoNCE in which a picture may fit several captions of the batch (CLIP, figure 3; Khosla et al. 2020).
+def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, matches: Tensor) -> Tensor:
+    """Symmetric InfoNCE where a picture may match several captions of the batch (CLIP, figure 3; Khosla et al. 2020).
 
-    With `fits` the unit matrix it is CLIP's loss. Two pictures of one caption, or one drawing under two names, are
-    not each other's negatives: the targets of a row are spread evenly over what fits.
+    With `matches` the unit matrix it is CLIP's loss. Two pictures of one caption, or one picture with two captions, are
+    not each other's negatives: the targets of a row are uniform over its matches.
 
     Args:
         pictures, captions: unit vectors [B,D].
         scale: of the cosines, 1 / temperature.
-        fits: bool [B,B], whether caption j fits picture i; its diagonal is true.
+        matches: bool [B,B], whether caption j matches picture i; its diagonal is true.
     """
     logits = scale * pictures @ captions.T  # (B, B)
-    target = fits.to(logits)
+    target = matches.to(logits)
     by_picture = cross_entropy(logits, target / target.sum(1, keepdim=True))
     by_caption = cross_entropy(logits.T, (target / target.sum(0, keepdim=True)).T)
     return (by_picture + by_caption) / 2
@@ -104,7 +105,7 @@ def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, fits: Te
 
 @torch.no_grad()
 def mean_pooled(text: TextEncoder, captions: Sequence[str], batch_size: int = 64) -> Tensor:
-    """Captions => the mean of their tokens' last hidden states, padding left out, float32 [B,text_dim] on the CPU."""
+    """Captions => the mean of their tokens' last hidden states without padding, float32 [B,text_dim] on the CPU."""
     parts = []
     for start in range(0, len(captions), batch_size):
         tokens = text.tokenizer(
@@ -120,13 +121,13 @@ def mean_pooled(text: TextEncoder, captions: Sequence[str], batch_size: int = 64
     return torch.cat(parts)
 
 
-def load_text(config: NetConfig) -> TextEncoder:
-    """The frozen encoder of the captions; what is longer than 64 tokens is cut."""
+def load_caption_encoder(config: InDomainClipConfig) -> TextEncoder:
+    """The frozen encoder of the captions, which are truncated to 64 tokens."""
     return TextEncoder.load(TextConfig(config.text_encoder, TOKENS))
 
 
-def save_net(net: ContrastiveNet, folder: Path, card: dict[str, Any]) -> None:
-    """Write the weights, and a card with the shape, what it was fit on and how well it knows held-out pictures."""
+def save_clip(net: InDomainClip, folder: Path, card: dict[str, Any]) -> None:
+    """Write the weights, and a card with the configuration, the training data and the held-out recall."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, folder / WEIGHTS)
     whole = {"config": asdict(net.config), "sha256": sha256_of([folder / WEIGHTS]), **card}
@@ -134,43 +135,46 @@ def save_net(net: ContrastiveNet, folder: Path, card: dict[str, Any]) -> None:
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:
-    """The card of the net in a folder; None if there is no net."""
+    """The card of the in-domain CLIP in a folder; None if there is none."""
     if not (folder / CARD).exists() or not (folder / WEIGHTS).exists():
         return None
     card: dict[str, Any] = json.loads((folder / CARD).read_text("utf-8"))
     return card
 
 
-def load_net(folder: Path, pictures: CaptionedPictures, size: int, device: torch.device) -> Space:
-    """The judge in a folder, frozen.
+def load_clip(folder: Path, pictures: CaptionedPictures, size: int, device: torch.device) -> FeatureExtractor:
+    """The frozen in-domain CLIP in a folder.
 
     Args:
-        pictures: the data set that it shall judge; its training pictures must be those that it was fit on.
-        size: edge of the pictures that it will see.
+        pictures: the data set to evaluate on; its training split must be the one that the network was trained on.
+        size: edge of the pictures to embed.
     Raises:
-        ValueError: if it was fit on others (it may then have seen held-out ones), or its weights are not those of its
-            card.
+        ValueError: if it was trained on other pictures (then it may have seen held-out ones), or its weights are not
+            those of its card.
     """
     card = read_card(folder)
     if card is None:
-        raise ValueError(f"net: there is none in {folder}; fit it with: ldm evaluate --data DATA --fit-net")
+        raise ValueError(f"net: no in-domain CLIP in {folder}; train one with: ldm evaluate --data DATA --fit-net")
     if card["training_pictures"] != fingerprint(pictures.train):
         raise ValueError(
-            f"net: {folder} was fit on other pictures than the training split of {pictures.source}; "
-            "fit it again with --fit-net, or name another folder with --net"
+            f"net: the in-domain CLIP in {folder} was trained on other pictures than the training split of "
+            f"{pictures.source}; train it again with --fit-net, or name another folder with --net"
         )
     if (found := sha256_of([folder / WEIGHTS])) != card["sha256"]:
-        raise ValueError(f"net: {folder / WEIGHTS} has SHA-256 {found}, its card says {card['sha256']}; fit it again")
-    config = NetConfig(**{**card["config"], "channels": tuple(card["config"]["channels"])})
-    text = load_text(config)
+        raise ValueError(
+            f"net: {folder / WEIGHTS} has SHA-256 {found}, but {CARD} states {card['sha256']}; "
+            "train it again with --fit-net"
+        )
+    config = InDomainClipConfig(**{**card["config"], "channels": tuple(card["config"]["channels"])})
+    text = load_caption_encoder(config)
     text.model.to(device)
-    net = ContrastiveNet(config, text.dim)
+    net = InDomainClip(config, text.dim)
     net.load_state_dict(load_file(folder / WEIGHTS))
-    return as_space(net.to(device), text, found, size)
+    return as_extractor(net.to(device), text, found, size)
 
 
-def as_space(net: ContrastiveNet, text: TextEncoder, sha256: str, size: int) -> Space:
-    """A net as a space of pictures of this edge."""
+def as_extractor(net: InDomainClip, text: TextEncoder, sha256: str, size: int) -> FeatureExtractor:
+    """The network as a feature extractor of pictures with this edge."""
     net.eval().requires_grad_(False)
     device = net.log_scale.device
     resize = "none" if size == net.config.size else f"bicubic, antialiased, {size} => {net.config.size}"
@@ -187,4 +191,4 @@ def as_space(net: ContrastiveNet, text: TextEncoder, sha256: str, size: int) -> 
     def embed_captions(captions: Sequence[str]) -> Tensor:
         return net.embed_captions(mean_pooled(text, captions).to(device)).cpu()
 
-    return Space("own", sha256, resize, "cosine", embed, embed_pair, embed_captions)
+    return FeatureExtractor(NAME, sha256, resize, "cosine", embed, embed_pair, embed_captions)

@@ -1,9 +1,8 @@
-"""What leaves this machine: models with their cards, pictures with their settings.
+"""Sharing: models with their cards, pictures with their settings.
 
 export.py        a folder of half the size
-hub.py           the folder that goes to the Hub
-model_card.py    its card
-figures.py       the card's figures
-redaction.py     paths leave what is shared
+hub.py           the folder of a shared model, and its upload to the Hub
+model_card.py    the model card and its metrics
+redaction.py     removes this machine's paths from shared files
 png_metadata.py  settings inside the picture
 """

@@ -21,8 +21,7 @@ from ldm.data.batches import BATCH, evenly, pixel_batches
 from ldm.data.cache.latents import LatentCache, choose_caption, load_pixels
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import Row
-from ldm.evaluation.heldout import HeldOut
-from ldm.evaluation.text_use import TextQuestions
+from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet
 from ldm.models.conditioning import Conditioning
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import Posterior, encode
@@ -110,7 +109,7 @@ def build_samples(
 
 
 @torch.no_grad()
-def fixed_questions(config: Config, heldout: ConditionedPictures, encoders: Encoders) -> TextQuestions | None:
+def fixed_questions(config: Config, heldout: ConditionedPictures, encoders: Encoders) -> CaptionedValidationSet | None:
     """The held-out pictures with their first captions at fixed (t, eps), and the same with other captions.
 
     None if there are no held-out pictures to ask about.
@@ -135,10 +134,10 @@ def fixed_questions(config: Config, heldout: ConditionedPictures, encoders: Enco
         context = torch.cat([text.encode(first[i : i + BATCH]) for i in range(0, len(first), BATCH)])
     rng = generator(config.seed, "held out")
     conditioning = Conditioning(context, class_labels, channels)
-    true = HeldOut.fixed(x0, conditioning, config.diffusion.timesteps, rng)
+    true = ValidationSet.fixed(x0, conditioning, config.diffusion.timesteps, rng)
     if text is None:
-        return TextQuestions(true)
-    return TextQuestions.of(true, [row.captions for row in source.pictures], text.encode([""]), rng)
+        return CaptionedValidationSet(true)
+    return CaptionedValidationSet.of(true, [row.captions for row in source.pictures], text.encode([""]), rng)
 
 
 def to_device(collated: dict[str, Any], device: torch.device) -> dict[str, Any]:

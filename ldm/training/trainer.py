@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ldm.diffusion.losses import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule, beside
 from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler, at_share
-from ldm.evaluation.heldout import by_quarter
-from ldm.evaluation.text_use import TextQuestions, measure_text_use
+from ldm.evaluation.validation import CaptionedValidationSet, by_quarter, caption_losses
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged, build_ema
 from ldm.pipelines.text_to_image import LDMPipeline
@@ -138,11 +137,11 @@ class Training:
         return total, skipped
 
     @torch.no_grad()
-    def heldout(self, questions: TextQuestions) -> dict[str, float]:
+    def heldout(self, questions: CaptionedValidationSet) -> dict[str, float]:
         """The held-out loss of the averaged weights, and by how much wrong captions and none raise it."""
         self.unet.eval()
         with averaged(self.unet, self.ema):
-            use = measure_text_use(self.prediction, self.schedule, self.config.diffusion.prediction, questions)
+            use = caption_losses(self.prediction, self.schedule, self.config.diffusion.prediction, questions)
         self.unet.train()
         names = {"shuffled": "text_gap", "null": "null_gap"}
         return {**by_quarter(use.true), **{names[name]: float(gap.mean()) for name, gap in use.gaps().items()}}
@@ -168,7 +167,7 @@ class Training:
 def fit(
     training: Training,
     samples: Samples,
-    questions: TextQuestions | None,
+    questions: CaptionedValidationSet | None,
     wishes: Sequence[Wish],
     build_unet: BuildUNet,
     tracker: Tracker,
@@ -283,7 +282,7 @@ def log_losses(training: Training, watch: Watch, done: int, bar: Any, tracker: T
     return losses
 
 
-def log_heldout(training: Training, questions: TextQuestions, done: int, bar: Any, tracker: Tracker) -> None:
+def log_heldout(training: Training, questions: CaptionedValidationSet, done: int, bar: Any, tracker: Tracker) -> None:
     """Tell the loss on the held-out pictures, in total and by quarter of t."""
     heldout = training.heldout(questions)
     tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.harness import ROOT, Comparison, Target, compare, median_interval, report
-from benchmarks.judge import Judge, as_good
+from benchmarks.interleave import Runner, Snapshot, interleave
 from benchmarks.settings import SETTINGS, Folders, build
-from benchmarks.sides import OURS_TRIALS, Sides
+from benchmarks.snapshot_quality import SnapshotEvaluator, as_good
 from benchmarks.time_to_quality import reached
-from benchmarks.turns import Runner, Snapshot, take_turns
+from benchmarks.training_runs import OURS_TRIALS, TrainingRuns
 from ldm.data.dataset import read_captioned
 
 SCRIPT = """
@@ -97,7 +97,7 @@ def test_a_script_is_watched_as_it_is(
 ) -> None:
     script, out, end = tmp_path / "script.py", tmp_path / "out.json", tmp_path / "end.txt"
     script.write_text(SCRIPT, "utf-8")
-    words = [sys.executable, "-m", "benchmarks.observe", out, str(leave_after), script, end]
+    words = [sys.executable, "-m", "benchmarks.record_steps", out, str(leave_after), script, end]
     subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
     told = json.loads(out.read_text("utf-8"))
     assert len(told["steps"]) == steps
@@ -116,15 +116,17 @@ def test_a_script_is_watched_as_it_is(
 def test_the_steps_that_are_timed_on_our_side_are_the_runs_and_not_its_trials(tmp_path: Path) -> None:
     """A run tries four steps, and thirty of four pictures each, before its first: they say nothing of its speed."""
     folders = tiny_folders(tmp_path)
-    sides = Sides(folders, tmp_path / "work", Path("unused"), batch_size=2, threads=1, warmup=1, steps=2, whole=True)
-    told = sides.ours()
-    assert len(told["steps"]) == 2  # between the ends of three
+    runs = TrainingRuns(
+        folders, tmp_path / "work", Path("unused"), batch_size=2, threads=1, warmup=1, steps=2, whole=True
+    )
+    run = runs.ours()
+    assert len(run["steps"]) == 2  # between the ends of three
     logged = [json.loads(line) for line in (tmp_path / "work/ours/log.jsonl").read_text("utf-8").splitlines()]
     assert logged[-1]["step"] == 3
     record = json.loads((tmp_path / "work/train_ldm.json").read_text("utf-8"))
     assert record["optimizers"] == OURS_TRIALS + 1  # one more or less would be another's steps
-    leaving = replace(sides, whole=False).ours()
-    assert len(leaving["steps"]) == 2
+    stopped = replace(runs, whole=False).ours()
+    assert len(stopped["steps"]) == 2
     assert not (tmp_path / "work/ours/pipeline").exists()
 
 
@@ -188,7 +190,7 @@ average(EMAModel(network.parameters()) if sys.argv[2] == "theirs" else build_ema
 def test_snapshots_are_of_the_run_and_not_of_the_trial_before_it(tmp_path: Path, side: str) -> None:
     (tmp_path / "averaging.py").write_text(AVERAGING, "utf-8")
     words = [f"--snapshots={tmp_path}", tmp_path / "told.json", "0", tmp_path / "averaging.py", tmp_path, side]
-    subprocess.run([sys.executable, "-m", "benchmarks.observe", *map(str, words)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.record_steps", *map(str, words)], cwd=ROOT, check=True)
     (found,) = Runner([], tmp_path, [1.0], 1, tmp_path / "log", turns=[(0.0, math.inf)]).snapshots()
     assert found.step == 2 and found.file.name == "001.safetensors"
     assert torch.equal(load_file(found.file)["0000"], torch.full((2, 2), 3.0))
@@ -220,7 +222,7 @@ def test_trainings_run_in_turns_and_are_timed_by_their_own(tmp_path: Path) -> No
         return Runner(command, folder, marks, threads=1, log=tmp_path / f"{name}.log")
 
     a, b = runner("a", [0.5, 0.9, 1.5]), runner("b", [1.2])
-    take_turns([a, b], seconds=0.4)
+    interleave([a, b], seconds=0.4)
     assert len(a.turns) >= 3
     for mine, theirs in ((a, b), (b, a)):
         assert mine.process is not None and mine.process.poll() is not None
@@ -238,7 +240,7 @@ def test_trainings_run_in_turns_and_are_timed_by_their_own(tmp_path: Path) -> No
 def test_a_training_that_ends_too_early_is_an_error_with_its_last_words(tmp_path: Path) -> None:
     runner = Runner([sys.executable, "-c", "print('no such flag')"], tmp_path / "a", [60.0], 1, tmp_path / "log")
     with pytest.raises(SystemExit, match="no such flag"):
-        take_turns([runner], seconds=60.0)
+        interleave([runner], seconds=60.0)
 
 
 def test_as_good_means_in_both_figures() -> None:
@@ -252,20 +254,20 @@ FROZEN = Path("run/frozen")
 
 
 class Ranks:
-    """A judge that knows the rank of every snapshot beforehand."""
+    """An evaluator with a given rank for every snapshot."""
 
     def __init__(self, *ranks: float) -> None:
-        self.ranks, self.looks = ranks, 0
+        self.ranks, self.calls = ranks, 0
         self.snapshots = [Snapshot(Path(str(place)), 10.0 * (place + 1), place) for place in range(len(ranks))]
 
-    def look(self, weights: Path, frozen: Path) -> dict[str, Any]:
+    def evaluate(self, weights: Path, frozen: Path) -> dict[str, Any]:
         assert frozen == FROZEN
-        self.looks += 1
+        self.calls += 1
         return {"rank": self.ranks[int(weights.name)], "kid": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "since", "looks"),
+    ("ranks", "since", "calls"),
     [
         ([400, 250, 190, 150], 30.0, 3),
         ([400, 150, 250, 190, 150], 40.0, 3),  # a lucky moment before a worse one doesn't count
@@ -273,8 +275,9 @@ class Ranks:
         ([190, 210], None, 1),
     ],
 )
-def test_a_quality_is_reached_when_it_is_kept_from_then_on(ranks: list[float], since: float | None, looks: int) -> None:
-    judge = Ranks(*ranks)
-    found, seen = reached(cast(Judge, judge), judge.snapshots, FROZEN, {"rank": 200.0, "kid": 0.0})
-    assert found == since and judge.looks == looks
-    assert [look["rank"] for look in seen] == ranks[-looks:]  # in the order of training
+def test_a_quality_is_reached_when_it_is_kept_from_then_on(ranks: list[float], since: float | None, calls: int) -> None:
+    evaluator = Ranks(*ranks)
+    goal = {"rank": 200.0, "kid": 0.0}
+    found, results = reached(cast(SnapshotEvaluator, evaluator), evaluator.snapshots, FROZEN, goal)
+    assert found == since and evaluator.calls == calls
+    assert [result["rank"] for result in results] == ranks[-calls:]  # in the order of training

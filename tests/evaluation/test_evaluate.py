@@ -1,4 +1,4 @@
-"""`ldm evaluate`, from the command to the JSON file and what lies beside it."""
+"""`ldm evaluate`, from the command line to the files that it writes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from PIL import Image
 from ldm.cli.main import main
 from ldm.data.dataset import CaptionedPictures, read_captioned
 from ldm.evaluation.evaluate import QUICK, evaluate
-from ldm.evaluation.features import Space, pixel_space
-from ldm.evaluation.settings import Settings
-from ldm.evaluation.subject import Subject, consecutive
+from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings, consecutive
+from ldm.evaluation.features import FeatureExtractor, pixel_extractor
 from ldm.models.fingerprint import model_sha256
 from ldm.pipelines.text_to_image import LDMPipeline
 
@@ -46,10 +45,10 @@ def command(home: Path, out: Path, *words: str) -> dict[str, Any]:
     return report
 
 
-# --- the whole road ------------------------------------------------------------------------------
+# --- the whole command ------------------------------------------------------------------------------
 
 
-def test_the_report_holds_all_and_the_files_it_names(
+def test_evaluation_json_is_complete_and_its_files_exist(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "model"
@@ -60,61 +59,60 @@ def test_the_report_holds_all_and_the_files_it_names(
     out = tmp_path / "out"
     words = ["--data", str(home / "data"), "--out", str(out), "--quick", "--steps", "2"]
     main(["evaluate", str(model), *words, *net, *grid])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     report = json.loads((out / "evaluation.json").read_text("utf-8"))
 
     card = json.loads((tmp_path / "net/net.json").read_text())
-    assert report["spaces"][1]["name"] == "own" and report["spaces"][1]["sha256"] == card["sha256"]
+    assert report["spaces"][1]["name"] == "in-domain CLIP" and report["spaces"][1]["sha256"] == card["sha256"]
     assert report["data"] | {"sha256": "", "source": ""} == {
         "source": "", "sha256": "", "pictures": 24, "training": 18, "heldout": 6, "compositions": 2,
     }  # fmt: skip
     assert report["text_use"]["n"] == 6 and set(report["text_use"]["gaps"]) == {"shuffled", "null"}
     for name, n in (("train", 16), ("heldout", 6)):
-        for space in ("pixels", "own"):
-            assert report["retrieval"][name]["drawn"][space]["top5"]["n"] == n
-            assert report["retrieval"][name]["ceiling"][space]["candidates"] == 24
-            assert report["memorization"][space][name]["verdict"] in ("copies", "some copies", "no sign of copies")
+        for features in ("pixels", "in-domain CLIP"):
+            assert report["retrieval"][name]["drawn"][features]["top5"]["n"] == n
+            assert report["retrieval"][name]["ceiling"][features]["candidates"] == 24
+            assert report["memorization"][features][name]["verdict"] in ("copies", "some copies", "no sign of copies")
         assert len(report["pictures"][name]) == n
         for i, picture in enumerate(report["pictures"][name]):
             assert picture["seed"] == i
             assert Image.open(out / picture["drawn"]).size == Image.open(out / picture["real"]).size == (16, 16)
             assert all((out / found["real"]).exists() for found in picture["nearest_training"].values())
-    found = report["retrieval"]["heldout"]["drawn"]["own"]
+    found = report["retrieval"]["heldout"]["drawn"]["in-domain CLIP"]
     assert found["compositions"]["top1"]["n"] == 2 and found["others"]["top1"]["n"] == 4
-    assert set(report["distribution"]) == {"own"}  # the Fréchet distance of blurred pixels is nobody's figure
-    assert report["distribution"]["own"]["reference_n"] == 18
-    assert report["text_fit"]["heldout"]["own"]["shuffled"]["n"] == 6
+    assert set(report["distribution"]) == {"in-domain CLIP"}  # not of pixels
+    assert report["distribution"]["in-domain CLIP"]["reference_n"] == 18
+    assert report["text_fit"]["heldout"]["in-domain CLIP"]["shuffled"]["n"] == 6
 
     best = report["sweep"]["best"]
     rows = [(r["guidance_scale"], r["guidance_interval"], r["evaluations"]) for r in report["sweep"]["rows"]]
-    # one step is at t = T - 1, which the narrow interval leaves unguided, and nothing is guided at scale 1
+    # a single step is at t = T - 1, outside of the narrow interval; scale 1 is unguided everywhere
     assert rows == [(1, [0, 1], 1), (2, [0, 1], 2), (2, [0.2, 0.8], 1)] and best["num_inference_steps"] == 1
-    assert (out / report["sweep"]["plot"]).exists()
     assert json.loads((model / "defaults.json").read_text()) == best
     assert LDMPipeline.from_pretrained(model).defaults.guidance_scale == best["guidance_scale"]
-    assert "memorization in own" in told and "KID x 1000" in told
+    assert "memorization, in-domain CLIP" in printed and "KID x 1000" in printed
 
 
 @pytest.mark.parametrize(("scale", "interval"), [(1.0, (0, 1)), (3.0, (0, 1)), (3.0, (0.2, 0.8)), (3.0, (0, 0.301))])
-def test_evaluations_are_what_drawing_asks(home: Path, scale: float, interval: tuple[float, float]) -> None:
-    subject = Subject(LDMPipeline.from_pretrained(home / "model"), home / "model")
-    settings, asked = Settings(7, scale, 0, interval), []
-    subject.pipeline.unet.conv_in.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
-    subject.draw(["red heart"] * 3, 0, settings)
-    assert len(asked) == 7 and sum(asked) == 3 * subject.evaluations(settings)
+def test_unet_evaluations_are_those_of_generation(home: Path, scale: float, interval: tuple[float, float]) -> None:
+    model = EvaluatedModel(LDMPipeline.from_pretrained(home / "model"), home / "model")
+    settings, rows = SamplingSettings(7, scale, 0, interval), []
+    model.pipeline.unet.conv_in.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    model.generate(["red heart"] * 3, 0, settings)
+    assert len(rows) == 7 and sum(rows) == 3 * model.unet_evaluations(settings)
 
 
-def test_pictures_are_drawn_once_and_again_for_another_model(
+def test_pictures_are_reused_by_the_same_request_only(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    draw = Subject.draw
+    generate = EvaluatedModel.generate
 
-    def counted(self: Subject, captions: Any, first: int, settings: Settings) -> Any:
+    def counted(self: EvaluatedModel, captions: Any, first: int, settings: SamplingSettings) -> Any:
         calls.append(len(captions))
-        return draw(self, captions, first, settings)
+        return generate(self, captions, first, settings)
 
-    monkeypatch.setattr(Subject, "draw", counted)
+    monkeypatch.setattr(EvaluatedModel, "generate", counted)
     first = command(home, tmp_path)
     assert sum(calls) == 22
     paths = [tmp_path / picture["drawn"] for picture in first["pictures"]["heldout"]]
@@ -135,41 +133,40 @@ def test_pictures_are_drawn_once_and_again_for_another_model(
     assert sum(calls) == 22
 
 
-def test_a_pictures_seed_is_its_number(home: Path, tmp_path: Path) -> None:
-    """What the report calls seed draws that very picture with the pipeline alone."""
+def test_the_reported_seed_reproduces_a_picture(home: Path, tmp_path: Path) -> None:
     report = command(home, tmp_path, "--seed", "5", "--guidance-scale", "3")
     pipe = LDMPipeline.from_pretrained(home / "model")
     for picture in report["pictures"]["heldout"][:3]:
-        drawn = pipe(picture["caption"], num_inference_steps=2, guidance_scale=3.0, seed=picture["seed"]).images[0]
+        again = pipe(picture["caption"], num_inference_steps=2, guidance_scale=3.0, seed=picture["seed"]).images[0]
         kept = np.asarray(Image.open(tmp_path / picture["drawn"])).astype(int)
-        assert np.abs(np.asarray(drawn).astype(int) - kept).max() <= 1
+        assert np.abs(np.asarray(again).astype(int) - kept).max() <= 1
 
 
 # --- known models --------------------------------------------------------------------------------
 
 
-class Known(Subject):
-    """Draws by looking up: for each caption a real picture."""
+class LookupModel(EvaluatedModel):
+    """ "Generates" a real picture for each caption."""
 
     def __init__(self, pipeline: Any, folder: Path, pictures: CaptionedPictures, answers: dict[str, str]) -> None:
         super().__init__(pipeline, folder)
         self.rows = {row.captions[0]: row for row in pictures}
         self.answers = answers
 
-    def draw(self, captions: Any, first: int, settings: Settings) -> list[Image.Image]:
+    def generate(self, captions: Any, first: int, settings: SamplingSettings) -> list[Image.Image]:
         return [self.rows[self.answers.get(caption, caption)].image() for caption in captions]
 
 
-def examine_known(home: Path, out: Path, answers: dict[str, str]) -> dict[str, Any]:
+def evaluate_lookup(home: Path, out: Path, answers: dict[str, str]) -> dict[str, Any]:
     pictures = read_captioned(home / "data", progress=False)
-    subject = Known(LDMPipeline.from_pretrained(home / "model"), home / "model", pictures, answers)
-    pixels = pixel_space(tiny.SIZE)
-    net = Space("net", "a hash", "none", "cosine", lambda x: x.flatten(1)[:, ::7])
-    return evaluate(subject, pictures, [pixels, net], Settings(1, 1.0), out, QUICK, say=lambda told: None)
+    model = LookupModel(LDMPipeline.from_pretrained(home / "model"), home / "model", pictures, answers)
+    pixels = pixel_extractor(tiny.SIZE)
+    net = FeatureExtractor("net", "a hash", "none", "cosine", lambda x: x.flatten(1)[:, ::7])
+    return evaluate(model, pictures, [pixels, net], SamplingSettings(1, 1.0), out, QUICK, log=lambda message: None)
 
 
-def test_a_model_that_draws_the_right_pictures_has_perfect_figures(home: Path, tmp_path: Path) -> None:
-    report = examine_known(home, tmp_path, {})
+def test_a_model_that_returns_the_right_pictures_has_perfect_metrics(home: Path, tmp_path: Path) -> None:
+    report = evaluate_lookup(home, tmp_path, {})
     for name in ("train", "heldout"):
         for found in report["retrieval"][name]["drawn"].values():
             assert found["top1"]["value"] == 1
@@ -181,35 +178,35 @@ def test_a_model_that_draws_the_right_pictures_has_perfect_figures(home: Path, t
         assert verdicts["train"]["median_ratio"] == 0
 
 
-def test_a_model_that_answers_with_one_training_picture_is_found_out(home: Path, tmp_path: Path) -> None:
+def test_a_model_that_returns_one_training_picture_is_flagged(home: Path, tmp_path: Path) -> None:
     pictures = read_captioned(home / "data", progress=False)
     only = pictures.train[0].captions[0]
-    report = examine_known(home, tmp_path, {row.captions[0]: only for row in pictures})
-    for space in ("pixels", "net"):
-        assert report["retrieval"]["heldout"]["drawn"][space]["top1"]["value"] == 0
-        assert report["memorization"][space]["heldout"]["verdict"] == "copies"
+    report = evaluate_lookup(home, tmp_path, {row.captions[0]: only for row in pictures})
+    for features in ("pixels", "net"):
+        assert report["retrieval"]["heldout"]["drawn"][features]["top1"]["value"] == 0
+        assert report["memorization"][features]["heldout"]["verdict"] == "copies"
     nearest = report["pictures"]["heldout"][0]["nearest_training"]["pixels"]
     assert nearest["caption"] == only and nearest["distance"] == 0
-    drawn, floor = (report["distribution"]["net"][kind] for kind in ("drawn", "floor"))
-    assert drawn["recall"]["value"] == pytest.approx(1 / 18)  # that picture itself
-    assert floor["recall"]["value"] > 0.3
+    generated, baseline = (report["distribution"]["net"][kind] for kind in ("drawn", "floor"))
+    assert generated["recall"]["value"] == pytest.approx(1 / 18)  # that picture itself
+    assert baseline["recall"]["value"] > 0.3
 
 
-def test_without_held_out_pictures_training_captions_stand_in(home: Path, tmp_path: Path) -> None:
+def test_without_held_out_pictures_training_captions_are_used(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "data", tmp_path / "data")
     rows = [json.loads(line) for line in (home / "data/metadata.jsonl").read_text().splitlines()]
     (tmp_path / "data/metadata.jsonl").write_text("".join(json.dumps({**r, "split": "train"}) + "\n" for r in rows))
     shutil.copytree(home / "model", tmp_path / "model")
-    report = examine_known(tmp_path, tmp_path / "out", {})
+    report = evaluate_lookup(tmp_path, tmp_path / "out", {})
     assert report["text_use"]["on"] == "train" and report["memorization"] == {}
-    assert report["distribution"]["net"]["reference_n"] == 24 - 16  # the pictures that were not asked for
+    assert report["distribution"]["net"]["reference_n"] == 24 - 16  # the pictures of no prompt
 
 
-# --- what it is told -----------------------------------------------------------------------------
+# --- inputs and identity -----------------------------------------------------------------------------
 
 
-def test_a_run_brings_its_pipeline_data_and_split(home: Path, tmp_path: Path) -> None:
-    """The newest checkpoint's config says how the pictures were read: with its holdout, not the default."""
+def test_a_run_defines_pipeline_data_and_split(home: Path, tmp_path: Path) -> None:
+    """The newest checkpoint's config counts: its holdout, not the default."""
     run = tmp_path / "run"
     shutil.copytree(home / "model", run / "pipeline")
     road.draw_folder(tmp_path / "data")  # no split column
@@ -228,11 +225,11 @@ def test_a_run_brings_its_pipeline_data_and_split(home: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "model: name a run or a pipeline folder"),
         (["no/such/run"], "no/such/run is neither a run nor a pipeline folder"),
-        (["{home}/model"], "data: there is no run that says what it was trained on"),
+        (["{home}/model"], "data: no run defines the data set"),
         (
             ["{home}/model", "--data", "{home}/data", "--write-defaults"],
             "--write-defaults: it writes what --sweep finds",
@@ -240,13 +237,13 @@ def test_a_run_brings_its_pipeline_data_and_split(home: Path, tmp_path: Path) ->
         (["{home}/model", "--data", "{home}/data", "--features", "inception"], "features: inception needs its weights"),
     ],
 )
-def test_errors_are_one_line(home: Path, words: list[str], told: str) -> None:
+def test_errors_are_one_line(home: Path, words: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", *[word.format(home=home) for word in words]])
-    assert str(stopped.value).startswith("error: ") and told in str(stopped.value)
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
 
 
-def test_only_what_draws_decides_which_model_it_is(home: Path, tmp_path: Path) -> None:
+def test_the_models_hash_depends_on_networks_and_scheduler_only(home: Path, tmp_path: Path) -> None:
     def known(folder: Path) -> str:
         return model_sha256(LDMPipeline.from_pretrained(folder))
 
@@ -270,10 +267,10 @@ def test_runs_of_consecutive_numbers() -> None:
     assert consecutive([0, 1, 2, 5, 6, 9], 2) == [[0, 1], [2], [5, 6], [9]]
 
 
-def test_latents_are_what_the_pictures_are_decoded_from(home: Path) -> None:
+def test_latents_are_scaled_posterior_means(home: Path) -> None:
     pipe = LDMPipeline.from_pretrained(home / "model")
-    subject = Subject(pipe, home / "model")
+    model = EvaluatedModel(pipe, home / "model")
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     expected = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-    torch.testing.assert_close(subject.latents(pixels), expected)
-    assert torch.allclose(subject.schedule.alpha_bar.float(), pipe.scheduler.alphas_cumprod, atol=1e-6)
+    torch.testing.assert_close(model.latents(pixels), expected)
+    assert torch.allclose(model.schedule.alpha_bar.float(), pipe.scheduler.alphas_cumprod, atol=1e-6)

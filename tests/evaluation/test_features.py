@@ -1,4 +1,4 @@
-"""Feature nets: the very vectors that transformers computes, whatever kind of model the user names."""
+"""Feature extractors return the vectors that transformers computes, for every kind of model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluation.features import embed_all, load_space, pixel_space, pixels_of
+from ldm.evaluation.features import extract_features, load_extractor, pixel_extractor, read_pixels
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.48, 0.45, 0.4], [0.27, 0.26, 0.25]
@@ -39,7 +39,7 @@ def save_model(folder: Path, kind: str) -> transformers.PreTrainedModel:
 
 
 def expected(model: transformers.PreTrainedModel, kind: str, pixels: Tensor) -> Tensor:
-    """By the model itself, on pictures that need no resizing."""
+    """The model's own features of pictures that need no resizing."""
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
     inputs = ((pixels + 1) / 2 - mean) / std
     with torch.no_grad():
@@ -50,51 +50,51 @@ def expected(model: transformers.PreTrainedModel, kind: str, pixels: Tensor) -> 
 
 
 @pytest.mark.parametrize("kind", ["clip", "dinov2", "convnextv2"])
-def test_vectors_are_the_models_own(kind: str, tmp_path: Path) -> None:
+def test_vectors_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
-    space = load_space(str(tmp_path), 16, CPU)
+    extractor = load_extractor(str(tmp_path), 16, CPU)
     pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    torch.testing.assert_close(space.embed(pixels), expected(model, kind, pixels), rtol=1e-4, atol=1e-5)
-    assert space.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
-    assert load_space(str(tmp_path), 64, CPU).resize == "bicubic, antialiased, 64 => 16"
-    assert (space.embed_captions is None) == (kind != "clip")
+    torch.testing.assert_close(extractor.embed(pixels), expected(model, kind, pixels), rtol=1e-4, atol=1e-5)
+    assert extractor.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert load_extractor(str(tmp_path), 64, CPU).resize == "bicubic, antialiased, 64 => 16"
+    assert (extractor.embed_captions is None) == (kind != "clip")
 
 
-def test_clip_meets_pictures_and_captions(tmp_path: Path) -> None:
+def test_clip_embeds_captions(tmp_path: Path) -> None:
     model = save_model(tmp_path, "clip")
-    space = load_space(str(tmp_path), 16, CPU)
-    assert space.embed_captions is not None
+    extractor = load_extractor(str(tmp_path), 16, CPU)
+    assert extractor.embed_captions is not None
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)(
         ["red heart", "cat"], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
         theirs = model.text_projection(model.text_model(**tokens).pooler_output)
-    torch.testing.assert_close(space.embed_captions(["red heart", "cat"]), theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor.embed_captions(["red heart", "cat"]), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_net_that_cannot_be_used_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_an_unusable_network_is_refused_with_a_fix(tmp_path: Path) -> None:
     save_model(tmp_path / "net", "convnextv2")
     (tmp_path / "net" / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no preprocessor_config\.json"):
-        load_space(str(tmp_path / "net"), 16, CPU)
+        load_extractor(str(tmp_path / "net"), 16, CPU)
     pickled = tmp_path / "pickled"
     save_model(pickled, "convnextv2")
     weights = transformers.ConvNextV2Model.from_pretrained(pickled).state_dict()
     (pickled / "model.safetensors").unlink()
     torch.save(weights, pickled / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        load_space(str(pickled), 16, CPU)
+        load_extractor(str(pickled), 16, CPU)
     for spec in ("inception", f"inception={tmp_path / 'missing.safetensors'}", "inception=weights.pth"):
         with pytest.raises(ValueError, match=r"--features inception=FILE\.safetensors"):
-            load_space(spec, 16, CPU)
+            load_extractor(spec, 16, CPU)
 
 
-def test_picture_files_come_back_as_they_were_and_batches_don_t_matter(tmp_path: Path) -> None:
+def test_picture_files_are_read_exactly_and_batches_do_not_matter(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     paths = [tmp_path / f"{i}.png" for i in range(5)]
     for path, array in zip(paths, pixels.numpy(), strict=True):
         Image.fromarray(array).save(path)
-    found = pixels_of(paths)
+    found = read_pixels(paths)
     torch.testing.assert_close(found, pixels.permute(0, 3, 1, 2) / 127.5 - 1)
-    space = pixel_space(16)
-    torch.testing.assert_close(embed_all([space], [found[:2], found[2:]])["pixels"], space.embed(found))
+    extractor = pixel_extractor(16)
+    torch.testing.assert_close(extract_features([extractor], [found[:2], found[2:]])["pixels"], extractor.embed(found))

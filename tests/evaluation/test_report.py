@@ -1,4 +1,4 @@
-"""The page that `ldm evaluate` leaves: what it says is what the JSON holds, and it is nobody's but its own."""
+"""The report of `ldm evaluate`: it shows the numbers of the JSON, is self-contained, and escapes untrusted text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ import tiny
 from PIL import Image
 
 from ldm.cli.main import main
-from ldm.evaluation.report.charts import Series, even_ticks, line_chart, log_ticks
-from ldm.evaluation.report.page import figure, write_report
-from ldm.evaluation.run_record import averaged, carry_run, read_curves
+from ldm.evaluation.provenance import averaged, copy_run_record, read_curves
+from ldm.evaluation.report.charts import Series, inline_svg, line_chart
+from ldm.evaluation.report.page import write_report
+from ldm.evaluation.report.text import number
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}'
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, evaluated once with everything; one of its captions is hostile."""
+    """A run, evaluated once with all options; one of its captions is hostile."""
     folder = tmp_path_factory.mktemp("report")
     tiny.pipeline(folder / "text").save_pretrained(folder / "run/pipeline")
     data = road.draw_folder(folder / "data")
@@ -55,8 +57,8 @@ def out(home: Path, tmp_path: Path) -> Path:
     return shutil.copytree(home / "run/evaluation", tmp_path / "out")
 
 
-class Seen(HTMLParser):
-    """What a browser would see: tags with their attributes, and text."""
+class Parsed(HTMLParser):
+    """Tags with their attributes, and text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -75,38 +77,38 @@ class Seen(HTMLParser):
         return re.sub(r"\s+", " ", "".join(self.texts))
 
 
-def seen(out: Path) -> Seen:
-    return Seen((out / "report.html").read_text("utf-8"))
+def parsed(out: Path) -> Parsed:
+    return Parsed((out / "report.html").read_text("utf-8"))
 
 
 def report(out: Path) -> dict[str, Any]:
     return json.loads((out / "evaluation.json").read_text("utf-8"))
 
 
-def test_the_figures_are_those_of_the_json(out: Path) -> None:
-    text, told = seen(out).text, report(out)
+def test_the_numbers_are_those_of_the_json(out: Path) -> None:
+    text, told = parsed(out).text, report(out)
     for set_ in ("train", "heldout"):
-        for space in ("pixels", "own"):
+        for features in ("pixels", "in-domain CLIP"):
             for top in ("top1", "top5"):
-                found = told["retrieval"][set_]["drawn"][space][top]
+                found = told["retrieval"][set_]["drawn"][features][top]
                 assert f"{found['value']:.1%} {found['low']:.1%} to {found['high']:.1%}" in text
     for kind in ("drawn", "floor"):
-        fid = told["distribution"]["own"][kind]["fid"]
-        assert f"{figure(fid['value'])} {figure(fid['low'])} to {figure(fid['high'])}" in text
-    assert "new compositions" in text and told["memorization"]["own"]["heldout"]["verdict"] in text
+        fid = told["distribution"]["in-domain CLIP"][kind]["fid"]
+        assert f"{number(fid['value'])} {number(fid['low'])} to {number(fid['high'])}" in text
+    assert "new compositions" in text and told["memorization"]["in-domain CLIP"]["heldout"]["verdict"] in text
     for known in (told["model"]["sha256"], told["data"]["sha256"], told["spaces"][1]["sha256"], told["command"]):
         assert known in text
     assert told["command"].startswith("ldm evaluate ") and told["machine"]["processor"] in text
     assert "optim.lr 0.00125" in text
     best = told["sweep"]["best"]
     assert f"guidance {best['guidance_scale']:g}" in text
-    assert "1 steps, guided in 0.2 to 0.8" in text
+    assert "1 steps, guidance for t/T in [0.2, 0.8)" in text
 
 
-def test_its_pictures_are_the_files_to_the_pixel(out: Path) -> None:
+def test_embedded_pictures_equal_the_files(out: Path) -> None:
     told = report(out)
     shown = []
-    for tag, attributes in seen(out).tags:
+    for tag, attributes in parsed(out).tags:
         if tag == "img":
             kind, _, code = str(attributes["src"]).partition(";base64,")
             assert kind == "data:image/webp"
@@ -122,18 +124,18 @@ def test_its_pictures_are_the_files_to_the_pixel(out: Path) -> None:
 
 def test_best_and_worst_follow_the_stated_rule(out: Path) -> None:
     told = report(out)
-    ranks = {p["caption"]: (p["rank"]["own"], p["number"]) for p in told["pictures"]["heldout"]}
+    ranks = {p["caption"]: (p["rank"]["in-domain CLIP"], p["number"]) for p in told["pictures"]["heldout"]}
     expected = sorted(ranks, key=lambda caption: ranks[caption])[:4]
     page = (out / "report.html").read_text("utf-8")
-    section = page.split("The best it did", 1)[1].split("The worst", 1)[0]
-    captions = [attributes["alt"] for tag, attributes in Seen(section).tags if tag == "img"][::2]
-    assert captions == [f"drawn: {caption}" for caption in expected]
+    section = page.split("Best results", 1)[1].split("Worst results", 1)[0]
+    captions = [attributes["alt"] for tag, attributes in Parsed(section).tags if tag == "img"][::2]
+    assert captions == [f"generated: {caption}" for caption in expected]
 
 
-def test_captions_are_text_and_nothing_is_fetched(out: Path) -> None:
+def test_captions_are_escaped_and_nothing_is_fetched(out: Path) -> None:
     page = (out / "report.html").read_text("utf-8")
-    found = Seen(page)
-    assert EVIL in found.text and f"drawn: {EVIL}" in {a.get("alt") for _, a in found.tags}
+    found = Parsed(page)
+    assert EVIL in found.text and f"generated: {EVIL}" in {a.get("alt") for _, a in found.tags}
     tags = {tag for tag, _ in found.tags}
     assert not tags & {"script", "link", "iframe", "object", "base", "form"}
     for _, attributes in found.tags:
@@ -146,8 +148,8 @@ def test_captions_are_text_and_nothing_is_fetched(out: Path) -> None:
 
 
 def test_every_untrusted_text_is_escaped(out: Path) -> None:
-    """Whatever string of the JSON files is hostile, no tag comes of it."""
-    before = [tag for tag, _ in seen(out).tags]
+    """A hostile string in the JSON files never becomes a tag."""
+    before = [tag for tag, _ in parsed(out).tags]
 
     def poison(tree: Any) -> Any:
         if isinstance(tree, dict):
@@ -167,7 +169,7 @@ def test_every_untrusted_text_is_escaped(out: Path) -> None:
     (out / "evaluation.json").write_text(json.dumps(hostile))
     (out / "run.json").write_text(json.dumps({**run, "config": {EVIL: EVIL}}))
     write_report(out)
-    after = [tag for tag, _ in seen(out).tags]
+    after = [tag for tag, _ in parsed(out).tags]
     assert "script" not in after and after.count("img") == before.count("img")
 
 
@@ -178,10 +180,10 @@ def test_it_can_be_made_again_from_the_files_alone(out: Path) -> None:
     assert write_report(out).read_bytes() == before
 
 
-def test_what_was_not_measured_is_not_told(out: Path) -> None:
+def test_sections_without_data_are_left_out(out: Path) -> None:
     told = report(out)
     nll = json.loads((out / "nll.json").read_text())
-    assert nll["model"] == told["model"]["sha256"] and "Likelihood by t" in seen(out).text
+    assert nll["model"] == told["model"]["sha256"] and "Negative log-likelihood by t" in parsed(out).text
     (out / "nll.json").write_text(json.dumps({**nll, "model": "another"}))
     (out / "run.json").unlink()
     del told["sweep"]
@@ -190,16 +192,16 @@ def test_what_was_not_measured_is_not_told(out: Path) -> None:
     told["pictures"] = {"heldout": told["pictures"]["heldout"][:1]}
     told["retrieval"] = {"heldout": told["retrieval"]["heldout"]}
     (out / "evaluation.json").write_text(json.dumps(told))
-    text = Seen(write_report(out).read_text("utf-8")).text
-    for absent in ("Likelihood by t", "How it learned", "how many steps?", "look real", "The best it did"):
+    text = Parsed(write_report(out).read_text("utf-8")).text
+    for absent in ("log-likelihood by t", "Training loss", "sampling steps", "Realism", "CLIP score", "Best results"):
         assert absent not in text
-    assert "there is no verdict" in text
+    assert "Not measured: the data set has no held-out pictures" in text
 
 
 # --- curves --------------------------------------------------------------------------------------
 
 
-def test_curves_are_the_log_and_what_was_told_last_counts(tmp_path: Path) -> None:
+def test_curves_are_the_log_and_the_last_value_of_a_step_counts(tmp_path: Path) -> None:
     rows = [
         {"step": 1, "loss": 3.0},
         {"step": 2, "loss": float("nan")},
@@ -215,32 +217,39 @@ def test_curves_are_the_log_and_what_was_told_last_counts(tmp_path: Path) -> Non
     assert short[0][0] == pytest.approx(np.mean(range(142)))
 
 
-def test_points_lie_where_their_values_are() -> None:
-    """Read back from the SVG by two of its own ticks, linear and logarithmic."""
+@pytest.mark.parametrize("log", [False, True])
+def test_points_are_plotted_at_their_values(log: bool) -> None:
+    """Read back from the SVG with the help of two of its own ticks, on linear and logarithmic axes."""
     points = [(10.0, 0.02), (20.0, 0.3), (70.0, 7.0), (100.0, 0.5)]
-    for log in (False, True):
-        svg = str(line_chart([Series("a", points)], x="x", y="y", log_x=log, log_y=log))
-        scale = np.log if log else np.asarray
-        dots = np.array([[float(v) for v in pair] for pair in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)])
-        ups = [(float(y), float(v)) for y, v in re.findall(r'class="y" x="\d+" y="([\d.]+)">([\d.e-]+)<', svg)]
-        overs = [(float(x), float(v)) for x, v in re.findall(r'class="x" x="([\d.]+)" y="\d+">([\d.e-]+)<', svg)]
-        for axis, ticks, shift in ((0, overs, 0), (1, ups, 4)):
-            (p0, v0), (p1, v1) = ticks[0], ticks[-1]
-            place = p0 - shift + (p1 - p0) * (scale([p[axis] for p in points]) - scale(v0)) / (scale(v1) - scale(v0))
-            assert np.abs(dots[:, axis] - place).max() < 0.25
+    svg = str(inline_svg(line_chart([Series("a", points)], x="x", y="y", log_x=log, log_y=log)))
+    scale = np.log10 if log else np.asarray
+    dots = np.array(re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)"', svg), dtype=float)
+    assert len(dots) == 4
+    texts = re.findall(r'text-anchor: (\w+)[^"]*" x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.,]+)<', svg)
+    for axis, anchor in ((0, "middle"), (1, "end")):
+        ticks = [(float(text[1 + axis]), float(text[3].replace(",", ""))) for text in texts if text[0] == anchor]
+        (p0, v0), (p1, v1) = [tick for tick in ticks if not log or tick[1] > 0][:2]
+        values = scale([point[axis] for point in points])
+        unit = (p1 - p0) / (scale(v1) - scale(v0))
+        moved = dots[:, axis] - (p0 + unit * (values - scale(v0)))
+        assert np.ptp(moved) < 0.1  # labels may be shifted against their ticks, all by the same distance
+        assert abs(moved.mean()) < (0.1 if axis == 0 else 5)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.3, 0.2), (5.0, 5.0), (0.0, 0.0), (1e-6, 3e-6), (3, 4000)])
-def test_ticks_hold_what_is_shown(low: float, high: float) -> None:
-    ticks = even_ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
-    if low > 0:
-        ticks = log_ticks(low, high)
-        assert ticks[0] <= low * 1.0001 and ticks[-1] >= high * 0.9999 and 2 <= len(ticks) <= 12
+def test_charts_follow_the_pages_colors_and_are_reproducible() -> None:
+    series = [Series(f"line {i}", [(x, x * i + 1) for x in range(30)]) for i in range(4)]
+    charts = [str(inline_svg(line_chart(series, x="step", y="loss", log_y=True))) for _ in range(2)]
+    assert charts[0] == charts[1] and len(charts[0]) < 12_000
+    for variable in ("--c0", "--c1", "--c2", "--c3", "--soft", "--line"):
+        assert f"var({variable})" in charts[0]
+    colors = set(re.findall(r"(?:stroke|fill): (#\w+)", charts[0]))
+    assert not colors  # any other color would be the same in light and dark mode
+    assert ET.fromstring(charts[0].replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1)).tag == "svg"
+    assert line_chart([Series("a", [])], x="x", y="y") is None and inline_svg(None) == ""
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "text"),
     [
         (0.01234, "0.0123"),
         (46.4001, "46.4"),
@@ -251,34 +260,21 @@ def test_ticks_hold_what_is_shown(low: float, high: float) -> None:
         (3e-9, "3.00e-09"),
     ],
 )
-def test_numbers_are_written_to_be_read(value: float, told: str) -> None:
-    assert figure(value) == told
+def test_numbers_are_readable(value: float, text: str) -> None:
+    assert number(value) == text
 
 
-def test_other_models_leave_no_curves(out: Path, home: Path) -> None:
-    """A folder that was another run's forgets its log."""
-    main(
-        [
-            "evaluate",
-            str(home / "run/pipeline"),
-            "--quick",
-            "--steps",
-            "1",
-            "--out",
-            str(out),
-            "--data",
-            str(home / "data"),
-        ]
-    )
+def test_curves_of_another_run_are_removed(out: Path, home: Path) -> None:
+    words = ["--quick", "--steps", "1", "--out", str(out), "--data", str(home / "data")]
+    main(["evaluate", str(home / "run/pipeline"), *words])
     assert (out / "run.json").exists()
     shutil.copytree(home / "run/pipeline", out.parent / "model")
-    words = ["--data", str(home / "data"), "--net", str(home / "net"), "--out", str(out)]
-    main(["evaluate", str(out.parent / "model"), "--quick", "--steps", "1", *words])
+    main(["evaluate", str(out.parent / "model"), *words, "--net", str(home / "net")])
     assert not (out / "run.json").exists()
-    assert "Training loss" not in seen(out).text
+    assert "Training loss" not in parsed(out).text
 
 
-def test_an_exported_model_takes_its_runs_curves_along_and_no_path(out: Path, home: Path) -> None:
+def test_an_exported_model_has_its_runs_curves_and_no_path(out: Path, home: Path) -> None:
     exported = out.parent / "exported"
     main(["export", str(home / "run"), str(exported)])
     assert str(home) not in (exported / "run.json").read_text("utf-8")
@@ -287,17 +283,17 @@ def test_an_exported_model_takes_its_runs_curves_along_and_no_path(out: Path, ho
     main(["evaluate", str(exported), "--quick", "--steps", "1", *words])
     assert json.loads((out / "run.json").read_text())["curves"]["loss"]
     assert page.read_bytes() == (out / "report.html").read_bytes()
-    assert "Training loss" in seen(out).text
+    assert "Training loss" in parsed(out).text
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     ["", "[]", "{}", '{"step": 1, "config": 3, "curves": {}}', '{"step": "1", "config": null, "curves": {}}',
      '{"step": 1, "config": null, "curves": []}' + "x", '{"step": 1, "config": null, "curves": {"loss": [[1]]}}',
      '{"step": 1, "config": null, "curves": {"loss": [["a", "b"]]}}', '{"step": 1, "config": null, "curves": 7}'],
 )  # fmt: skip
-def test_a_strangers_record_of_a_run_is_refused_in_words(tmp_path: Path, said: str) -> None:
-    (tmp_path / "run.json").write_text(said)
+def test_a_malformed_run_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json: expected the step, config and curves"):
-        carry_run(tmp_path, tmp_path / "out")
+        copy_run_record(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

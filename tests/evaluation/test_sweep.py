@@ -1,4 +1,4 @@
-"""Which setting the sweep chooses, and that a pipeline carries it to whoever draws."""
+"""Which setting a sweep chooses, and that it becomes a pipeline's default."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tiny
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from scipy.stats import binomtest
 
 from ldm.cli.main import main
-from ldm.evaluation.metrics.intervals import share_figure
-from ldm.evaluation.sweep import chance_of_losing, choose, lines, plot, sweep, table
+from ldm.evaluation.metrics.intervals import proportion_estimate
+from ldm.evaluation.report.text import by_guidance, sweep_table
+from ldm.evaluation.sweep import choose, mcnemar_p_value, sweep
 from ldm.inference.defaults import Defaults
 from ldm.pipelines.text_to_image import LDMPipeline
 
@@ -23,11 +23,11 @@ from ldm.pipelines.text_to_image import LDMPipeline
 def row(
     steps: int, scale: float, hits: int, kid: float, interval: tuple[float, float] = (0, 1), evaluations: int = 0
 ) -> dict[str, Any]:
-    found = {"top1": share_figure(hits // 2, 100), "top5": share_figure(hits, 100)}
-    figure = {"value": kid, "low": kid - 0.02, "high": kid + 0.02, "standard_error": 0.01, "n": 100}
+    found = {"top1": proportion_estimate(hits // 2, 100), "top5": proportion_estimate(hits, 100)}
+    estimate = {"value": kid, "low": kid - 0.02, "high": kid + 0.02, "standard_error": 0.01, "n": 100}
     cost = {"steps": steps, "guidance_interval": list(interval), "evaluations": evaluations or 2 * steps}
     each = {"heldout": [i < hits for i in range(100)]}
-    return {**cost, "guidance_scale": scale, "retrieval": {"heldout": found}, "found": each, "kid": figure}
+    return {**cost, "guidance_scale": scale, "retrieval": {"heldout": found}, "found": each, "kid": estimate}
 
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -36,14 +36,14 @@ def row(
 @pytest.mark.parametrize(
     ("rows", "chosen"),
     [
-        # clearly better retrieval wins, whatever its KID
+        # significantly better retrieval wins, whatever its KID
         ([row(10, 1.0, 20, 0.1), row(50, 3.0, 80, 0.5)], (3.0, 50)),
-        # of equal retrieval the smaller KID
+        # equal retrieval: the smaller KID
         ([row(10, 1.0, 80, 0.5), row(50, 3.0, 82, 0.1)], (3.0, 50)),
         ([row(10, 6.0, 82, 0.5), row(50, 3.0, 80, 0.1)], (3.0, 50)),
-        # of equal both the cheaper, then the milder
+        # both equal: the cheaper, then the smaller guidance scale
         ([row(50, 3.0, 82, 0.100), row(10, 4.0, 80, 0.105), row(10, 2.0, 80, 0.107)], (2.0, 10)),
-        # what is cheap is what asks the network less often, not what takes fewer steps
+        # cheaper means fewer network evaluations, not fewer steps
         ([row(10, 3.0, 80, 0.1), row(12, 3.0, 80, 0.1, (0.2, 0.6), 17)], (3.0, 12)),
         # a KID two errors away is not equal
         ([row(50, 3.0, 82, 0.100), row(10, 4.0, 80, 0.120)], (3.0, 50)),
@@ -56,7 +56,7 @@ def test_the_three_rules(rows: list[dict[str, Any]], chosen: tuple[float, int]) 
 
 
 def test_training_captions_decide_where_held_out_ones_cannot() -> None:
-    """Where half of the held-out captions are beyond a model, every setting draws the same other half right."""
+    """If a model fails on half of the held-out captions, every setting gets the same other half right."""
     cheap, better, worse = row(8, 2.0, 56, 0.1), row(12, 3.0, 56, 0.1), row(20, 4.0, 20, 0.1)
     for each, hits in ((cheap, 70), (better, 92), (worse, 95)):
         each["found"]["train"] = [i < hits for i in range(100)]
@@ -66,35 +66,35 @@ def test_training_captions_decide_where_held_out_ones_cannot() -> None:
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (5, 0), (7, 1), (3, 3), (0, 4), (40, 25)])
-def test_what_is_lost_by_chance_is_the_exact_test_of_scipy(lost: int, won: int) -> None:
+def test_the_p_value_is_that_of_scipy(lost: int, won: int) -> None:
     found = [False] * lost + [True] * won + [True, False] * 10
     best = [True] * lost + [False] * won + [True, False] * 10
     expected = binomtest(lost, lost + won, alternative="greater").pvalue if lost + won else 1.0
-    assert chance_of_losing(found, best) == pytest.approx(expected)
+    assert mcnemar_p_value(found, best) == pytest.approx(expected)
 
 
-def test_every_setting_is_judged_once_told_and_plotted(tmp_path: Path) -> None:
+def test_every_setting_is_measured_once_and_in_the_table() -> None:
     tried = []
 
-    def judge(settings: Any) -> dict[str, Any]:
+    def measure(settings: Any) -> dict[str, Any]:
         tried.append(settings)
         return {key: row(1, 1, 50, 0.1)[key] for key in ("retrieval", "found", "kid", "evaluations")}
 
-    rows = sweep(judge, (1.0, 3.0), (5, 10), ((0.0, 1.0), (0.2, 0.8)), seed=4)
+    rows = sweep(measure, (1.0, 3.0), (5, 10), ((0.0, 1.0), (0.2, 0.8)), seed=4)
     wide, narrow = (0.0, 1.0), (0.2, 0.8)
-    once = [(1, wide), (3, wide), (3, narrow)]  # unguided pictures know no interval
+    once = [(1, wide), (3, wide), (3, narrow)]  # unguided pictures have no interval
     assert [(s.steps, s.guidance_scale, s.guidance_interval, s.seed) for s in tried] == [
         (steps, *rest, 4) for steps in (5, 10) for rest in once
     ]
     assert [(r["steps"], r["guidance_scale"], tuple(r["guidance_interval"])) for r in rows] == [
         (s.steps, s.guidance_scale, s.guidance_interval) for s in tried
     ]
-    told = table(rows, ["heldout"]).splitlines()
-    assert len(told) == 7 and all("50.0%" in line for line in told[1:]) and "0.2 to 0.8" in told[3]
-    each = {name: [r["guidance_scale"] for r in line] for name, line in lines(rows).items()}
-    assert each == {f"{steps} steps{where}": [1, 3] for steps in (5, 10) for where in ("", ", guided in 0.2 to 0.8")}
-    plot(rows, "heldout", tmp_path / "sweep.png")
-    assert len(np.unique(np.asarray(Image.open(tmp_path / "sweep.png")))) > 10
+    text = sweep_table(rows, ["heldout"]).splitlines()
+    assert len(text) == 7 and all("50.0%" in line for line in text[1:]) and "0.2 to 0.8" in text[3]
+    each = {name: [r["guidance_scale"] for r in line] for name, line in by_guidance(rows).items()}
+    assert each == {
+        f"{steps} steps{where}": [1, 3] for steps in (5, 10) for where in ("", ", guidance for t/T in [0.2, 0.8)")
+    }
 
 
 # --- the pipeline's defaults ---------------------------------------------------------------------

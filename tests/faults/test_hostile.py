@@ -32,7 +32,7 @@ from ldm import LDMPipeline
 from ldm.cli import main as cli
 from ldm.cli.config import parse_config
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.evaluation.features import load_space
+from ldm.evaluation.features import load_extractor
 from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
 from ldm.models.safety import COMPONENTS, check_index, check_model_folder
 from ldm.models.text_encoder import TextConfig, TextEncoder
@@ -181,7 +181,7 @@ def test_other_models_are_checked_by_the_same_hand(
     if part == "text_encoder":
         loads = [
             lambda: TextEncoder.load(TextConfig(str(folder), tiny.MAX_LENGTH)),
-            lambda: load_space(str(folder), tiny.SIZE, "cpu"),  # type: ignore[arg-type]
+            lambda: load_extractor(str(folder), tiny.SIZE, "cpu"),  # type: ignore[arg-type]
         ]
     for load in loads:
         with pytest.raises((ValueError, OSError)) as refused:

@@ -27,14 +27,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ASK = """
 import json, sys
 from ldm import LDMPipeline
-from ldm.evaluation.features import load_space
+from ldm.evaluation.features import load_extractor
 from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.vae import load_vae
 ways = {
     "pipeline": LDMPipeline.from_pretrained,
     "vae": load_vae,
     "text": lambda name: TextEncoder.load(TextConfig(name, MAX_LENGTH)),
-    "features": lambda name: load_space(name, 16, "cpu"),
+    "features": lambda name: load_extractor(name, 16, "cpu"),
 }
 answers = {}
 for name in sys.argv[1:]:

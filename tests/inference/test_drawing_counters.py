@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from benchmarks.drawing import Arm, noise
-from benchmarks.growth import slope
-from benchmarks.quality import errors, worse
+from benchmarks.pipelines import Arm, noise
+from benchmarks.sample_quality import errors, worse
+from benchmarks.scaling import slope
 from benchmarks.synthetic import CHANNELS, Rows
 from ldm.data.cache.latents import LatentCache
 from ldm.pipelines.text_to_image import LDMPipeline
@@ -121,12 +121,12 @@ def test_errors_are_gray_levels() -> None:
 
 
 def test_ours_is_worse_only_beyond_the_interval() -> None:
-    ours = {"spaces": {"own": {"kid": {"low": 0.3, "high": 0.5}}}}
+    ours = {"features": {"own": {"kid": {"low": 0.3, "high": 0.5}}}}
     row = {
         "ours_minus_it": {"error": {"low": -0.1, "high": 0.4}, "top-1, own": {"low": -0.2, "high": 0.1}},
-        "spaces": {"own": {"kid": {"low": 0.1, "high": 0.35}}},
+        "features": {"own": {"kid": {"low": 0.1, "high": 0.35}}},
     }
     assert worse(ours, row) == []
     row["ours_minus_it"] = {"error": {"low": 0.1, "high": 0.4}, "top-1, own": {"low": -0.2, "high": -0.1}}
-    row["spaces"]["own"]["kid"] = {"low": 0.1, "high": 0.2}
+    row["features"]["own"]["kid"] = {"low": 0.1, "high": 0.2}
     assert worse(ours, row) == ["error", "top-1, own", "KID, own"]

@@ -21,7 +21,6 @@ from ldm.data.dataset import BadDataError, read_captioned
 from ldm.data.labels import Labels
 from ldm.diffusion.forward import q_sample
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.evaluation.metrics.accuracy import LabelledLatents, accuracy
 from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
 from ldm.models.vae import encode, load_vae
 from ldm.training.config import Config
@@ -93,30 +92,6 @@ def test_errors_name_the_way_out(tmp_path: Path) -> None:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
-
-
-# --- accuracy ----------------------------------------------------------------------------------
-
-
-def test_accuracy_by_quarter_counts_right_answers() -> None:
-    """A classifier that knows the labels down to some t, and says 0 beyond."""
-    rng = torch.Generator().manual_seed(0)
-    x0, labels = torch.randn(40, 1, 2, 2, generator=rng), torch.arange(40) % 4
-    questions = LabelledLatents.fixed(x0, labels, 1000, rng)
-    answers = {
-        q_sample(SCHEDULE, x0[i : i + 1], t[i : i + 1], eps[i : i + 1]).sum().item(): int(labels[i])
-        for t, eps in zip(questions.t, questions.eps, strict=True)
-        for i in range(40)
-    }
-
-    def knowing(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        right = torch.tensor([answers[x.sum().item()] if step < 500 else 0 for x, step in zip(x_t, t, strict=True)])
-        return torch.eye(4)[right] * 100
-
-    found = accuracy(knowing, SCHEDULE, questions, batch_size=7)
-    loss = found.pop("loss")
-    assert found == {"total": 0.625, "q1": 1.0, "q2": 1.0, "q3": 0.25, "q4": 0.25}
-    assert loss == pytest.approx(100 * 0.75 / 2)
 
 
 # --- training ----------------------------------------------------------------------------------

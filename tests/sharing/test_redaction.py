@@ -1,4 +1,4 @@
-"""Paths of a machine stay there, and nothing else is changed."""
+"""Paths outside the working folder are redacted, and nothing else is changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import road
 
-from ldm.sharing.redaction import without_places
+from ldm.sharing.redaction import redact_paths
 from ldm.training.config import to_dict
 
 HOME = "/home/ada lovelace/ml"
@@ -33,8 +33,8 @@ KNOWN = [f"{HOME}/runs/demo", f"{HOME}/runs/demo/data", "pictures", None]
         (r"\\server\ada\demo", "demo"),
     ],
 )  # fmt: skip
-def test_the_last_name_stays(path: str, left: str) -> None:
-    assert without_places({"a": [path]}, KNOWN) == {"a": [left]}
+def test_only_the_last_name_of_a_path_stays(path: str, left: str) -> None:
+    assert redact_paths({"a": [path]}, KNOWN) == {"a": [left]}
 
 
 @pytest.mark.parametrize(
@@ -51,22 +51,22 @@ def test_the_last_name_stays(path: str, left: str) -> None:
         "a bound on -log density of the VAE's latents; may be negative",
     ],
 )
-def test_what_is_no_far_path_stays(text: str) -> None:
-    assert without_places([text], KNOWN) == [text]
+def test_other_text_is_unchanged(text: str) -> None:
+    assert redact_paths([text], KNOWN) == [text]
 
 
-def test_captions_numbers_and_the_tree_itself_stay() -> None:
+def test_captions_numbers_and_the_input_are_unchanged() -> None:
     tree: Any = {"caption": "/home/ada", "prompts": ["~/x", "w/ garden"], "n": 3, "x": None, "low": 0.5, "ok": True}
-    assert without_places(tree, KNOWN) == tree
+    assert redact_paths(tree, KNOWN) == tree
     tree = {"folder": f"{HOME}/runs/demo", "more": [{"a": "/x/y"}]}
     before = copy.deepcopy(tree)
-    assert without_places(tree, KNOWN) == {"folder": "demo", "more": [{"a": "y"}]}
+    assert redact_paths(tree, KNOWN) == {"folder": "demo", "more": [{"a": "y"}]}
     assert tree == before
 
 
-def test_a_config_changes_in_its_paths_alone(tmp_path: Any) -> None:
+def test_only_the_paths_of_a_config_change(tmp_path: Any) -> None:
     config = to_dict(road.recipe(tmp_path))
     expected = copy.deepcopy(config)
     expected["run"], expected["data"]["source"], expected["text"]["encoder"] = "run", "data", "text"
     assert str(tmp_path) in str(config)
-    assert without_places(config) == expected
+    assert redact_paths(config) == expected

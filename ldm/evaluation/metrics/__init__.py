@@ -1,9 +1,8 @@
 """The metrics.
 
-accuracy.py      of a classifier of noisy latents
 distribution.py  FID, KID, precision and recall, density and coverage
-intervals.py     confidence intervals
+intervals.py     estimates with confidence intervals
 memorization.py  near-copies of training pictures
-nll.py           the bound on the negative log-likelihood
-retrieval.py     is the real picture the nearest?
+nll.py            a bound on the negative log-likelihood of latents
+retrieval.py     whether the real picture of a prompt is the nearest to the generated one
 """

@@ -1,8 +1,8 @@
-"""Does it draw what was asked? Among all real pictures, is the nearest to a drawn one a picture of that caption?
+"""Retrieval: among all real pictures, is the nearest to a generated one a picture of the same caption?
 
-It needs no judge that knows words: the data set's own pictures are the answers. A caption counts as hit at k if a
-real picture of the same caption is among the k nearest. How high that can get is said beside it: the same for the
-VAE's reconstructions of the real pictures (`ceiling`), and by chance (`chance`).
+This needs no network that reads text: the pictures of the data set are the ground truth. A prompt is a hit at k if a
+real picture with its caption is among the k nearest. Two references stand beside the recall: that of the VAE's
+reconstructions of the real pictures (the upper bound), and chance.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ldm.evaluation.metrics.intervals import share_figure
+from ldm.evaluation.metrics.intervals import proportion_estimate
 
 Metric = Literal["euclidean", "cosine"]
 TOP = (1, 5)
 
 
 def distances(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
-    """Distances [A,B] between vectors [A,D] and [B,D]; cosine's are Euclidean between unit vectors, the same order."""
+    """Distances [A,B] between vectors [A,D] and [B,D]; "cosine" is the Euclidean distance of the unit vectors."""
     if metric == "cosine":
         a, b = normalize(a, dim=1), normalize(b, dim=1)
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # exact: a copy is at distance 0
 
 
-def same_caption(asked: Sequence[str], captions: Sequence[Sequence[str]]) -> Tensor:
-    """Which pictures answer which caption: bool [asked, pictures]."""
+def caption_matches(prompts: Sequence[str], captions: Sequence[Sequence[str]]) -> Tensor:
+    """Whether a prompt is one of a picture's captions: bool [prompts, pictures]."""
     pictures_of: dict[str, list[int]] = {}
     for picture, its in enumerate(captions):
         for caption in its:
             pictures_of.setdefault(caption, []).append(picture)
-    answers = torch.zeros(len(asked), len(captions), dtype=torch.bool)
-    for question, caption in enumerate(asked):
-        answers[question, pictures_of.get(caption, [])] = True
-    return answers
+    matches = torch.zeros(len(prompts), len(captions), dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        matches[row, pictures_of.get(prompt, [])] = True
+    return matches
 
 
-def ranks(distance: Tensor, answers: Tensor) -> Tensor:
-    """The rank, from 1, of the nearest right picture of each question; ties count against it.
+def ranks(distance: Tensor, matches: Tensor) -> Tensor:
+    """The rank, from 1, of the nearest matching picture of each query; ties count against it.
 
     Args:
-        distance: [Q,N] from what was drawn to the real pictures.
-        answers: bool [Q,N], at least one true in each row.
+        distance: [Q,N] from the generated to the real pictures.
+        matches: bool [Q,N], at least one true in each row.
     Returns:
         int64 [Q].
     """
-    nearest = distance.masked_fill(~answers, torch.inf).min(1, keepdim=True).values
-    return 1 + ((distance <= nearest) & ~answers).sum(1)
+    nearest = distance.masked_fill(~matches, torch.inf).min(1, keepdim=True).values
+    return 1 + ((distance <= nearest) & ~matches).sum(1)
 
 
-def recall(rank: Tensor, candidates: int) -> dict[str, Any]:
-    """{"top1": ..., "top5": ...}, shares with Wilson's intervals, and what guessing would reach."""
-    told: dict[str, Any] = {f"top{k}": share_figure(int((rank <= k).sum()), len(rank)) for k in TOP}
-    return {**told, "chance": {f"top{k}": min(1.0, k / candidates) for k in TOP}, "candidates": candidates}
+def recall_at_k(rank: Tensor, candidates: int) -> dict[str, Any]:
+    """{"top1": ..., "top5": ...}, proportions with Wilson's intervals, and the same by chance."""
+    found: dict[str, Any] = {f"top{k}": proportion_estimate(int((rank <= k).sum()), len(rank)) for k in TOP}
+    return {**found, "chance": {f"top{k}": min(1.0, k / candidates) for k in TOP}, "candidates": candidates}

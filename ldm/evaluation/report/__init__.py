@@ -1,7 +1,6 @@
-"""What people read of an evaluation.
+"""The evaluation for people.
 
-page.py     report.html
-charts.py   curves as SVG
-curves.py   which curves there are
-summary.py  the figures at the end of a command
+page.py    report.html
+charts.py  the charts
+text.py    numbers as text, and the summary and the sweep in the terminal
 """

@@ -1,68 +1,129 @@
-"""The figures of an evaluation, as a person wants them at the end of a command."""
+"""Numbers as people read them, the summary of an evaluation in the terminal, and the table of a sweep."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from ldm.inference.defaults import EVERYWHERE
 
+SPLITS = {"train": "training captions", "heldout": "held-out captions"}
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.25 => 25.0%."""
+    return f"{value:.{digits}%}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number with this many significant digits, without an exponent if readable: 0.0123, 46.4, 1,740."""
+    least = digits - 1 - math.floor(math.log10(abs(value))) if value else digits - 1
+    return f"{value:,.{max(0, least)}f}".replace("-", "−") if least < 8 else f"{value:.{digits - 1}e}"
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A difference, with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def with_interval(estimate: dict[str, Any], write: Any = number) -> str:
+    """An estimate and its interval: 46.4 (40.1 to 52.7)."""
+    return f"{write(estimate['value'])} ({write(estimate['low'])} to {write(estimate['high'])})"
+
+
+def recall_text(recall: dict[str, Any]) -> str:
+    """Top-1 and top-5 recall with their intervals."""
+    tops = [f"top-{k} {with_interval(recall[f'top{k}'], percent)}" for k in (1, 5)]
+    return ", ".join([*tops, f"n {recall['top1']['n']}"])
+
 
 def summary(report: dict[str, Any]) -> str:
-    """A few lines: what it reads, what it draws, what it copies."""
+    """The main results of evaluation.json in a few lines."""
     use = report["text_use"]
+    split = "validation" if use["on"] == "heldout" else "training"
     lines = [
-        f"{use['on']} loss {use['losses']['true']['total']:.4f} (squared error of eps, {use['n']} pictures)",
-        *(f"  with {name} captions {signed(gap['total'], 4)}" for name, gap in use["gaps"].items()),
+        f"{split} loss {use['losses']['true']['total']:.4f} (squared error of eps, {use['n']} pictures)",
+        *(
+            f"  increase with {name} captions {with_interval(gap['total'], signed)}"
+            for name, gap in use["gaps"].items()
+        ),
     ]
-    for name, told in report["retrieval"].items():
+    for name, found in report["retrieval"].items():
         psnr = report["reconstruction"][name]["psnr_db"]["value"]
-        lines.append(f"retrieval, {name} captions (the VAE reconstructs these pictures at {psnr:.1f} dB)")
-        for space, found in told["drawn"].items():
-            ceiling = told["ceiling"][space]
-            kinds = {"": found, **{f", {kind}": found[kind] for kind in ("compositions", "others") if kind in found}}
-            lines += [f"  {space}{kind}: {shares(recall)}" for kind, recall in kinds.items()]
-            lines.append(f"  {space}, reconstructions: {shares(ceiling)}")
-    for space, told in report["distribution"].items():
-        lines.append(f"against {told['reference_n']} training pictures in {space}, drawn | real held-out (the floor)")
-        for name, figure in told["drawn"].items():
-            lines.append(f"  {name:<9} {spread(figure)} | {spread(told['floor'][name])}")
-    for name, spaces in report["text_fit"].items():
-        for space, told in spaces.items():
-            lines.append(f"text fit in {space}, {name}: drawn {spread(told['drawn'])} | real {spread(told['real'])}")
-    for space, sets in report["memorization"].items():
-        for name, told in sets.items():
-            near = told["near_copies"]
+        lines.append(f"retrieval, {SPLITS[name]} (VAE reconstructions of the real pictures: PSNR {psnr:.1f} dB)")
+        for extractor, recall in found["drawn"].items():
+            parts = {"": recall, **{f", {kind}": recall[kind] for kind in ("compositions", "others") if kind in recall}}
+            lines += [f"  {extractor}{part}: {recall_text(each)}" for part, each in parts.items()]
+            lines.append(f"  {extractor}, upper bound (reconstructions): {recall_text(found['ceiling'][extractor])}")
+    for extractor, metrics in report["distribution"].items():
+        lines.append(
+            f"{extractor} features, against {metrics['reference_n']} training pictures: "
+            "generated | baseline (real pictures)"
+        )
+        for name, estimate in metrics["drawn"].items():
+            lines.append(f"  {name:<9} {with_interval(estimate)} | {with_interval(metrics['floor'][name])}")
+    for name, extractors in report["text_fit"].items():
+        for extractor, scores in extractors.items():
+            generated, real = with_interval(scores["drawn"]), with_interval(scores["real"])
+            lines.append(f"CLIP score, {extractor}, {SPLITS[name]}: generated {generated} | real {real}")
+    for extractor, sets in report["memorization"].items():
+        for name, found in sets.items():
+            near = found["near_copies"]
             lines.append(
-                f"memorization in {space}, {name} captions: {told['verdict']}; near-copies "
-                f"{near['drawn']['value']:.1%}, among held-out pictures {near['heldout']['value']:.1%}"
+                f"memorization, {extractor}, {SPLITS[name]}: {found['verdict']}; near-copies "
+                f"{percent(near['drawn']['value'])}, of held-out pictures {percent(near['heldout']['value'])}"
             )
     if "sweep" in report:
         best = report["sweep"]["best"]
         low, high = best["guidance_interval"]
         lines.append(
-            f"best of the sweep: {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}"
-            + (f" in {low:g} <= t/T < {high:g}" if best["guidance_scale"] > 1 and (low, high) != EVERYWHERE else "")
+            f"best setting of the sweep: {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}"
+            + (f" for {low:g} <= t/T < {high:g}" if best["guidance_scale"] > 1 and (low, high) != EVERYWHERE else "")
         )
     if "timing" in report:
         timing = report["timing"]
         lines.append(
-            f"first picture in a fresh process {timing['first_picture_cold_seconds']} s, "
-            f"{timing['warm_pictures']} pictures warm {timing['warm_seconds']} s"
+            f"first picture of a fresh process {timing['first_picture_cold_seconds']} s, "
+            f"{timing['warm_pictures']} pictures in a warm process {timing['warm_seconds']} s"
         )
     return "\n".join(lines)
 
 
-def shares(found: dict[str, Any]) -> str:
-    """Top-1 and top-5 with their intervals."""
-    told = [f"top-{k} {f['value']:.1%} ({f['low']:.1%} to {f['high']:.1%})" for k in (1, 5) for f in [found[f"top{k}"]]]
-    return ", ".join([*told, f"n {found['top1']['n']}"])
+def by_guidance(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows by steps and interval, in words; within each group the guidance scale increases.
+
+    Unguided rows belong to every interval.
+    """
+    intervals = sorted({tuple(row["guidance_interval"]) for row in rows})
+    found = {}
+    for count, interval in itertools.product(sorted({row["steps"] for row in rows}), intervals):
+        alike = [
+            row
+            for row in rows
+            if row["steps"] == count and (row["guidance_scale"] <= 1 or tuple(row["guidance_interval"]) == interval)
+        ]
+        suffix = f", guidance for t/T in [{interval[0]:g}, {interval[1]:g})" if interval != EVERYWHERE else ""
+        found[f"{count} steps{suffix}"] = sorted(alike, key=lambda row: row["guidance_scale"])
+    return found
 
 
-def spread(figure: dict[str, Any]) -> str:
-    """A figure and its interval."""
-    return f"{figure['value']:.4g} ({figure['low']:.4g} to {figure['high']:.4g})"
-
-
-def signed(figure: dict[str, Any], digits: int) -> str:
-    """A difference and its interval."""
-    return f"{figure['value']:+.{digits}f} ({figure['low']:+.{digits}f} to {figure['high']:+.{digits}f})"
+def sweep_table(rows: Sequence[dict[str, Any]], sets: Sequence[str]) -> str:
+    """The grid as text, one setting a line."""
+    heads = [
+        "steps",
+        "guidance",
+        "interval",
+        "evaluations",
+        *(f"{name} top-{k}" for name in sets for k in (1, 5)),
+        "KID x 1000",
+    ]
+    text = ["  ".join(f"{head:>13}" for head in heads)]
+    for row in rows:
+        shares = [f"{row['retrieval'][name][f'top{k}']['value']:.1%}" for name in sets for k in (1, 5)]
+        kid = f"{1000 * row['kid']['value']:.2f}±{1000 * row['kid']['standard_error']:.2f}"
+        interval = "{:g} to {:g}".format(*row["guidance_interval"])
+        cells = [str(row["steps"]), f"{row['guidance_scale']:g}", interval, str(row["evaluations"]), *shares, kid]
+        text.append("  ".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(text)

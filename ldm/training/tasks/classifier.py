@@ -19,7 +19,7 @@ from ldm.data.dataset import CaptionedPictures
 from ldm.data.labels import Labels
 from ldm.diffusion.guidance import classifier_loss
 from ldm.diffusion.timesteps import at_share
-from ldm.evaluation.metrics.accuracy import LabelledLatents, accuracy
+from ldm.evaluation.validation import LabeledValidationSet, classifier_accuracy
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.vae import Posterior, encode
 from ldm.system.files import put_in_place, temporary_beside
@@ -113,10 +113,10 @@ class ClassifierTraining(PlainTraining):
         with torch.no_grad():
             return encode(self.vae, batch["pixels"].to(device))
 
-    def accuracy(self, questions: LabelledLatents) -> dict[str, float]:
+    def accuracy(self, questions: LabeledValidationSet) -> dict[str, float]:
         """How often the classifier is right on held-out pictures."""
         classifier = self.classifier.eval()
-        answers = accuracy(classifier, classifier.schedule, questions)
+        answers = classifier_accuracy(classifier, classifier.schedule, questions)
         classifier.train()
         return answers
 
@@ -132,7 +132,9 @@ class ClassifierTraining(PlainTraining):
 
 
 @torch.no_grad()
-def labelled_questions(config: Config, heldout: CaptionedPictures, labels: Labels, vae: Any) -> LabelledLatents | None:
+def labelled_questions(
+    config: Config, heldout: CaptionedPictures, labels: Labels, vae: Any
+) -> LabeledValidationSet | None:
     """The held-out pictures' latents and labels with their fixed (t, eps); None if there are none to ask."""
     rows = evenly(heldout, ASKED)
     if not len(rows):
@@ -140,4 +142,4 @@ def labelled_questions(config: Config, heldout: CaptionedPictures, labels: Label
     mean = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "asking")])
     ids = torch.from_numpy(labels.ids(rows)).to(vae.device)
     rng = generator(config.seed, "held out")
-    return LabelledLatents.fixed(mean, ids, config.diffusion.timesteps, rng)
+    return LabeledValidationSet.fixed(mean, ids, config.diffusion.timesteps, rng)

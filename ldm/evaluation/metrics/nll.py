@@ -2,24 +2,24 @@
 
     -log p(x0) <= L_T + sum_{0 < t < T} L_t + L_0       prior + denoising steps + decoder, nats per dimension
 
-It bounds the density of the LATENTS, those that this VAE draws of these pictures, and not of pixels. It may be
-negative; it compares models on the same VAE and the same pictures and nothing else (why: ldm.diffusion.likelihood).
+It bounds the density of the LATENTS that the VAE samples for these pictures, not that of pixels. It may be negative.
+It compares models with the same VAE on the same pictures, and nothing else (why: ldm.diffusion.likelihood).
 
-T network calls a picture are too many to wait for, so t is drawn: the steps are cut into strata, each picture gets one
-t of each stratum, and its term is divided by the probability p_t of having drawn it. That is unbiased for any strata
-and any p; how much it varies depends on them. Here strata weigh alike, and p_t is proportional, in
+T network calls a picture are too many, so t is sampled: the steps are cut into strata, each picture gets one t of each
+stratum, and its term is divided by the probability p_t of that t. This is unbiased for any strata and any p; the
+variance depends on them. Here all strata have the same weight, and p_t is proportional to w_t:
 
     L_t = (snr_{t-1} - snr_t) / 2 |x0 - pred_x0|**2        (Kingma et al. 2021, with beta_tilde)
-    w_t = (snr_{t-1} - snr_t) sigma_t**2                    what it is for x0 ~ N(0, I), whose error is sigma_t**2
+    w_t = (snr_{t-1} - snr_t) sigma_t**2                    its value for x0 ~ N(0, I), whose error is sigma_t**2
 
-latents having variance 1. Prior and decoder are not sampled.
+since latents have variance 1. Prior and decoder are not sampled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from ldm.diffusion.likelihood import nats_per_dim, prior_kl, vlb_term
 from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule, prediction_from_config, schedule_from_config
+from ldm.evaluation.validation import Network
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import encode
@@ -61,8 +62,8 @@ class NLL:
         dimensions: of one picture's latents.
         timesteps: T.
         network_calls: for each picture.
-        prior: L_T, what the last timestep still tells of x0.
-        terms: L_t from the clean end to the noisy one; the first, t = 0, is the decoder's.
+        prior: L_T, the information about x0 that is left at the last timestep.
+        terms: L_t from the clean end to the noisy one; the first, t = 0, is the decoder.
     """
 
     nats_per_dim: float
@@ -75,11 +76,11 @@ class NLL:
     terms: tuple[Term, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, as JSON holds them."""
+        """Plain numbers and lists, for JSON."""
         return {"meaning": MEANING, **asdict(self)}
 
     def table(self) -> str:
-        """The bound and its parts, for people."""
+        """The bound and its parts as a text table."""
         rows = [
             f"NLL {self.nats_per_dim:.4f} ± {self.standard_error:.4f} nats/dim of latents "
             f"({self.pictures} pictures, {self.dimensions} dimensions, {self.network_calls} of {self.timesteps} steps)",
@@ -92,12 +93,12 @@ class NLL:
 
 
 def step_weights(schedule: NoiseSchedule) -> Tensor:
-    """What the steps 1 <= t < T would cost if latents were N(0, I), up to a factor; float64 [T - 1]."""
+    """The terms of the steps 1 <= t < T if latents were N(0, I), up to a factor; float64 [T - 1]."""
     return (schedule.snr[:-1] - schedule.snr[1:]) * schedule.sigma[1:] ** 2
 
 
 def strata(schedule: NoiseSchedule, most: int) -> list[range]:
-    """The steps 1 <= t < T in at most so many runs without gaps, of about equal weight; each alone if it may be."""
+    """The steps 1 <= t < T in at most `most` contiguous ranges of about equal weight; one step each if most allows."""
     if most >= schedule.T - 1:
         return [range(t, t + 1) for t in range(1, schedule.T)]
     weights = step_weights(schedule)
@@ -109,7 +110,7 @@ def strata(schedule: NoiseSchedule, most: int) -> list[range]:
 
 @torch.no_grad()
 def nll(
-    network: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    network: Network,
     schedule: NoiseSchedule,
     prediction: Prediction,
     x0: Tensor,
@@ -124,12 +125,12 @@ def nll(
 
     Args:
         network: (x_t [B,C,h,w], t [B] on the CPU, conditioning) => prediction [B,C,h,w].
-        x0: [N,C,h,w] latents, at least two; draws of the posterior, as training sees them.
-        conditioning: of the N.
+        x0: [N,C,h,w] latents, at least two, sampled from the posterior as in training.
+        conditioning: of the N latents.
         generator: of timesteps and noise, a CPU one.
-        most_strata: network calls for each picture, besides the decoder's.
+        most_strata: network calls for each picture, besides that of the decoder.
     Raises:
-        ValueError: for fewer than two pictures: one has no standard error.
+        ValueError: for fewer than two pictures, which have no standard error.
     """
     if len(x0) < 2:
         raise ValueError(f"nll: expected at least two pictures, got {len(x0)}")
@@ -142,14 +143,14 @@ def nll(
     with tqdm(total=len(runs) * len(parts), desc="likelihood", unit="batch", disable=not progress) as bar:
         for run, term in zip(runs, terms, strict=True):
             for part in parts:
-                clean, told = x0[part], conditioning[part]
+                clean, condition = x0[part], conditioning[part]
                 p = weights[run.start : run.stop] / weights[run.start : run.stop].sum()
-                drawn = torch.multinomial(p, len(part), replacement=True, generator=generator)
-                t = run.start + drawn
+                sampled = torch.multinomial(p, len(part), replacement=True, generator=generator)
+                t = run.start + sampled
                 eps = torch.randn(clean.shape, generator=generator, dtype=clean.dtype).to(clean.device)
-                answers = Denoiser(lambda x_t, t, told=told: network(x_t, t, told), schedule, prediction)  # type: ignore[misc]
-                nats = vlb_term(answers, clean, q_sample(schedule, clean, t, eps), t, t - 1)
-                term[part] = nats_per_dim(nats, clean).double().cpu() / p[drawn]
+                denoiser = Denoiser(partial(_conditioned, network, condition), schedule, prediction)
+                nats = vlb_term(denoiser, clean, q_sample(schedule, clean, t, eps), t, t - 1)
+                term[part] = nats_per_dim(nats, clean).double().cpu() / p[sampled]
                 bar.update()
     prior = nats_per_dim(prior_kl(schedule, x0), x0).double().cpu()
     root = math.sqrt(len(x0))
@@ -169,6 +170,10 @@ def nll(
     )
 
 
+def _conditioned(network: Network, conditioning: Conditioning, x_t: Tensor, t: Tensor) -> Tensor:
+    return network(x_t, t, conditioning)
+
+
 @torch.no_grad()
 def nll_of_pipeline(
     pipeline: Any,
@@ -179,17 +184,17 @@ def nll_of_pipeline(
     seed: int = 0,
     progress: bool = True,
 ) -> NLL:
-    """The bound for a model and pictures it has not seen, each with its first caption and its class.
+    """The bound for a model and held-out pictures, each with its first caption and its class.
 
     Args:
-        pipeline: an LDMPipeline; its scheduler's config says which process the U-Net was trained on.
-        pictures: captioned, and labelled if the model knows classes.
-        seed: of the draws from the VAE's posterior, the timesteps and the noise.
+        pipeline: an LDMPipeline; its scheduler's config describes the process that the U-Net was trained on.
+        pictures: captioned, and labeled if the model has classes.
+        seed: of the samples of the VAE's posterior, the timesteps and the noise.
     Raises:
-        ValueError: if the model makes pictures of pictures, or its scheduler walks another process.
+        ValueError: if the model takes a conditioning picture, or its scheduler has no known noise schedule.
     """
     if pipeline.condition_channels:
-        raise ValueError("nll: this model is told a second picture, which captioned pictures don't have")
+        raise ValueError("nll: this model takes a conditioning picture; the bound supports text and classes only")
     config, device, size = pipeline.scheduler.config, pipeline.unet.device, pipeline.edge("height")
     schedule, prediction = schedule_from_config(config), prediction_from_config(config)
     rng = torch.Generator().manual_seed(seed)
@@ -208,7 +213,7 @@ def nll_of_pipeline(
         class_labels=torch.from_numpy(pipeline.labels.ids(pictures)).to(device) if pipeline.labels else None,
     )
     return nll(
-        lambda x_t, t, told: denoise(pipeline.unet, x_t, t, told).float(),
+        lambda x_t, t, conditioning: denoise(pipeline.unet, x_t, t, conditioning).float(),
         schedule,
         prediction,
         torch.cat(latents),

@@ -1,4 +1,4 @@
-"""The bound by t against closed forms; the strata cover every step once; the standard error is the error."""
+"""The bound by t against closed forms; strata cover every step once; the standard error is right."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def estimate(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_term_is_its_closed_form(prediction: Prediction) -> None:
-    """With all steps asked, each term within its own standard errors, and so their sum."""
+    """With all steps evaluated, each term is within its standard errors, and so is their sum."""
     prior, terms = closed_form(DATA, SHORT)
     found = estimate(SHORT, 3000, 60, 1, prediction)
     assert [(term.first, term.last) for term in found.terms] == [(t, t) for t in range(60)]
@@ -76,7 +76,7 @@ def test_every_term_is_its_closed_form(prediction: Prediction) -> None:
 
 @pytest.mark.parametrize("most", [1, 3, 8])
 def test_a_subset_of_steps_is_unbiased(most: int) -> None:
-    """Few strata, wide ones: the mean is that of all steps, stratum by stratum, within the standard errors it tells."""
+    """With few strata the mean is that of all steps, stratum by stratum, within the reported standard errors."""
     prior, terms = closed_form(DATA, SHORT)
     found = estimate(SHORT, 20_000, most, 2)
     assert found.network_calls <= most + 1
@@ -90,8 +90,8 @@ def test_a_subset_of_steps_is_unbiased(most: int) -> None:
 def test_the_standard_error_is_the_error() -> None:
     estimates = [estimate(SHORT, 150, 4, seed) for seed in range(60)]
     spread = float(torch.tensor([found.nats_per_dim for found in estimates]).std())
-    told = sum(found.standard_error for found in estimates) / len(estimates)
-    assert 0.7 < told / spread < 1.4
+    reported = sum(found.standard_error for found in estimates) / len(estimates)
+    assert 0.7 < reported / spread < 1.4
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -108,7 +108,7 @@ def test_more_strata_vary_less() -> None:
 
 
 def test_the_whole_chain_agrees_with_elbo() -> None:
-    """All steps, against the chain of ldm.diffusion.likelihood on other noise."""
+    """All steps, against the ELBO of ldm.diffusion.likelihood with other noise."""
     rng = generator(5)
     x0 = DATA.sample(3000, rng)
     denoiser = Denoiser(DATA.network(SHORT, "eps"), SHORT, "eps")
@@ -120,13 +120,13 @@ def test_the_whole_chain_agrees_with_elbo() -> None:
     assert abs(found.nats_per_dim - float(chain.mean())) < 4 * 2**0.5 * found.standard_error
 
 
-def test_one_picture_has_no_error() -> None:
+def test_one_picture_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two pictures, got 1"):
         estimate(SHORT, 1, 5, 0)
 
 
 def test_a_pipelines_bound_is_that_of_its_parts(tmp_path: Path) -> None:
-    """The process is read off the scheduler, each picture has its caption; then the same seed gives the same number."""
+    """Schedule and prediction come from the scheduler, each picture has its caption, and the seed fixes the number."""
     schedule = NoiseSchedule.cosine(200)
     pipeline = tiny.pipeline(tmp_path / "encoder", schedule=schedule, prediction="v")
     pictures = read_captioned(road.draw_folder(tmp_path / "data"), progress=False)
@@ -137,7 +137,7 @@ def test_a_pipelines_bound_is_that_of_its_parts(tmp_path: Path) -> None:
     x0 = posterior.sample(torch.randn(posterior.mean.shape, generator=rng))
     context = TextEncoder(pipeline.tokenizer, pipeline.text_encoder).encode([row.captions[0] for row in pictures])
     again = nll(
-        lambda x_t, t, told: pipeline.unet(x_t, t, told.context).sample, schedule, "v", x0, Conditioning(context),
+        lambda x_t, t, c: pipeline.unet(x_t, t, c.context).sample, schedule, "v", x0, Conditioning(context),
         generator=rng, most_strata=6, progress=False,
     )  # fmt: skip
     assert found.nats_per_dim == pytest.approx(again.nats_per_dim, rel=1e-4)
@@ -150,9 +150,9 @@ def test_the_command_writes_a_table_and_json(
     data, out = road.draw_folder(tmp_path / "data"), tmp_path / "new"
     words = ["evaluate", str(tiny_pipeline_folder), "--data", str(data), "--nll"]
     main([*words, "--strata", "3", "--holdout", "0.5", "--out", str(out)])
-    told, written = capsys.readouterr().out, json.loads((out / "nll.json").read_text("utf-8"))
-    assert f"NLL {written['nats_per_dim']:.4f} ± {written['standard_error']:.4f} nats/dim of latents" in told
-    assert "not of pixels" in told and "not of pixels" in written["meaning"]
+    printed, written = capsys.readouterr().out, json.loads((out / "nll.json").read_text("utf-8"))
+    assert f"NLL {written['nats_per_dim']:.4f} ± {written['standard_error']:.4f} nats/dim of latents" in printed
+    assert "not of pixels" in printed and "not of pixels" in written["meaning"]
     parts = sum(term["nats_per_dim"] for term in written["terms"]) + written["prior"]
     assert parts == pytest.approx(written["nats_per_dim"])
     assert written["pictures"] == len(read_captioned(data, holdout=0.5, progress=False).heldout)
