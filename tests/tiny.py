@@ -137,3 +137,18 @@ def class_pipeline(folder: Path, names: tuple[str, ...]) -> LDMPipeline:
     drawing.labels = Labels("kind", names)
     drawing.set_progress_bar_config(disable=True)
     return drawing
+
+
+def condition_pipeline(folder: Path) -> LDMPipeline:
+    """The same for a model that is conditioned on a second picture, beside text."""
+    whole = pipeline(folder)
+    torch.manual_seed(4)
+    channels, size = whole.vae.config.latent_channels, whole.unet.config.sample_size
+    unet = build_unet(
+        UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
+        latent_shape=(channels, size, size),
+        context_dim=whole.unet.config.cross_attention_dim,
+        condition_channels=channels,
+    )
+    whole.register_modules(unet=unet.eval())
+    return whole
