@@ -1,7 +1,8 @@
 # Two commands set up a fresh machine with Python and make:
 #   make demo   a text-to-image model of a few hundred drawings, from nothing; leaves a grid and runs/demo/pipeline
-#   make test   what CI runs: lint, types, the rooms' walls, tests
-# and   make docs    the site, into site/, offline and strict
+#   make test   lint, types, import contracts, tests; CI runs make docs, make wheel and this
+# and   make wheel   install the wheel into a fresh environment; train and sample with it from another folder
+#       make docs    the site, into site/, offline and strict
 #       make test-faults   the long form of tests/faults: hundreds of killed, damaged and poisoned trainings
 #       make bench         ratios against peers, in benchmarks/README.md; make bench-quick is a look of five minutes
 
@@ -20,7 +21,7 @@ AGAINST := --peer-script $(PEER)
 DRAWN := $(if $(MODEL),--model $(MODEL) --data data/openmoji --net nets/openmoji)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo docs test test-faults lint bench bench-quick bench-env clean
+.PHONY: demo docs test wheel test-faults lint bench bench-quick bench-env clean
 
 demo: $(VENV)/installed
 	$(TIME) $(RUN)/stages.tsv data $(BIN)/ldm data openmoji data/openmoji-demo --size 64 --subset demo
@@ -32,6 +33,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+wheel:
+	PYTHON=$(PYTHON) tests/wheel.sh
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

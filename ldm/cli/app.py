@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 
 from ldm.cli.find import DEFAULT_MODELS, default_model
 from ldm.cli.parser import Command, place
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     model = arguments.model or default_model()
+    if importlib.util.find_spec("gradio") is None:
+        raise ModuleNotFoundError('the page needs gradio; pip install "ldm[app]"')
     import_networks()
     from ldm.app.page import load, serve
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.parser import Command, path, place
+from ldm.cli.parser import Command, feature_extractor, path, place
 from ldm.pipelines import import_networks
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--features",
         nargs="+",
         default=[],
-        type=place,
+        type=feature_extractor,
         metavar="NET",
         help="vision models of transformers, as folders or Hub ids (DINOv2, CLIP, …), or inception=FILE.safetensors",
     )

@@ -64,6 +64,12 @@ def add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command], 
         one.set_defaults(run=command.run)
 
 
+def feature_extractor(text: str) -> str:
+    """A folder, a Hub id, or inception=FILE."""
+    kind, equals, name = text.rpartition("=")
+    return kind + equals + os.path.expanduser(name)
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or len(text) > 9 or int(text) < 1:
