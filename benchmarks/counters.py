@@ -60,13 +60,12 @@ def encoding_flops(setting: Setting) -> dict[str, int]:
 
 
 def cached_bytes(setting: Setting) -> dict[str, int]:
-    """On disk, of one picture's posterior and one caption's context: a record, and its line in the index."""
+    """On disk, of one picture's posterior and one caption's context: a record, and its entry in the index."""
     kinds = {
         "picture": posterior_kind("", latent_shape(setting), SIZE, "white"),
         "caption": context_kind("", (setting.tokens, setting.width)),
     }
-    index = 16 + 8  # key and number
-    return {name: kind.record.itemsize + index for name, kind in kinds.items()}
+    return {name: kind.disk_size for name, kind in kinds.items()}
 
 
 def evaluations(pipeline: Any, steps: int, guidance_scale: float) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.cache.latents import Builder, Captions, LatentCache, context_kind, posterior_kind, save_table
-from ldm.data.cache.records import Kind, to_keys
+from ldm.data.cache.store import Kind, to_keys
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import CaptionedPictures, read_captioned
 
@@ -50,7 +50,7 @@ class Rows:
     @property
     def size(self) -> int:
         """Approximate bytes on disk."""
-        return self.count * (self.posteriors.record.itemsize + self.contexts.record.itemsize + 400)
+        return self.count * (self.posteriors.disk_size + self.contexts.disk_size + 400)
 
     def write(self) -> None:
         """Make them if they are missing."""
@@ -66,15 +66,12 @@ class Rows:
         mean = rng.standard_normal((PART, *self.posteriors.shape[1:]), np.float32)
         latents = np.stack([mean, np.full_like(mean, 0.05)], 1)  # mean and std
         states = rng.standard_normal((PART, *self.contexts.shape), np.float32)
-        found = {}
         for kind, wanted, payloads in ((self.posteriors, keys, latents), (self.contexts, captions, states)):
             with builder.writer(kind) as writer:
                 for start in tqdm(range(0, len(wanted), PART), f"{self.count:,} {kind.name}", leave=False, delay=2):
                     part = wanted[start : start + PART]
                     writer.append(part, payloads[: len(part)])
-                writer.commit()
-                found[kind.name] = writer.find(wanted)
-        save_table(table, found[self.posteriors.name].reshape(-1, 1))
+        save_table(table, keys.reshape(-1, 1))
 
     def pictures(self) -> CaptionedPictures:
         """The rows as training reads them, without decoding the pictures."""

@@ -55,27 +55,27 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def run_cache(arguments: argparse.Namespace) -> None:
-    from ldm.data.cache.records import DamagedError, Kind, Records
+    from ldm.data.cache.store import SUFFIX, DamagedError, Kind, Store
     from ldm.data.rows import count
     from ldm.system.files import gib
 
-    stores = sorted(path.parent for path in arguments.folder.glob("*/manifest.json"))
+    stores = sorted(arguments.folder.glob(f"*{SUFFIX}"))
     if not stores:
         raise ValueError(
             f"{arguments.folder} holds no cache; expected RUN/cache of a run, or what its data.cache names"
         )
     broken = 0
-    for store in stores:
-        size = gib(sum(path.stat().st_size for path in store.iterdir()))
+    for file in stores:
+        size = gib(file.stat().st_size)
         try:
-            records = Records(store, Kind.of(store))
-            bad = sum(1 for _ in records.damaged(progress=True))
-            facts = ", ".join(f"{key} {value}" for key, value in records.kind.what.items())
+            store = Store(file, Kind.of(file))
+            bad = sum(1 for _ in store.damaged(progress=True))
+            facts = ", ".join(f"{key} {value}" for key, value in store.kind.what.items())
             state = f"{count(bad, 'record')} damaged" if bad else "all whole"
-            print(f"{store.name}: {count(len(records), 'record')}, {size}, {state}; {facts}")
+            print(f"{file.stem}: {count(len(store), 'record')}, {size}, {state}; {facts}")
         except DamagedError as damage:
             bad = 1
-            print(f"{store.name}: {size}; {damage}")
+            print(f"{file.stem}: {size}; {damage}")
         broken += bool(bad)
     if broken:
         sys.exit("error: the next run that uses this cache encodes anew what is damaged")

@@ -3,8 +3,9 @@
 dataset.py      any source => checked rows
 rows.py         what every source hands over: rows and problems
 checks.py       rows as a source has them => rows to train on
+facts.py        what is known of each picture file, remembered between starts
 images.py       bytes => upright RGB => pixels
-batches.py      some pictures of many, and their pixels
+batches.py      rows => pixels, captions and batches of them
 labels.py       classes from a column
 conditioned.py  pictures with all their conditions: captions, a class, a second picture
 duplicates.py   pictures that are there twice, in one split or in both

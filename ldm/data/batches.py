@@ -1,4 +1,4 @@
-"""Some pictures of many, and their pixels in batches."""
+"""Rows => what networks take: pixels of one picture or of a batch, one of several captions; and some rows of many."""
 
 from __future__ import annotations
 
@@ -10,10 +10,37 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.cache.latents import load_pixels
 from ldm.data.dataset import Row
+from ldm.data.facts import hash_content
+from ldm.data.images import Crop, to_pixels, to_square
+from ldm.data.rows import BadDataError
 
 BATCH = 32
+PIXELS = 1  # version of the path from a file to pixels: raise it when that changes what a picture looks like
+
+
+def load_pixels(
+    row: Row,
+    size: int,
+    crop: Crop = "center",
+    position: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+    content: bytes | None = None,
+) -> Tensor:
+    """A row's picture => pixels, float32 [3,size,size] in [-1,1].
+
+    Raises:
+        BadDataError: naming the row, if the picture can't be read, or its hash isn't `content`.
+    """
+    data = row.read()
+    if content is not None and hash_content(data) != content:
+        raise BadDataError(f"picture changed while it was being encoded; run the same command again: {row.where}")
+    return torch.from_numpy(to_pixels(to_square(row.image(data), size, crop, position, flip)))
+
+
+def choose_caption(captions: Sequence[str], u: float | None) -> str:
+    """The caption that a uniform u in [0, 1) picks; None, a dropped caption, picks the null caption ""."""
+    return "" if u is None else captions[int(u * len(captions))]
 
 
 class Selectable(Protocol):

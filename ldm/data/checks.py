@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import warnings
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from ldm.data.images import BadPictureError, decode
+from ldm.data.facts import UNKNOWN, Fact, look_at
 from ldm.data.rows import BadCaptionError, Finding, Problem, Split, Store, captions_of, named_split, split_of
 
 
@@ -22,6 +19,7 @@ class Draft:
     captions: tuple[str, ...]
     named: Split | None  # the split, where a column says it
     extra: dict[str, Any]
+    fact: Fact = UNKNOWN
 
     def split(self, holdout: float, locator: Any) -> Split:
         """The split a column names, or that of the first caption; of a picture without captions, that of its place."""
@@ -56,30 +54,17 @@ def gather(findings: Iterable[Finding], problems: list[Problem], captioned: bool
     return rows
 
 
-def without_broken(rows: Drafts, store: Store, background: str, progress: bool, problems: list[Problem]) -> Drafts:
-    """Decode every picture, in threads. Those that cannot be are left out and added to `problems`."""
-    from tqdm import tqdm
+def without_broken(rows: Drafts, store: Store, facts: Path | None, progress: bool, problems: list[Problem]) -> Drafts:
+    """Look at every picture. Those that can't be decoded are left out and added to `problems`.
 
-    def broken(locator: Any) -> str | None:
-        try:
-            decode(store.read(locator), background)
-        except BadPictureError as error:
-            return str(error)
-        return None
-
+    Args:
+        facts: the folder where what is known of the pictures is remembered, None to remember nothing.
+    """
     good: Drafts = {}
-    items = iter(rows.items())
-    with (
-        warnings.catch_warnings(),
-        tqdm(total=len(rows), desc="checking pictures", unit="picture", disable=not progress) as bar,
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
-    ):
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; what matters is reported
-        while chunk := list(itertools.islice(items, 512)):
-            for (locator, row), what in zip(chunk, threads.map(broken, dict(chunk)), strict=True):
-                if what is None:
-                    good[locator] = row
-                else:
-                    problems.append(Problem(what, row.where))
-                bar.update()
+    for (locator, row), fact in zip(rows.items(), look_at(store, list(rows), facts, progress), strict=True):
+        if fact.broken is None:
+            row.fact = fact
+            good[locator] = row
+        else:
+            problems.append(Problem(fact.broken, row.where))
     return good

@@ -7,16 +7,18 @@ pictures.train.condition(0).image()          # the picture that row 0 names in i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from ldm.data.checks import Draft, without_broken
+from ldm.data.checks import Draft, Drafts, without_broken
 from ldm.data.dataset import CaptionedPictures, Row
+from ldm.data.facts import UNKNOWN, Fact
 from ldm.data.images import BadPictureError
 from ldm.data.labels import Labels
 from ldm.data.rows import BadDataError, Problem, require_columns
@@ -31,11 +33,13 @@ class ConditionedPictures:
         pictures: the rows.
         labels: the classes, where rows have one.
         condition_column: which of a row's values names its second picture, relative to the data's folder.
+        condition_facts: what is known of the second pictures, by their locators.
     """
 
     pictures: CaptionedPictures
     labels: Labels | None = None
     condition_column: str | None = None
+    condition_facts: Mapping[str, Fact] = field(default_factory=dict, repr=False)
 
     @classmethod
     def read(
@@ -45,16 +49,19 @@ class ConditionedPictures:
         condition_column: str | None = None,
         *,
         progress: bool = True,
+        facts: Path | None = None,
     ) -> ConditionedPictures:
         """Check the columns of all rows, training and held-out.
 
+        Args:
+            facts: a folder in which what is known of the second pictures is remembered, as for `read_captioned`.
         Raises:
             BadDataError: listing the rows without a class or without a second picture that can be read.
         """
         labels = Labels.read(pictures, label_column) if label_column else None
         read = cls(pictures, labels, condition_column)
         if condition_column:
-            read._check_conditions(condition_column, progress)
+            return replace(read, condition_facts=read._check_conditions(condition_column, progress, facts))
         return read
 
     def __len__(self) -> int:
@@ -107,22 +114,24 @@ class ConditionedPictures:
             raise BadDataError(
                 f"{self.condition_column} names pictures; they can be read from folders only: {row.where}"
             )
-        return replace(row, captions=(), locator=row.store.locate(row.extra.get(self.condition_column)))
+        locator = row.store.locate(row.extra.get(self.condition_column))
+        fact = self.condition_facts.get(locator, UNKNOWN)
+        return replace(row, captions=(), locator=locator, content=fact.content, size=fact.size)
 
-    def _check_conditions(self, column: str, progress: bool) -> None:
+    def _check_conditions(self, column: str, progress: bool, facts: Path | None) -> dict[str, Fact]:
         columns = {name for row in self.pictures for name in row.extra}
         require_columns([column], columns, self.pictures.source, "set data.condition_column")
         problems: list[Problem] = []
-        named: dict[object, Draft] = {}
+        named: Drafts = {}
         for number, row in enumerate(self.pictures):
             try:
                 named[self.condition(number).locator] = Draft(row.where, (), None, {})
             except BadPictureError as error:
                 problems.append(Problem(f"{column}: {error}", row.where))
-        row = self.pictures[0]
-        without_broken(named, row.store, row.background, progress, problems)
+        good = without_broken(named, self.pictures[0].store, facts, progress, problems)
         if problems:
             raise BadDataError.listing(problems, self.pictures.source, "Correct them, or leave these rows out.")
+        return {locator: row.fact for locator, row in good.items()}
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class Row:
         split: "train" or "heldout".
         extra: the plain values of the row's other columns.
         locator: where in the store the picture lies; the same picture has the same locator.
+        content: 16 bytes, the hash of the picture file; empty if it was not looked at (check=False).
+        size: width and height in pixels, upright; (0, 0) if it was not looked at.
     """
 
     captions: tuple[str, ...]
@@ -64,6 +66,8 @@ class Row:
     locator: Any
     store: Store = field(repr=False)
     background: str = field(repr=False)
+    content: bytes = field(repr=False)
+    size: tuple[int, int]
 
     def read(self) -> bytes:
         """The picture file. Raises BadDataError, naming the row, if it is gone."""
@@ -117,8 +121,7 @@ class CaptionedPictures(Sequence[Row]):
     def __getitem__(self, key: int | slice) -> Row | CaptionedPictures:
         if isinstance(key, slice):
             return self._view(self._index[key])
-        captions, where, split, extra, locator = self._packed.row(int(self._index[key]))
-        return Row(tuple(captions), where, split, extra, locator, self._store, self._background)
+        return self._packed.row(int(self._index[key]), self._store, self._background)
 
     def __repr__(self) -> str:
         heldout = int(self._packed.heldout[self._index].sum())
@@ -172,6 +175,7 @@ def read_captioned(
     background: str = "white",
     progress: bool = True,
     check: bool = True,
+    facts: Path | None = None,
 ) -> CaptionedPictures:
     """Read and check captioned pictures.
 
@@ -188,6 +192,8 @@ def read_captioned(
         background: color behind transparent pixels.
         progress: show progress bars.
         check: decode every picture now; without it, a broken one raises when it is read.
+        facts: a folder in which what is known of the pictures is remembered, so that the next start decodes only those
+            that are new or have changed. All ranks of a run name the same one, and share the work.
     Returns:
         At least one row.
     Raises:
@@ -209,7 +215,7 @@ def read_captioned(
     problems: list[Problem] = []
     rows = gather(findings, problems, bool(caption_columns))
     if check:
-        rows = without_broken(rows, store, background, progress, problems)
+        rows = without_broken(rows, store, facts, progress, problems)
     if problems and on_bad == "error":
         raise BadDataError.listing(problems, shown)
     if not rows:
@@ -270,6 +276,8 @@ class _Packed:
     text: npt.NDArray[np.uint8]
     ends: npt.NDArray[np.int64]
     heldout: npt.NDArray[np.bool_]
+    contents: npt.NDArray[np.void]
+    sizes: npt.NDArray[np.uint32]
 
     @classmethod
     def of(cls, rows: Drafts, holdout: float) -> _Packed:
@@ -278,13 +286,20 @@ class _Packed:
             json.dumps([row.captions, row.where, split, row.extra, locator]).encode()
             for (locator, row), split in zip(rows.items(), splits, strict=True)
         ]
-        heldout = np.array([split == "heldout" for split in splits], bool)
-        return cls(np.frombuffer(b"".join(lines), np.uint8), np.cumsum([len(line) for line in lines]), heldout)
+        return cls(
+            np.frombuffer(b"".join(lines), np.uint8),
+            np.cumsum([len(line) for line in lines]),
+            np.array([split == "heldout" for split in splits], bool),
+            np.array([row.fact.content for row in rows.values()], "V16"),
+            np.array([row.fact.size for row in rows.values()], np.uint32).reshape(-1, 2),
+        )
 
-    def row(self, number: int) -> list[Any]:
+    def row(self, number: int, store: Store, background: str) -> Row:
         start = self.ends[number - 1] if number else 0
-        row: list[Any] = json.loads(self.text[start : self.ends[number]].tobytes())
-        return row
+        captions, where, split, extra, locator = json.loads(self.text[start : self.ends[number]].tobytes())
+        width, height = self.sizes[number].tolist()
+        content = self.contents[number].tobytes() if width else b""
+        return Row(tuple(captions), where, split, extra, locator, store, background, content, (width, height))
 
 
 def _nearest_folder(path: str) -> str:

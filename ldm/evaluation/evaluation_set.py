@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.data.batches import pixel_batches, spread
-from ldm.data.cache.latents import load_pixels
+from ldm.data.batches import load_pixels, pixel_batches, spread
 from ldm.data.dataset import CaptionedPictures
 from ldm.evaluation.features import FeatureExtractor, extract_features
 from ldm.models.vae import to_pictures

@@ -304,6 +304,10 @@ class Config:
             return None
         return Path(self.run) / "cache" if self.data.cache == "auto" else Path(str(self.data.cache))
 
+    def facts_folder(self) -> Path:
+        """Where it is remembered what is known of the pictures, for the run's next start."""
+        return self.cache_folder() or Path(self.run)
+
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved config as plain dicts, lists and numbers, as YAML and JSON hold it."""

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.batches import evenly, pixel_batches
-from ldm.data.cache.latents import load_pixels
+from ldm.data.batches import evenly, load_pixels, pixel_batches
 from ldm.data.dataset import CaptionedPictures
 from ldm.data.grid import captioned_grid
 from ldm.data.rows import count

@@ -21,7 +21,7 @@ def train_vae(config: Config) -> list[float]:
     """Train and save the VAE; returns the loss of each step that this call trained."""
     import torch
 
-    from ldm.data.dataset import read_captioned
+    from ldm.data.dataset import read_captioned, require_training
     from ldm.data.rows import count
     from ldm.models.vae import build_vae, latent_shape, load_vae
     from ldm.system.files import put_in_place, temporary_beside
@@ -37,7 +37,10 @@ def train_vae(config: Config) -> list[float]:
     run, data, steps = Path(config.run), config.data, config.vae_training.steps
 
     # folder => pictures, all of them checked
-    pictures = read_captioned(data.source, **data.reading(), progress=accelerator.is_main_process)
+    pictures = read_captioned(
+        data.source, **data.reading(), facts=config.facts_folder(), progress=accelerator.is_main_process
+    )
+    require_training(pictures)
     accelerator.print(
         f"{data.source}: {count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     )
@@ -79,7 +82,7 @@ def train_ldm(config: Config) -> list[float]:
     import torch
 
     from ldm.data.conditioned import ConditionedPictures
-    from ldm.data.dataset import read_captioned
+    from ldm.data.dataset import read_captioned, require_training
     from ldm.data.rows import count
     from ldm.diffusion.schedule import scheduler_config
     from ldm.models.unet import choose_attention, without_variance
@@ -105,10 +108,17 @@ def train_ldm(config: Config) -> list[float]:
     say, device = accelerator.print, accelerator.device
 
     # captioned folder => pictures, captions, classes, all of them checked
-    pictures = read_captioned(data.source, **data.reading(), progress=accelerator.is_main_process)
+    pictures = read_captioned(
+        data.source, **data.reading(), facts=config.facts_folder(), progress=accelerator.is_main_process
+    )
+    require_training(pictures)
     say(f"{data.source}: {count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out")
     source = ConditionedPictures.read(
-        pictures, data.label_column, data.condition_column, progress=accelerator.is_main_process
+        pictures,
+        data.label_column,
+        data.condition_column,
+        facts=config.facts_folder(),
+        progress=accelerator.is_main_process,
     )
 
     # the frozen encoders: pixels => latents, caption => context
@@ -190,7 +200,7 @@ def train_classifier(config: Config) -> list[float]:
     import numpy as np
     import torch
 
-    from ldm.data.dataset import read_captioned
+    from ldm.data.dataset import read_captioned, require_training
     from ldm.data.labels import Labels
     from ldm.data.rows import count
     from ldm.models.classifier import build_classifier
@@ -212,7 +222,8 @@ def train_classifier(config: Config) -> list[float]:
     say, told = accelerator.print, accelerator.is_main_process
 
     # folder => pictures and labels, all of them checked
-    pictures = read_captioned(data.source, **data.reading(), progress=told)
+    pictures = read_captioned(data.source, **data.reading(), facts=config.facts_folder(), progress=told)
+    require_training(pictures)
     labels = Labels.read(pictures, data.label_column)
     ids = labels.ids(pictures.train)
     say(f"{data.source}: {count(len(ids), 'picture')} to train on, {len(pictures.heldout)} held out")

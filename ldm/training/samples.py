@@ -8,6 +8,7 @@ worker processes meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.batches import BATCH, evenly, pixel_batches
-from ldm.data.cache.latents import LatentCache, choose_caption, load_pixels
+from ldm.data.batches import BATCH, choose_caption, evenly, load_pixels, pixel_batches
+from ldm.data.cache.latents import LatentCache
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import Row
 from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet
@@ -71,6 +72,11 @@ class Samples(Dataset[dict[str, Any]]):
         self.data = data
         self.chance = chance
         self.cache = cache
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of a batch, as DataLoader reads them."""
+        with self.cache.reading() if self.cache else nullcontext():
+            return [self[n] for n in numbers]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         drawn = self.chance(n)

@@ -18,8 +18,7 @@ from PIL import Image
 
 import ldm
 from ldm.cli.main import COMMANDS, main
-from ldm.data.cache.records import RECORDS, Kind, to_keys
-from ldm.data.cache.writer import Writer
+from ldm.data.cache.store import Kind, Writer, to_keys
 from ldm.data.grid import captioned_grid
 
 
@@ -125,18 +124,22 @@ def test_check_fails_if_every_picture_is_held_out(tmp_path: Path) -> None:
 
 def test_cache_is_listed_and_every_record_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kind = Kind("posteriors", {"vae": "abc", "size": 64}, "<f4", (3,))
+    payloads = np.arange(6, dtype=np.float32).reshape(2, 3)
     for number in (1, 2):
-        with Writer(tmp_path / f"store-{number}", kind) as writer:
-            writer.append(to_keys(b"a" * 16 + b"b" * 16), np.ones((2, 3), np.float32))
+        with Writer(tmp_path / f"store-{number}.sqlite", kind) as writer:
+            writer.append(to_keys(b"a" * 16 + b"b" * 16), payloads)
     main(["data", "cache", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
         f"store-{number}: 2 records, 0.0 MiB, all whole; vae abc, size 64" for number in (1, 2)
     ]
-    records = tmp_path / "store-2" / RECORDS
-    data = bytearray(records.read_bytes())
-    data[-6] ^= 4
-    records.write_bytes(data)
-    for said in ("store-2: 2 records, 0.0 MiB, 1 record damaged; vae abc", "store-2: 0.0 MiB; record 1 is damaged"):
+    file = tmp_path / "store-2.sqlite"
+    data = bytearray(file.read_bytes())
+    data[data.index(payloads[1].tobytes())] ^= 4
+    file.write_bytes(data)
+    for said in (
+        "store-2: 2 records, 0.0 MiB, 1 record damaged; vae abc",
+        "store-2: 0.0 MiB; store-2.sqlite: a record",
+    ):
         with pytest.raises(SystemExit, match="encodes anew what is damaged"):
             main(["data", "cache", str(tmp_path)])
         out = capsys.readouterr().out

@@ -81,8 +81,8 @@ def test_opening_a_cache_reads_the_same_whatever_it_holds(caches: list[Rows]) ->
         before = bytes_read()
         opened.append(rows.cache())
         spent.append(bytes_read() - before)
-    assert 100 < spent[0] < 20_000
-    assert abs(spent[1] - spent[0]) < 100  # the manifests' numbers have more digits
+    assert 100 < spent[0] < 40_000  # a few pages of each database
+    assert abs(spent[1] - spent[0]) < 100
     for rows, cache in zip(caches, opened, strict=True):
         check_all_rows(rows, cache)
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from ldm.cli.main import main as ldm_command
-from ldm.data.cache.latents import load_pixels
+from ldm.data.batches import load_pixels
 from ldm.data.dataset import BadDataError, read_captioned
 from ldm.data.labels import Labels
 from ldm.diffusion.forward import q_sample

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.cache.latents import choose_caption
+from ldm.data.batches import choose_caption
 from ldm.training.randomness import Draw, draw, generator
 from ldm.training.samples import numbers_of
 

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertModel
 
-from ldm.data.cache.records import DamagedError
+from ldm.data.cache.store import DamagedError, Kind, Store
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import read_captioned
 from ldm.models.conditioning import Conditioning
@@ -77,8 +77,8 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
     assert np.allclose(one, two, rtol=2e-5, atol=0)
     assert max(one) / min(one) > 1.02  # and they are not all the same by triviality
     for cache in (run / "cache" for run in run_of.values()):  # encoded once, not once by each
-        (manifest,) = cache.glob("posteriors-*/manifest.json")
-        assert json.loads(manifest.read_text("utf-8"))["records"] == 18
+        (posteriors,) = cache.glob("posteriors-*.sqlite")
+        assert len(Store(posteriors, Kind.of(posteriors))) == 18
     weights = [load_file(run / "checkpoints/step_0000004/unet.safetensors") for run in run_of.values()]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-3)  # Adam: one lr step at most
@@ -400,16 +400,17 @@ def test_a_damaged_latent_stops_the_run_and_the_next_start_mends_it(
     whole = train_ldm(config_of(home, tmp_path / "whole"))
     config = config_of(home, tmp_path / "run", loop__steps=3)
     assert train_ldm(config) == whole[:3]
-    (records,) = (tmp_path / "run/cache").glob("posteriors-*/records.raw")
-    data = bytearray(records.read_bytes())
-    for start in range(0, len(data), len(data) // 18):  # one bit in every picture, or the next steps might miss it
-        data[start + 100] ^= 1
-    records.write_bytes(data)
+    (file,) = (tmp_path / "run/cache").glob("posteriors-*.sqlite")
+    store = Store(file, Kind.of(file))
+    data = bytearray(file.read_bytes())
+    for key in store.all_keys():  # one bit in every picture, or the next steps might miss it
+        data[data.index(store.read(key)[:64]) + 40] ^= 1
+    file.write_bytes(data)
     config = road.replace(config, loop={"steps": 6})
-    with pytest.raises(DamagedError, match=r"records\.raw; give the same command again"):
+    with pytest.raises(DamagedError, match=r"a record is damaged; run the same command again"):
         train_ldm(config)
     assert train_ldm(config) == whole[3:]
-    assert "is damaged; it is made anew" in capsys.readouterr().out
+    assert "a record is damaged; it is made anew" in capsys.readouterr().out
 
 
 def test_accumulation_changes_nothing(home: Path, tmp_path: Path) -> None:

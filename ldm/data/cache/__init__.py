@@ -1,7 +1,5 @@
 """Latents and contexts, encoded once and kept on disk.
 
 latents.py  posteriors of pictures, contexts of captions
-records.py  the record store
-writer.py   adding to it
-stamps.py   file stamps: which pictures are new
+store.py    records on disk, found by key
 """

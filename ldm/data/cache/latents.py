@@ -1,36 +1,40 @@
 """What never changes during training, computed once and kept on disk: posteriors of pictures, contexts of captions.
 
     <cache>/
-        contents-…/      a file's stamp => the hash of its bytes (contents.py)
-        posteriors-…/    picture => mean and std of its posterior; one folder for each VAE, size and background
-        contexts-…/      caption => context; one folder for each text encoder and max_length
+        posteriors-….sqlite    picture => mean and std of its posterior; one file for each VAE, size and background
+        contexts-….sqlite      caption => context; one file for each text encoder and max_length
 
-Encoding costs as much as a training step and gives the same answer every epoch. What does change from
-epoch to epoch stays open: the latents are drawn anew from the stored posterior, mirrored pictures have a
-posterior of their own, and captions are chosen and dropped when a sample is read.
+Encoding costs as much as a training step and gives the same result every epoch. What changes from epoch to epoch is
+not stored: latents are sampled from the stored posterior, mirrored pictures have a posterior of their own, and captions
+are chosen and dropped when a sample is read.
 
 Everything is found by the hash of what it was computed from, so a changed caption is one caption to encode, a new
-picture is one picture, and runs can share a folder. Both are kept in float32, as the networks give them.
+picture is one picture, and runs can share a folder. Both are kept in float32, as the networks return them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from ldm.data.cache.records import Keys, Kind, Numbers, Records, to_keys
-from ldm.data.cache.stamps import CONTENTS, contents, hash_content
-from ldm.data.cache.writer import Say, Tick, Writer, fill, needed
+from ldm.data.batches import PIXELS, load_pixels
+from ldm.data.cache.store import Keys, Kind, Log, Numbers, Store, Tick, Writer, to_keys
 from ldm.data.dataset import Row
-from ldm.data.images import Crop, to_pixels, to_square
-from ldm.data.rows import BadDataError, count
+from ldm.data.facts import hash_content
+from ldm.data.rows import count
 from ldm.system.files import check_space, gib
 
 #: pixels [B,3,H,W] => mean and std of the posterior, each [B,C,h,w].
@@ -38,31 +42,7 @@ EncodePixels = Callable[[Tensor], tuple[Tensor, Tensor]]
 #: B captions => context [B,L,D].
 EncodeCaptions = Callable[[list[str]], Tensor]
 
-PIXELS = 1  # the way from a file to pixels (pictures.py): raise it when that changes what a picture looks like
-
-
-def load_pixels(
-    row: Row,
-    size: int,
-    crop: Crop = "center",
-    position: tuple[float, float] = (0.5, 0.5),
-    flip: bool = False,
-    content: bytes | None = None,
-) -> Tensor:
-    """A row's picture => pixels, float32 [3,size,size] in [-1,1].
-
-    Raises:
-        BadDataError: naming the row, if the picture can't be read, or its hash isn't `content`.
-    """
-    data = row.read()
-    if content is not None and hash_content(data) != content:
-        raise BadDataError(f"picture changed while it was being encoded; give the same command again: {row.where}")
-    return torch.from_numpy(to_pixels(to_square(row.image(data), size, crop, position, flip)))
-
-
-def choose_caption(captions: Sequence[str], u: float | None) -> str:
-    """The caption that a uniform u in [0, 1) picks; None, a dropped caption, picks the null caption ""."""
-    return "" if u is None else captions[int(u * len(captions))]
+T = TypeVar("T")
 
 
 def posterior_kind(vae: str, latent_shape: tuple[int, int, int], size: int, background: str) -> Kind:
@@ -91,35 +71,38 @@ class LatentCache:
     """The posteriors and contexts of some pictures, on disk.
 
     Attributes:
-        posteriors, contexts: the stores; a model that knows no text has no contexts.
-        table: [N,F] the record of each picture's posterior, and of its mirror image's where F is 2; a mapped file.
+        posteriors, contexts: the stores; a model without text has no contexts.
+        table: [N,F] the key of each picture's posterior, and of its mirror image's where F is 2; a mapped file.
     """
 
-    posteriors: Records
-    contexts: Records | None
-    table: Numbers
+    posteriors: Store
+    contexts: Store | None
+    table: npt.NDArray[np.void]
 
     @classmethod
     def open(cls, folder: Path, table: Path, posteriors: Kind, contexts: Kind | None) -> LatentCache:
-        """What `build` left. Raises DamagedError."""
+        """What `build` made. Raises DamagedError."""
         return cls(
-            Records(folder / posteriors.folder, posteriors),
-            Records(folder / contexts.folder, contexts) if contexts else None,
+            Store(folder / posteriors.file, posteriors),
+            Store(folder / contexts.file, contexts) if contexts else None,
             np.load(table, mmap_mode="r"),
         )
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, a batch is read faster than one sample after the other."""
+        with self.posteriors.reading(), self.contexts.reading() if self.contexts else contextlib.nullcontext():
+            yield
+
     def posterior(self, row: int, flip: bool) -> tuple[Tensor, Tensor]:
         """Mean and std [C,h,w] of a picture. Raises DamagedError."""
-        mean, std = torch.from_numpy(self.posteriors.read(int(self.table[row, int(flip)])))
+        mean, std = torch.from_numpy(self.posteriors.array(self.table[row, int(flip)].tobytes()))
         return mean, std
 
     def context(self, caption: str) -> Tensor:
-        """The context [L,D] of a caption. Raises DamagedError; KeyError if it was not among those that were built."""
+        """The context [L,D] of a caption. Raises DamagedError, also for a caption that `build` was not given."""
         assert self.contexts is not None
-        number = int(self.contexts.find(to_keys(caption_key(self.contexts.kind, caption)))[0])
-        if number < 0:
-            raise KeyError(caption)
-        return torch.from_numpy(self.contexts.read(number))
+        return torch.from_numpy(self.contexts.array(caption_key(self.contexts.kind, caption)))
 
 
 @dataclass(frozen=True)
@@ -129,19 +112,19 @@ class Builder:
     Attributes:
         folder: of the stores.
         progress: show bars.
-        say: told in a line what there is to do, and what was damaged.
+        log: is given a line with what there is to encode, and what was damaged.
         tick: called at least once a batch or picture; others may be waiting.
     """
 
     folder: Path
     batch_size: int = 32
     progress: bool = True
-    say: Say = print
+    log: Log = print
     tick: Tick = lambda: None
 
     def writer(self, kind: Kind) -> Writer:
         """One of the stores, open for adding to it."""
-        return Writer(self.folder / kind.folder, kind, self.say, self.tick)
+        return Writer(self.folder / kind.file, kind, self.log, self.tick)
 
     def posteriors(
         self, writer: Writer, keys: Keys, pixels: Callable[[int], Tensor], encode: EncodePixels, unit: str = "picture"
@@ -151,10 +134,7 @@ class Builder:
         def encode_batch(batch: list[Tensor]) -> Any:
             return torch.stack(encode(torch.stack(batch)), dim=1).float().cpu().numpy()
 
-        fill(
-            writer, keys, pixels, encode_batch, doing=f"encoding {unit}s", unit=unit, batch_size=self.batch_size,
-            progress=self.progress,
-        )  # fmt: skip
+        self._fill(writer, keys, pixels, encode_batch, unit)
 
     def contexts(self, writer: Writer, keys: Keys, caption: Callable[[int], str], encode: EncodeCaptions) -> None:
         """Encode captions that have no context yet: `caption` gives that of a number in `keys`."""
@@ -162,10 +142,38 @@ class Builder:
         def encode_batch(batch: list[str]) -> Any:
             return encode(batch).float().cpu().numpy()
 
-        fill(
-            writer, keys, caption, encode_batch, doing="encoding captions", unit="caption", batch_size=self.batch_size,
-            progress=self.progress,
-        )  # fmt: skip
+        self._fill(writer, keys, caption, encode_batch, "caption")
+
+    def _fill(
+        self,
+        writer: Writer,
+        keys: Keys,
+        load: Callable[[int], T],
+        encode: Callable[[list[T]], npt.NDArray[Any]],
+        unit: str,
+    ) -> None:
+        """Compute the records that are missing, each once, in order and in batches.
+
+        Args:
+            keys: [N] of all the records that are wanted.
+            load: number in `keys` => what to encode; called in threads, a batch ahead.
+            encode: a batch of that => payloads [B, *shape].
+        """
+        missing = writer.missing(keys)
+        batches = np.split(missing, range(self.batch_size, len(missing), self.batch_size)) if len(missing) else []
+        silent = not self.progress or not len(missing)
+        with (
+            tqdm(total=len(missing), desc=f"encoding {unit}s", unit=unit, disable=silent) as bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
+        ):
+            ahead: deque[Iterator[T]] = deque()
+            rest = iter(batches)
+            for batch in batches:
+                for coming in itertools.islice(rest, 2 - len(ahead)):
+                    ahead.append(threads.map(load, coming.tolist()))
+                writer.append(keys[batch], encode(list(ahead.popleft())))
+                bar.update(len(batch))
+        writer.commit()
 
     def build(
         self,
@@ -177,41 +185,54 @@ class Builder:
         size: int,
         flip: bool,
     ) -> None:
-        """Encode what is missing of these pictures and their captions, and write the table of their records.
+        """Encode what is missing of these pictures and their captions, and write the table of their keys.
 
         Raises:
             NoSpaceError: before anything is encoded, if it doesn't fit on the disk; says how much is missing.
             BadDataError: if a picture can't be read, naming the row.
         """
+        self._report_old()
         flips = (False, True) if flip else (False,)
-        with self.writer(CONTENTS) as stamps:
-            hashes = contents(pictures, stamps, self.progress)
         kind, encode_pixels = posteriors
-        keys = to_keys(b"".join(picture_key(kind, bytes(h), f) for h in hashes.view("V16") for f in flips))
+        hashes = self._hashes(pictures)
+        keys = to_keys(b"".join(picture_key(kind, content, f) for content in hashes for f in flips))
 
         def pixels(number: int) -> Tensor:
             row, mirrored = divmod(number, len(flips))
-            content = hashes[row : row + 1].tobytes()
-            return load_pixels(pictures[row], size, flip=bool(mirrored), content=content)
+            return load_pixels(pictures[row], size, flip=bool(mirrored), content=hashes[row])
 
         with contextlib.ExitStack() as stores:
             pixel_writer = stores.enter_context(self.writer(kind))
             new = count(len(pixel_writer.missing(keys)), "picture") + (" (mirrored ones included)" if flip else "")
-            needs = {new: needed(pixel_writer, keys)}
+            needs = {new: pixel_writer.needed(keys)}
             if contexts is not None:
                 captions = Captions.of(pictures, contexts[0])
                 text_writer = stores.enter_context(self.writer(contexts[0]))
                 new = count(len(text_writer.missing(captions.keys)), "caption")
-                needs[new] = needed(text_writer, captions.keys)
+                needs[new] = text_writer.needed(captions.keys)
             if size_needed := sum(needs.values()):
-                self.say(f"cache: {' and '.join(needs)} to encode into {self.folder} ({gib(size_needed)})")
+                self.log(f"cache: {' and '.join(needs)} to encode into {self.folder} ({gib(size_needed)})")
             else:
-                self.say(f"cache: all {count(len(pictures), 'picture')} and their captions are in {self.folder}")
+                self.log(f"cache: all {count(len(pictures), 'picture')} and their captions are in {self.folder}")
             check_space(self.folder, needs)
             if contexts is not None:
                 self.contexts(text_writer, captions.keys, captions.text, contexts[1])
             self.posteriors(pixel_writer, keys, pixels, encode_pixels)
-            save_table(table, pixel_writer.find(keys).reshape(-1, len(flips)))
+            save_table(table, keys.reshape(-1, len(flips)))
+
+    def _hashes(self, pictures: Sequence[Row]) -> list[bytes]:
+        """The hash of each picture's content; pictures that were not looked at yet are read."""
+        hashes = []
+        for row in tqdm(pictures, "hashing pictures", unit="picture", disable=not self.progress, delay=2, leave=False):
+            hashes.append(row.content or hash_content(row.read()))
+            self.tick()
+        return hashes
+
+    def _report_old(self) -> None:
+        old = sorted(path.parent for path in self.folder.glob("*/records.raw"))
+        if old:
+            names = ", ".join(folder.name for folder in old)
+            self.log(f"cache: {self.folder} has records of an older version, which are not read; delete {names}")
 
 
 @dataclass(frozen=True)
@@ -240,10 +261,10 @@ class Captions:
         return captions[number - int(self.ends[row]) + len(captions)]
 
 
-def save_table(path: Path, numbers: Numbers) -> None:
-    """Write a table of records [N,F] in one stroke."""
+def save_table(path: Path, keys: Keys) -> None:
+    """Write a table of keys [N,F], whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     with new.open("wb") as file:
-        np.save(file, numbers)
+        np.save(file, np.ascontiguousarray(keys).view("V16"))
     new.rename(path)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.cache.latents import load_pixels
+from ldm.data.batches import load_pixels
 from ldm.data.dataset import CaptionedPictures
 from ldm.diffusion.forward import q_sample
 from ldm.diffusion.likelihood import nats_per_dim, prior_kl, vlb_term

@@ -36,11 +36,11 @@ def cache_needs(
         return {}
     text, told, data = encoders.text_outline, encoders.fingerprints, config.data
     posterior = posterior_kind(told["vae"], shape, data.size, data.background)
-    size = len(source.train.all_pictures) * posterior.record.itemsize * (2 if data.flip else 1)
+    size = len(source.train.all_pictures) * posterior.disk_size * (2 if data.flip else 1)
     if text:
         captions = {caption for row in source.train.pictures for caption in row.captions}
         of_caption = context_kind(told["text"], (text.tokenizer.model_max_length, text.dim))
-        size += len(captions) * of_caption.record.itemsize
+        size += len(captions) * of_caption.disk_size
     return {"cache": size}
 
 

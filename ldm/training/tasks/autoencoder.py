@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.data.cache.latents import load_pixels
+from ldm.data.batches import load_pixels
 from ldm.data.dataset import CaptionedPictures
 from ldm.training.config import Config, DataConfig, VAETrainingConfig
 from ldm.training.plain_loop import PlainTraining

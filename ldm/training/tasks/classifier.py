@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.batches import evenly, pixel_batches
-from ldm.data.cache.latents import LatentCache, load_pixels
+from ldm.data.batches import evenly, load_pixels, pixel_batches
+from ldm.data.cache.latents import LatentCache
 from ldm.data.dataset import CaptionedPictures
 from ldm.data.labels import Labels
 from ldm.diffusion.guidance import classifier_loss
