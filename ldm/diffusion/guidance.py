@@ -1,4 +1,4 @@
-"""Guidance: two predictions in, one out.
+"""Guidance: several predictions in, one out. This is the code that every generated picture goes through.
 
 By Bayes the score of a condition is a difference of two scores,
 
@@ -12,7 +12,7 @@ and guidance adds more of it than there is (Dhariwal & Nichol 2021; Ho & Saliman
 prediction is an affine function of the score with coefficients that depend on x_t and t only, and the two
 factors above sum to 1: so `guide` is the same line for all of them.
 
-What it does not do: draw from p(x) p(c | x)**scale. For that, the score at time t would have to be the one of the
+Guidance does not sample from p(x) p(c | x)**scale. For that, the score at time t would have to be the one of the
 tilted density, diffused; the guided score is the one of the diffused densities, tilted. Noising and tilting don't
 commute, unless the scale is 0 or 1. `docs/theory.md` has the numbers.
 """
@@ -20,6 +20,7 @@ commute, unless the scale is 0 or 1. `docs/theory.md` has the numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ from ldm.diffusion.forward import q_sample
 from ldm.diffusion.parameterization import Prediction, add_to_score
 from ldm.diffusion.schedule import NoiseSchedule
 
+#: Names of the two conditions that guidance contrasts; a denoiser knows what they stand for.
+POSITIVE, NEGATIVE = "positive", "negative"
+#: (x_t [B, ...], t, *names of conditions) => a prediction [B, ...] for each name, from one evaluation of the network.
+ConditionalDenoiser = Callable[..., tuple[Tensor, ...]]
 #: (x_t [B, ...], t [B]) => logits [B, classes].
 Classifier = Callable[[Tensor, Tensor], Tensor]
 #: (x_t [B, ...], t [B]) => log p(c | x_t) [B].
@@ -52,11 +57,11 @@ def rescale(guided: Tensor, positive: Tensor, amount: float) -> Tensor:
         amount: 0 changes nothing, 1 restores the deviation in full; the paper recommends 0.7.
     """
     dims = tuple(range(1, guided.ndim))
-    matched = guided * positive.std(dims, keepdim=True) / guided.std(dims, keepdim=True)  # eq. 15
+    matched = guided * (positive.std(dims, keepdim=True) / guided.std(dims, keepdim=True))  # eq. 15
     return amount * matched + (1 - amount) * guided  # eq. 16
 
 
-def interval_scale(scale: float, t: int, T: int, interval: tuple[float, float] = (0.0, 1.0)) -> float:
+def interval_scale(scale: float, t: float, T: int, interval: tuple[float, float] = (0.0, 1.0)) -> float:
     """The scale to use at t: `scale` inside the interval of t/T, 1 (the conditional model) outside of it.
 
     Guidance hurts at the noisiest timesteps and does nothing at the cleanest ones (Kynkäänniemi et al. 2024).
@@ -91,13 +96,14 @@ def classifier_guidance(
     log_prob: LogProb,
     scale: float,
 ) -> Tensor:
-    """A network's answer, steered by a classifier of noisy latents (Dhariwal & Nichol 2021, alg. 2, where it is eps).
+    """A prediction, guided by a classifier of noisy latents (Dhariwal & Nichol 2021, alg. 2, where it is eps).
 
-    The score becomes score + scale * grad log p(c | x_t): an unconditional answer and scale 1 give the conditional one.
+    The score becomes score + scale * grad log p(c | x_t): an unconditional prediction and scale 1 give the
+    conditional one.
 
     Args:
-        prediction: the kind of the output.
-        output, x_t: [B, ...].
+        prediction: the kind of `output`.
+        output, x_t: [B, ...]; x_t = alpha_t x0 + sigma_t eps.
         t: int64 [B].
         log_prob: of a classifier trained with `classifier_loss`.
     Returns:
@@ -105,6 +111,73 @@ def classifier_guidance(
     """
     gradient = log_prob_gradient(log_prob, x_t, t)
     return add_to_score(prediction, output, scale * gradient, *schedule.at(t, x_t))
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """`classifier_guidance` with all but the prediction in place.
+
+    Attributes:
+        prediction: what the network predicts.
+        schedule: of the classifier's training.
+        log_prob: of the classes that are asked for, one per sample.
+        scale: 0 is off, 1 is Bayes' rule, above 1 exaggerates.
+    """
+
+    prediction: Prediction
+    schedule: NoiseSchedule
+    log_prob: LogProb
+    scale: float
+
+    def __call__(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """A prediction [B, ...] at x_t and t (a scalar; some samplers have t between timesteps) => the guided one."""
+        each = t.round().long().to(x_t.device).expand(len(x_t))
+        guided = classifier_guidance(
+            self.prediction, output.float(), x_t.float(), each, self.schedule, self.log_prob, self.scale
+        )
+        return guided.to(output.dtype)
+
+
+@dataclass
+class Guidance:
+    """What becomes of a network's predictions at each step of sampling.
+
+    The denoiser is evaluated with the positive and the negative condition at once, or, where guidance is off, with the
+    positive one alone, at half the cost.
+
+    Attributes:
+        T: number of timesteps of the training.
+        scale: of classifier-free guidance or autoguidance; 1 is off.
+        interval: fractions of T, low <= t / T < high, where there is guidance.
+        rescale: as `rescale`; 0 is off.
+        classifier: guidance by a classifier, on top.
+        weak: the denoiser of a weaker model: autoguidance takes its positive prediction for the negative one.
+    """
+
+    T: int
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    classifier: ClassifierGuidance | None = None
+    weak: ConditionalDenoiser | None = None
+
+    def __call__(self, denoiser: ConditionalDenoiser, x_t: Tensor, t: Tensor) -> Tensor:
+        """The prediction [B, ...] to step with, from x_t [B, ...] as the network takes it, at t, a scalar."""
+        scale = interval_scale(self.scale, float(t), self.T, self.interval)
+        if scale == 1:
+            (guided,) = denoiser(x_t, t, POSITIVE)
+        else:
+            negative, positive = self._pair(denoiser, x_t, t)
+            guided = guide(positive, negative, scale)
+            if self.rescale > 0:
+                guided = rescale(guided, positive, self.rescale)
+        return guided if self.classifier is None else self.classifier(guided, x_t, t)
+
+    def _pair(self, denoiser: ConditionalDenoiser, x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """The prediction to move away from, and the one to move towards."""
+        if self.weak is None:
+            return denoiser(x_t, t, NEGATIVE, POSITIVE)  # stock's order in the batch, for stock's bits
+        return (*self.weak(x_t, t, POSITIVE), *denoiser(x_t, t, POSITIVE))
 
 
 def class_log_prob(classifier: Classifier, labels: Tensor) -> LogProb:

@@ -20,7 +20,7 @@ right for x0 ~ N(0, I); beta_tilde, right for a single known x0; or, learned, a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -171,18 +171,3 @@ def ancestral_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, noise:
     mean, log_var = reverse_distribution(denoiser, x_t, t, s)
     clean = (s < 0).to(x_t.device).reshape(-1, *[1] * (x_t.ndim - 1))
     return torch.where(clean, mean, mean + (0.5 * log_var).exp() * noise)
-
-
-def ancestral_sample(denoiser: Denoiser, x: Tensor, timesteps: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Draw clean samples by DDPM's ancestral sampling.
-
-    Args:
-        x: [B, ...] at the noise level of timesteps[0]; standard normal for the last timestep.
-        timesteps: descending, as `NoiseSchedule.timesteps` gives them.
-        generator: on the device of x.
-    """
-    for step, next_step in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        t = torch.full((len(x),), step, device=x.device)
-        x = ancestral_step(denoiser, x, t, torch.full_like(t, next_step), noise)
-    return x

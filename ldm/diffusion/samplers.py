@@ -1,4 +1,7 @@
-"""The score view: Langevin dynamics, and the ordinary differential equation with the same marginals.
+"""Samplers: ancestral sampling, Langevin dynamics, and the ordinary differential equation with the same marginals.
+
+The steps are what `ldm.inference.samplers` takes; the loops around them (`ancestral_sample`, `predictor_corrector`,
+`ode_sample`) are there to be read and tested: a pipeline's loop is `ldm.inference.sampling.sample`.
 
 **The ODE.** Let alpha = cos(phi) and sigma = sin(phi), phi from 0 (clean) to at most pi/2 (noise). Move every sample
 along the mean velocity of the paths x_phi = cos(phi) x0 + sin(phi) eps that pass through it,
@@ -33,8 +36,27 @@ from torch import Tensor
 
 from ldm.diffusion.likelihood import normal_log_prob
 from ldm.diffusion.reverse import Denoiser, ancestral_step
+from ldm.diffusion.schedule import NoiseSchedule
 
 Form = Literal["vp", "ve"]
+
+
+# --- ancestral sampling ------------------------------------------------------------------------
+
+
+def ancestral_sample(denoiser: Denoiser, x: Tensor, timesteps: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw clean samples by DDPM's ancestral sampling.
+
+    Args:
+        x: [B, ...] at the noise level of timesteps[0]; standard normal for the last timestep.
+        timesteps: descending, as `NoiseSchedule.timesteps` gives them.
+        generator: on the device of x.
+    """
+    for step, next_step in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        t = torch.full((len(x),), step, device=x.device)
+        x = ancestral_step(denoiser, x, t, torch.full_like(t, next_step), noise)
+    return x
 
 
 # --- Langevin ----------------------------------------------------------------------------------
@@ -116,6 +138,16 @@ def hutchinson_divergence(probe: Tensor) -> Divergence:
     return divergence
 
 
+def angle(schedule: NoiseSchedule, level: int) -> float:
+    """phi of a timestep, alpha = cos(phi) and sigma = sin(phi), in [0, pi/2]; 0 for -1, clean data."""
+    return math.atan2(float(schedule.sigma[level]), float(schedule.alpha[level])) if level >= 0 else 0.0
+
+
+def heun_step(start: Tensor, slope: Tensor, slope_there: Tensor, width: float) -> Tensor:
+    """A step of so much width with the mean of the slopes at both of its ends, error O(width**3)."""
+    return start + width / 2 * (slope + slope_there)
+
+
 def _slope(
     denoiser: Denoiser, form: Form, state: Tensor, step: int, divergence: Divergence | None
 ) -> tuple[Tensor, Tensor | float]:
@@ -153,7 +185,7 @@ def probability_flow(
     if form == "ve" and min(alpha) == 0:
         raise ValueError("form 've': sigma / alpha is infinite at zero terminal SNR; use 'vp'")
     if form == "vp":
-        place = [math.atan2(b, a) for a, b in zip(alpha, sigma, strict=True)]  # phi
+        place = [angle(denoiser.schedule, level) for level in levels]  # phi
         scale = [1.0] * len(levels)
     else:
         place = [b / a for a, b in zip(alpha, sigma, strict=True)]  # s
@@ -164,7 +196,7 @@ def probability_flow(
         h = place[i + 1] - place[i]
         k1, div1 = _slope(denoiser, form, state, levels[i], divergence)
         k2, div2 = _slope(denoiser, form, state + h * k1, levels[i + 1], divergence)
-        state = state + h / 2 * (k1 + k2)
+        state = heun_step(state, k1, k2, h)
         change = change + h / 2 * (div1 + div2)  # d log p / dh = -div
     if divergence is not None:
         change = change + x[0].numel() * math.log(scale[-1] / scale[0])  # p(x) = p(y) / alpha**d

@@ -1,8 +1,9 @@
 """Latents in, latents out.
 
-defaults.py        settings that travel with a model
-decoding.py        what needn't be computed twice
-steering.py        hooks on the U-Net
+sampling.py        the denoising loop
+samplers.py        samplers by name
+decoding.py        latents => pixels
+defaults.py        sampling settings that travel with a model
 openvino.py        OpenVINO instead of torch
-openvino_cache.py  networks in its format
+openvino_cache.py  networks in its format, kept on disk
 """

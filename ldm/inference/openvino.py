@@ -1,8 +1,8 @@
-"""U-Net and VAE decoder computed by OpenVINO while a picture is drawn, for CPUs.
+"""U-Net and VAE decoder computed by OpenVINO, for CPUs.
 
-OpenVINO packs a network's weights once, where torch reorders them at every call (docs/experiments.md, 13). Only the
-networks' `forward` is another while a picture is drawn, so hooks on them (`steering.py`), sampling, text encoder and
-everything that is saved stay as they are.
+OpenVINO packs a network's weights once, where torch reorders them at every call (docs/experiments.md, 13). The
+denoising loop calls what `OpenVINO.unet` returns in place of the U-Net; the networks, and all that is saved, stay as
+they are.
 
     pipe.enable_openvino()
     pipe("red heart")      # differs from torch's picture by rounding
@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from ldm.inference.decoding import version
 from ldm.inference.openvino_cache import converted, core, load_openvino
+from ldm.models.fingerprint import weights_state
 
 #: Batch sizes that a network stays compiled for, each with a copy of its weights: those of a guidance interval.
 MOST_COMPILED = 2
@@ -30,8 +28,8 @@ PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "class_labels")
 
 
-def tell(message: str) -> None:
-    """Say something beside the output."""
+def log(message: str) -> None:
+    """Print to stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -42,18 +40,18 @@ class Network:
     """
 
     def __init__(
-        self, network: nn.Module, name: str, computes: Callable[..., Tensor], say: Callable[[str], None] = tell
+        self, network: nn.Module, name: str, computes: Callable[..., Tensor], log: Callable[[str], None] = log
     ) -> None:
         self.network = network
         self.name = name
         self.computes = computes
-        self.say = say
-        self.state = weights(network)
+        self.log = log
+        self.state = weights_state(network)
         self.models: dict[Any, Any] = {}  # the rows' shapes => openvino.Model
         self.compiled: OrderedDict[Any, Any] = OrderedDict()  # latest last
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The answer to inputs [B,...] in float32."""
+        """The output for inputs [B,...], in float32."""
         inputs = {name: plain(value) for name, value in inputs.items()}
         threads = torch.get_num_threads()
         key = (threads, *((name, tuple(value.shape)) for name, value in inputs.items()))
@@ -66,7 +64,7 @@ class Network:
                 self.compiled[key] = core().compile_model(model, "CPU", self.settings(threads))
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"openvino: can't compile the {self.name} ({reason}); draw with torch") from error
+                raise ValueError(f"openvino: can't compile the {self.name} ({reason}); use torch") from error
         self.compiled.move_to_end(key)
         arrays = {name: value.numpy() for name, value in inputs.items()}
         return torch.from_numpy(self.compiled[key](arrays)[0])
@@ -75,11 +73,11 @@ class Network:
         """The converted network for rows of these shapes."""
         rows = tuple((name, tuple(value.shape[1:])) for name, value in inputs.items())
         if rows not in self.models:
-            self.models[rows] = converted(self.network, self.name, self.computes, inputs, self.say)
+            self.models[rows] = converted(self.network, self.name, self.computes, inputs, self.log)
         return self.models[rows]
 
     def settings(self, threads: int) -> dict[str, Any]:
-        """One drawing at a time with torch's threads, on the cores that the process was given."""
+        """One call at a time with torch's threads, on the cores that the process may use."""
         precision = PRECISIONS[next(self.network.parameters()).dtype]
         return {
             "INFERENCE_PRECISION_HINT": precision,
@@ -93,7 +91,7 @@ class Network:
 
 
 class OpenVINO:
-    """What a pipeline has while OpenVINO computes its networks.
+    """The engine of a pipeline whose networks OpenVINO computes.
 
     Raises:
         ModuleNotFoundError: if it isn't installed.
@@ -101,9 +99,9 @@ class OpenVINO:
 
     name = "openvino"
 
-    def __init__(self, say: Callable[[str], None] = tell) -> None:
+    def __init__(self, log: Callable[[str], None] = log) -> None:
         self.version: str = load_openvino().get_version()
-        self.say = say
+        self.log = log
         self.networks: dict[str, Network] = {}
 
     def prepare(self, pipeline: Any) -> None:
@@ -118,108 +116,108 @@ class OpenVINO:
             "encoder_hidden_states": torch.zeros(1, tokens, unet.config.cross_attention_dim),
             "class_labels": torch.zeros(1, dtype=torch.long),
         }
-        self.unet(pipeline).model({name: given[name] for name in inputs_of(unet)})
-        self.decoder(pipeline).model({"sample": torch.zeros(1, pipeline.vae.config.latent_channels, *sizes)})
+        self._unet(unet).model({name: given[name] for name in inputs_of(unet)})
+        self._decoder(pipeline.vae).model({"sample": torch.zeros(1, pipeline.vae.config.latent_channels, *sizes)})
 
-    @contextmanager
-    def drawing(self, pipeline: Any) -> Iterator[None]:
-        """Inside, OpenVINO computes the networks of a pipeline; converts what isn't yet, or has changed."""
+    def unet(self, pipeline: Any) -> Callable[..., tuple[Tensor]]:
+        """What computes the pipeline's U-Net as it is now, with the arguments of the stock one.
+
+        Raises:
+            ValueError: if OpenVINO can't compute it, and, when called, for arguments that it doesn't support.
+        """
         self.check(pipeline)
-        unet, decoder = self.unet(pipeline), self.decoder(pipeline)
-        names = inputs_of(pipeline.unet)
+        network, names = self._unet(pipeline.unet), inputs_of(pipeline.unet)
 
-        def answer(
+        def compute(
             sample: Tensor,
             timestep: Any,
             encoder_hidden_states: Tensor | None = None,
             class_labels: Tensor | None = None,
-            return_dict: bool = True,
+            return_dict: bool = False,
             **others: Any,
-        ) -> Any:
-            if told := sorted(name for name, value in others.items() if value is not None):
-                raise ValueError(f"{told[0]}: what OpenVINO draws can't be told it; call disable_openvino() first")
+        ) -> tuple[Tensor]:
+            if unsupported := sorted(name for name, value in others.items() if value is not None):
+                raise ValueError(
+                    f"{unsupported[0]}: the OpenVINO engine doesn't support it; call disable_openvino() first"
+                )
             each = torch.as_tensor(timestep).expand(len(sample)).float()
             given = dict(zip(UNET_INPUTS, (sample, each, encoder_hidden_states, class_labels), strict=True))
-            predicted = unet({name: given[name] for name in names}).to(sample.dtype)  # type: ignore[misc]
-            return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
+            predicted = network({name: given[name] for name in names})  # type: ignore[misc]
+            return (predicted.to(sample.dtype),)
 
-        def decode(sample: Tensor) -> Tensor:
-            return decoder({"sample": sample}).to(sample.dtype)
+        return compute
 
-        with computed_by(pipeline.unet, answer), computed_by(pipeline.vae.decoder, decode):
-            yield
+    def decoder(self, pipeline: Any) -> Callable[[Tensor], Tensor]:
+        """Raw latents => pixels by the pipeline's VAE as it is now; the layer before its decoder stays with torch."""
+        vae, network = pipeline.vae, self._decoder(pipeline.vae)
+        before = getattr(vae, "post_quant_conv", None)
 
-    def unet(self, pipeline: Any) -> Network:
-        """The pipeline's U-Net as it is now."""
-        names = inputs_of(pipeline.unet)
+        def compute(raw_latents: Tensor) -> Tensor:
+            parts = raw_latents.split(1) if vae.use_slicing else (raw_latents,)
+            inputs = [part if before is None else before(part) for part in parts]
+            return torch.cat([network({"sample": part}).to(part.dtype) for part in inputs])
+
+        return compute
+
+    def _unet(self, unet: Any) -> Network:
+        names = inputs_of(unet)
 
         def computes(unet: Any, *inputs: Tensor) -> Tensor:
             given = {"encoder_hidden_states": None, **dict(zip(names, inputs, strict=True))}
-            return type(unet).forward(unet, **given, return_dict=False)[0]  # type: ignore[no-any-return]
+            return unet(**given, return_dict=False)[0]  # type: ignore[no-any-return]
 
-        return self.current(pipeline.unet, "U-Net", computes)
+        return self._current(unet, "U-Net", computes)
 
-    def decoder(self, pipeline: Any) -> Network:
-        """The pipeline's VAE decoder as it is now; the layer before it stays with torch."""
-
+    def _decoder(self, vae: Any) -> Network:
         def computes(vae: Any, latents: Tensor) -> Tensor:
-            return type(vae.decoder).forward(vae.decoder, latents)  # type: ignore[no-any-return]
+            return vae.decoder(latents)  # type: ignore[no-any-return]
 
-        return self.current(pipeline.vae, "VAE decoder", computes)
+        return self._current(vae, "VAE decoder", computes)
 
-    def current(self, network: nn.Module, name: str, computes: Callable[..., Tensor]) -> Network:
+    def _current(self, network: nn.Module, name: str, computes: Callable[..., Tensor]) -> Network:
         """The network of this name; another one if it or its weights have changed since."""
         known = self.networks.get(name)
-        if known is None or known.network is not network or known.state != weights(network):
-            known = self.networks[name] = Network(network, name, computes, self.say)
+        if known is None or known.network is not network or known.state != weights_state(network):
+            known = self.networks[name] = Network(network, name, computes, self.log)
         return known
 
     def check(self, pipeline: Any) -> None:
-        """Raise a ValueError if OpenVINO can't draw with a pipeline as it is."""
+        """Raise a ValueError if OpenVINO can't compute a pipeline as it is."""
         for network in (pipeline.unet, pipeline.vae):
             if network.device.type != "cpu":
                 raise ValueError(
-                    f"openvino: draws on the CPU, but the pipeline is on {network.device}; move it with .to('cpu')"
+                    f"openvino: computes on the CPU, but the pipeline is on {network.device}; move it with .to('cpu')"
                 )
             if network.dtype not in PRECISIONS:
                 raise ValueError(
                     f"openvino: computes in float32 or bfloat16, not in {str(network.dtype).removeprefix('torch.')}"
                 )
+        if any(getattr(block, "b1", None) is not None for block in pipeline.unet.up_blocks):
+            raise ValueError("openvino: doesn't support FreeU; call disable_freeu() or disable_openvino()")
+        if any(_adapts(part) for part in pipeline.unet.modules()):
+            raise ValueError(
+                "openvino: doesn't support active adapters; call fuse_lora(), unload_lora_weights() or "
+                "disable_openvino()"
+            )
+        if getattr(pipeline.vae, "use_tiling", False):
+            raise ValueError("openvino: doesn't support VAE tiling; call vae.disable_tiling() or disable_openvino()")
 
 
-def drawn_by(engine: OpenVINO | None, pipeline: Any) -> AbstractContextManager[None]:
-    """Inside, this engine computes the networks of a pipeline; torch if it is None."""
-    return nullcontext() if engine is None else engine.drawing(pipeline)
+def _adapts(part: nn.Module) -> bool:
+    """Whether a layer of PEFT's adds to what it wraps."""
+    adapts = bool(getattr(part, "active_adapters", None)) and not getattr(part, "disable_adapters", False)
+    return adapts and not getattr(part, "merged", False) and hasattr(part, "base_layer")
 
 
 def inputs_of(unet: Any) -> list[str]:
-    """What a U-Net looks at, of the stock arguments."""
+    """The stock arguments that a U-Net reads."""
     attends = any(getattr(part, "is_cross_attention", False) for part in unet.modules())
     unused = set() if attends else {"encoder_hidden_states"}
     unused |= set() if unet.class_embedding is not None else {"class_labels"}
     return [name for name in UNET_INPUTS if name not in unused]
 
 
-def weights(network: nn.Module) -> tuple[Any, ...]:
-    """Which weights, and how often they were changed in place."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return tuple((id(one), one.data_ptr(), version(one), one.dtype) for one in tensors)
-
-
 def plain(tensor: Tensor) -> Tensor:
     """A tensor as numpy has it: bfloat16 as float32."""
     tensor = tensor.detach().contiguous()
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-@contextmanager
-def computed_by(network: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, this function is the network's `forward`; hooks are called as ever."""
-    before = vars(network).get("forward")
-    network.forward = function
-    try:
-        yield
-    finally:
-        del network.forward
-        if before is not None:
-            network.forward = before

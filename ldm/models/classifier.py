@@ -96,6 +96,20 @@ class NoisyClassifier(nn.Module):
             )
         return self.names.index(name)
 
+    def check_process(self, scheduler: Any) -> None:
+        """Refuse a stock scheduler that adds another noise than this classifier was trained on.
+
+        Raises:
+            ValueError: if the scheduler has no x_t = alpha x0 + sigma eps, or has it with other alphas.
+        """
+        name, theirs = type(scheduler).__name__, getattr(scheduler, "alphas_cumprod", None)
+        if theirs is None:
+            raise ValueError(
+                f"classifier: {name} has another process than x_t = alpha x0 + sigma eps, which it was trained on; "
+                "use the sampler ddim, dpm++ or euler"
+            )
+        check_schedule(self.schedule, theirs)
+
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write the folder that `load` reads; stock transformers opens it as well.
 
@@ -131,6 +145,17 @@ class NoisyClassifier(nn.Module):
             schedule = schedule_from_config(read_json(folder / SCHEDULE_FILE))
         network = load_network(ConvNextV2ForImageClassification, folder)
         return cls(network, schedule).eval().requires_grad_(False)
+
+
+def check_schedule(schedule: NoiseSchedule, alphas_cumprod: Tensor) -> None:
+    """Raise a ValueError if a classifier's noise schedule isn't that of a scheduler."""
+    ours = schedule.alpha_bar.to(alphas_cumprod)
+    if ours.shape != alphas_cumprod.shape or not torch.allclose(ours, alphas_cumprod, atol=1e-4):
+        raise ValueError(
+            f"classifier: it was trained on another noise schedule (T = {schedule.T}, the last alpha_bar "
+            f"{float(ours[-1]):.2g}) than the pipeline's (T = {len(alphas_cumprod)}, {float(alphas_cumprod[-1]):.2g}); "
+            "train it with the config of the model"
+        )
 
 
 def build_classifier(

@@ -1,12 +1,12 @@
-"""What the denoiser is told besides x_t and t, and how a stock U-Net takes it.
+"""Conditions of the denoiser besides x_t and t, and how a stock U-Net takes them.
 
-Text is attended to, a class is added to the time embedding, a picture's latents are concatenated to x_t as further
-channels (Rombach et al. 2022, section 3.3). A model may be told all of it, or nothing.
+The U-Net attends to text, adds a class to the time embedding, and takes a second picture's latents as further channels
+beside x_t (Rombach et al. 2022, section 3.3). A model may have all of these conditions, or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,7 +29,7 @@ class Conditioning:
     channels: Tensor | None = None
 
     def __getitem__(self, rows: Any) -> Conditioning:
-        """Those of these rows of the batch."""
+        """The conditions of these rows of the batch."""
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> Conditioning:
@@ -41,33 +41,57 @@ class Conditioning:
         return Conditioning(**{name: None if value is None else function(value) for name, value in given.items()})
 
 
-def denoise(unet: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    """The answer of a stock U-Net [B,C or 2C,h,w] to x_t [B,C,h,w] at t [B], which may lie on another device."""
+def together(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Several conditionings of B samples each, one after the other: of one batch of their sum."""
+    if len(conditionings) == 1:
+        return conditionings[0]
+    given = [[getattr(one, item.name) for one in conditionings] for item in fields(Conditioning)]
+    return Conditioning(*(None if values[0] is None else torch.cat(values) for values in given))
+
+
+def denoise(unet: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning, **stock: Any) -> Tensor:
+    """The output of a stock U-Net, [B,C,h,w], or [B,2C,h,w] with learned variance.
+
+    Args:
+        x_t: [B,C,h,w].
+        t: [B] or a scalar; it may lie on another device.
+        conditioning: of the B samples.
+        stock: other arguments of the stock U-Net.
+    """
     if conditioning.channels is not None:
         x_t = torch.cat([x_t, conditioning.channels.to(x_t)], dim=1)  # (B, C+K, h, w)
-    answer: Tensor = unet(
+    output: Tensor = unet(
         x_t,
-        t.to(x_t.device, non_blocking=x_t.is_cuda),  # a GPU isn't waited for
+        t.to(x_t.device, non_blocking=x_t.is_cuda),  # without waiting for a GPU
         encoder_hidden_states=conditioning.context,
         class_labels=conditioning.class_labels,
-    ).sample
-    return answer
+        return_dict=False,
+        **stock,
+    )[0]
+    return output
 
 
-def tell(unet: Any, conditioning: Conditioning) -> Callable[[Tensor, Tensor, dict[str, Any]], Tensor]:
-    """What `steering.steered` does before a call of the U-Net by those who know of no classes and channels.
+class UNetDenoiser:
+    """A stock U-Net with everything in place but x_t and t: the denoiser of `ldm.inference.sampling`.
 
-    A batch of twice the size is that of classifier-free guidance: its first half is told the null class.
+    Attributes:
+        unet: the network, or what computes it.
+        conditions: what each name stands for; all of B samples.
+        stock: other arguments of the stock U-Net, for each call.
     """
-    labels, channels = conditioning.class_labels, conditioning.channels
 
-    def change(x_t: Tensor, _: Tensor, keywords: dict[str, Any]) -> Tensor:
-        if labels is not None:
-            null = torch.full_like(labels, unet.config.num_class_embeds - 1)
-            keywords["class_labels"] = torch.cat([null, labels]) if len(x_t) == 2 * len(labels) else labels
-        if channels is not None:
-            halves = len(x_t) // len(channels)
-            x_t = torch.cat([x_t, channels.to(x_t).repeat(halves, 1, 1, 1)], dim=1)  # (B, C+K, h, w)
-        return x_t
+    def __init__(self, unet: Any, conditions: Mapping[str, Conditioning], **stock: Any) -> None:
+        self.unet, self.conditions, self.stock = unet, dict(conditions), stock
+        self._joined: dict[tuple[str, ...], Conditioning] = {}
 
-    return change
+    def replace(self, **conditions: Conditioning) -> None:
+        """From now on these names stand for other conditions."""
+        self.conditions |= conditions
+        self._joined.clear()
+
+    def __call__(self, x_t: Tensor, t: Tensor, *names: str) -> tuple[Tensor, ...]:
+        """x_t [B,C,h,w] at t, a scalar => a prediction [B,C,h,w] for each name, from one evaluation of the network."""
+        if names not in self._joined:
+            self._joined[names] = together([self.conditions[name] for name in names])
+        batch = torch.cat([x_t] * len(names)) if len(names) > 1 else x_t  # (B * names, C, h, w)
+        return denoise(self.unet, batch, t, self._joined[names], **self.stock).chunk(len(names))

@@ -32,6 +32,15 @@ def weights_fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def weights_state(network: nn.Module) -> tuple[Any, ...]:
+    """Which tensors a network's weights are, and how often each was changed in place: equal while they stay the same.
+
+    It reads no weight, so it costs microseconds. Tensors of inference mode don't count, and can hardly be changed.
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    return tuple((id(one), one.data_ptr(), -1 if one.is_inference() else one._version, one.dtype) for one in tensors)
+
+
 def weights_of(network: nn.Module) -> Iterator[bytes | memoryview]:
     """A network's weights as bytes, in the order of their names, with what they are."""
     for name, tensor in sorted(network.state_dict().items()):

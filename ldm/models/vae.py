@@ -30,6 +30,7 @@ NARROW = -6.0  # the log variance that training starts from: a std of 0.05
 # Stable Diffusion's size takes 130 MB for every 8 (docs/experiments.md, 31); a GPU wants more to be busy.
 PIXELS_AT_ONCE = 2**15
 PIXELS_AT_ONCE_ON_A_GPU = 2**19
+TILE = 512  # pixels along an edge that `enable_tiling` decodes at once; stock's default of 32 would cut small pictures
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def build_vae(config: VAEConfig) -> AutoencoderKL:
         latent_channels=config.latent_channels,
         norm_num_groups=groups,
         scaling_factor=1.0,
+        sample_size=TILE,
     )
     torch.nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], NARROW)
     return vae
@@ -125,12 +127,17 @@ def latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
     return (int(vae.config.latent_channels), edge, edge)
 
 
-def encode(vae: Any, pixels: Tensor) -> Posterior:
-    """pixels [B,3,H,W] in [-1,1] => the posterior over scaled latents [B,C,H/f,W/f], a few pictures at a time."""
+def encode(vae: Any, pixels: Tensor, device: torch.device | None = None) -> Posterior:
+    """pixels [B,3,H,W] in [-1,1] => the posterior over scaled latents [B,C,H/f,W/f], a few pictures at a time.
+
+    Args:
+        device: where the VAE computes, if it is moved there only to compute (offloading); by default where it is.
+    """
+    device = vae.device if device is None else device
     height, width = pixels.shape[-2:]
     means, stds = [], []
     for part in pixels.split(at_once(vae, height, width)):
-        encoded = vae.encode(part.to(vae.device, vae.dtype))
+        encoded = vae.encode(part.to(device, vae.dtype))
         if hasattr(encoded, "latent_dist"):
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
         else:  # AutoencoderTiny has no posterior

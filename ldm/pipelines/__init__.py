@@ -1,8 +1,9 @@
 """What users call.
 
 text_to_image.py  LDMPipeline
+conditions.py     prompts, classes, second pictures => conditions of the denoiser
 inputs.py         arguments, checked against their ranges and against the model
-loading.py        a name => a folder; a saved folder says nothing of where it was loaded
+loading.py        a pipeline and its folder
 """
 
 from ldm.system.importing import collector_at_rest

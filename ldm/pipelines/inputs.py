@@ -1,9 +1,11 @@
-"""What people hand to LDMPipeline, checked before any network runs: errors name the argument and what it allows."""
+"""Arguments of a pipeline's call, checked before any network runs; errors name the argument and what it allows."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,29 +13,142 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.images import to_pixels, to_square
+from ldm.data.images import to_pixels, to_rgb, to_square
 from ldm.data.labels import Labels
 
 MAX_CHARACTERS = 20_000  # a limit before the tokenizer's own, which takes time to find out
+MAX_PER_PROMPT = 1024
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # what no tokenizer has learned: control characters that are not white space, and surrogates without a partner
 _UNREADABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
-def check_known(given: Iterable[str], known: frozenset[str]) -> None:
-    """Raise a TypeError that names the first argument that there is not; stock pipelines ignore a misspelled one."""
-    if unknown := sorted(set(given) - known):
-        raise TypeError(f"{unknown[0]}: there is no such argument; expected some of {', '.join(sorted(known))}")
+@dataclass(frozen=True)
+class Inputs:
+    """What a call asks for, an entry for each prompt; empty lists where the model takes no such condition.
+
+    Attributes:
+        batch: number of prompts, classes or conditions.
+        images: number of pictures, `num_images_per_prompt` for each of them.
+        prompts, negatives: texts.
+        class_ids: of the model's own classes.
+        targets: classes that a classifier guides towards.
+        conditions: second pictures, as pixels [3,H,W].
+        generators: one per picture; None for new noise each time.
+    """
+
+    batch: int
+    images: int
+    prompts: list[str]
+    negatives: list[str]
+    class_ids: list[int]
+    targets: list[int]
+    conditions: list[Tensor]
+    generators: list[torch.Generator] | None
+
+
+def check_inputs(pipe: Any, height: int, width: int, **given: Any) -> Inputs:
+    """Check a call's arguments against their ranges and against the model.
+
+    Args:
+        pipe: an LDMPipeline.
+        height, width: in pixels, checked before.
+        given: the call's arguments, by name.
+    Raises:
+        ValueError: names the argument and what it allows.
+    """
+    T = pipe.scheduler.config.num_train_timesteps
+    check_number("num_inference_steps", given["num_inference_steps"], 1, T, Integral)
+    check_number("num_images_per_prompt", given["num_images_per_prompt"], 1, MAX_PER_PROMPT, Integral)
+    for name in ("guidance_scale", "classifier_scale"):
+        check_number(name, given[name], 0, 100)
+    for name in ("eta", "guidance_rescale"):
+        check_number(name, given[name], 0, 1)
+    _check_stock(pipe, given)
+    embeds = given["prompt_embeds"]
+    texts, unwanted, classifier = given["prompt"], given["negative_prompt"], given["classifier"]
+    prompts = known_texts("prompt", texts, pipe.tokenizer) if embeds is None else []
+    negatives = [] if unwanted is None else known_texts("negative_prompt", unwanted, pipe.tokenizer)
+    names = given["class_label"]
+    names = list(names) if isinstance(names, list | tuple) else [names]
+    targets = [classifier.class_id(name) for name in names] if classifier is not None else []
+    class_ids = known_classes(names if pipe.labels is not None or not targets else [None], pipe.labels)
+    conditions = known_conditions(given["condition"], pipe.condition_channels, height, width)
+    asked = (1 if embeds is None else len(embeds), len(prompts), len(class_ids), len(targets), len(conditions))
+    batch = max(1, *asked)
+    images = batch * given["num_images_per_prompt"]
+    latents = given["latents"]
+    if latents is not None and (latents.ndim != 4 or len(latents) != images):
+        raise ValueError(f"latents: expected [{images},C,h,w], got {list(latents.shape)}")
+    return Inputs(
+        batch=batch,
+        images=images,
+        prompts=one_each("prompt", prompts, batch) if prompts else [],
+        negatives=one_each("negative_prompt", negatives, batch) if negatives else [],
+        class_ids=one_each("class_label", class_ids, batch) if class_ids else [],
+        targets=one_each("class_label", targets, batch) if targets else [],
+        conditions=one_each("condition", conditions, batch) if conditions else [],
+        generators=one_generator_each(given["generator"], given["seed"], images),
+    )
+
+
+def _check_stock(pipe: Any, given: dict[str, Any]) -> None:
+    """Check the arguments that stock pipelines leave unchecked, or ignore."""
+    for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
+        if given[name] is not None:
+            raise ValueError(f"{name}: IP-Adapters run in stock pipelines: StableDiffusionPipeline.from_pipe(pipe)")
+    for text, embedded in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
+        embeds = given[embedded]
+        if embeds is None:
+            continue
+        if given[text] is not None:
+            raise ValueError(f"{text}: give {text} or {embedded}, not both")
+        width = pipe.unet.config.cross_attention_dim
+        if pipe.tokenizer is None or not isinstance(embeds, Tensor) or embeds.ndim != 3 or embeds.shape[-1] != width:
+            found = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+            raise ValueError(f"{embedded}: expected a tensor [B,L,{width}] for a model with text, got {found}")
+    both = given["prompt_embeds"], given["negative_prompt_embeds"]
+    if both[0] is not None and both[1] is not None and both[0].shape != both[1].shape:
+        shapes = f"{list(both[0].shape)} and {list(both[1].shape)}"
+        raise ValueError(f"negative_prompt_embeds: expected the shape of prompt_embeds, got {shapes}")
+    if given["timesteps"] is not None and given["sigmas"] is not None:
+        raise ValueError("timesteps: give timesteps or sigmas, not both")
+    if given["output_type"] not in OUTPUT_TYPES:
+        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {given['output_type']!r}")
+    if given["cross_attention_kwargs"] is not None and not isinstance(given["cross_attention_kwargs"], dict):
+        raise ValueError(
+            f"cross_attention_kwargs: expected a dict, got {type(given['cross_attention_kwargs']).__name__}"
+        )
+    names = given["callback_on_step_end_tensor_inputs"]
+    if unknown := [name for name in names if name not in pipe._callback_tensor_inputs]:
+        allowed = ", ".join(pipe._callback_tensor_inputs)
+        raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {allowed}, got {unknown[0]!r}")
+    if given["clip_skip"] is not None:
+        kind = type(pipe.text_encoder).__name__
+        if not kind.startswith("CLIPText"):
+            raise ValueError(f"clip_skip: it skips layers of CLIP, and this model's text encoder is a {kind}")
+        check_number("clip_skip", given["clip_skip"], 0, pipe.text_encoder.config.num_hidden_layers - 1, Integral)
+
+
+def check_known(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a TypeError that names the first unknown argument and the nearest known one."""
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else f"; expected some of {', '.join(names)}"
+            raise TypeError(f"{name}: there is no such argument{hint}")
 
 
 def one_each(name: str, values: Sequence[Any], asked: int) -> list[Any]:
-    """One value for all pictures asked for, or one each => one each."""
+    """One value for all prompts, or one each => one each."""
     if len(values) not in (1, asked):
         raise ValueError(f"{name}: expected 1 or {asked}, one for each picture asked for, got {len(values)}")
     return list(values) * asked if len(values) == 1 else list(values)
 
 
 def check_prompts(name: str, prompts: Any, tokenizer: Any) -> list[str]:
-    """A text or a list of texts, none of which the tokenizer has to cut => a list of them."""
+    """A text or a list of texts, none of them longer than the tokenizer's limit => a list of them."""
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, (list, tuple)):
         raise ValueError(f"{name}: expected a text or a list of texts, got {type(prompts).__name__}")
@@ -63,7 +178,7 @@ def check_number(name: str, value: Any, least: float, most: float, kind: Any = R
 
 
 def one_generator_each(generator: Any, seed: Any, pictures: int) -> list[torch.Generator] | None:
-    """A generator of its own for each picture, so that none depends on what is drawn beside it; None for no seed."""
+    """A generator for each picture, so that no picture depends on its batch; None without a seed."""
     if seed is not None:
         if generator is not None:
             raise ValueError("seed: give a seed or a generator, not both")
@@ -89,7 +204,7 @@ def one_generator_each(generator: Any, seed: Any, pictures: int) -> list[torch.G
 def followers(first: torch.Generator, count: int) -> list[torch.Generator]:
     """Generators for the pictures after the first: its seed + 1, + 2, …
 
-    One that has been drawn from already counts from a number drawn from it: the next batch is another one.
+    A generator that was used before counts from a number of its own, so that the next batch is another one.
     """
     seed, device, state = first.initial_seed(), first.device, first.get_state()
     if not torch.equal(state, torch.Generator(device).manual_seed(seed).get_state()):
@@ -100,7 +215,7 @@ def followers(first: torch.Generator, count: int) -> list[torch.Generator]:
 
 
 def known_texts(name: str, texts: Any, tokenizer: Any) -> list[str]:
-    """The texts, checked; none for a model that knows no text."""
+    """The texts, checked; none for a model without text."""
     if tokenizer is not None:
         return check_prompts(name, texts, tokenizer)
     if texts is not None:
@@ -109,7 +224,7 @@ def known_texts(name: str, texts: Any, tokenizer: Any) -> list[str]:
 
 
 def known_classes(names: list[Any], labels: Labels | None) -> list[int]:
-    """The numbers of these classes, that of the null class for None; none for a model that knows no classes."""
+    """The numbers of these classes, that of the null class for None; none for a model without classes."""
     if labels is None:
         if names != [None]:
             raise ValueError("class_label: this model knows no classes; give it a classifier that does")
@@ -119,10 +234,10 @@ def known_classes(names: list[Any], labels: Labels | None) -> list[int]:
 
 
 def known_conditions(pictures: Any, channels: int, height: int, width: int) -> list[Tensor]:
-    """The pictures to make pictures of, as pixels [3,height,width]; none for a model that takes no channels of them."""
+    """Second pictures as pixels [3,height,width], decoded as in training; none for a model that takes none."""
     if not channels:
         if pictures is not None:
-            raise ValueError("condition: this model makes no pictures of pictures")
+            raise ValueError("condition: this model takes no second picture")
         return []
     listed = pictures if isinstance(pictures, list | tuple) else [pictures]
     if not listed or not all(isinstance(picture, Image.Image) for picture in listed):
@@ -130,4 +245,4 @@ def known_conditions(pictures: Any, channels: int, height: int, width: int) -> l
         raise ValueError(f"condition: this model makes pictures of pictures; expected a PIL picture, got {kind}")
     if height != width:
         raise ValueError(f"width: pictures are made of square ones; expected {height}, got {width}")
-    return [torch.from_numpy(to_pixels(to_square(picture.convert("RGB"), width))) for picture in listed]
+    return [torch.from_numpy(to_pixels(to_square(to_rgb(picture), width))) for picture in listed]

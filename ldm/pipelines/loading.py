@@ -1,22 +1,210 @@
-"""A pipeline's name => its folder, and no code of anybody else's on the way."""
+"""A pipeline and its folder: a name => a checked folder => networks with every weight; and back.
+
+A saved folder names a stock pipeline in model_index.json and holds stock classes and safetensors alone, so it opens
+without this package. Three files beside model_index.json are read here only:
+
+    prompts.txt    example prompts, one a line
+    labels.json    the names of the classes
+    defaults.json  sampling settings (ldm.inference.defaults)
+
+A saved folder is a function of the model. diffusers writes the path that a network was loaded from into its config;
+transformers writes into tokenizer_config.json whether that was offline, and into tokenizer.json how the last call
+padded and cut. All of that is left out: padding and length are arguments of each call.
+"""
 
 from __future__ import annotations
 
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+)
+from transformers import PreTrainedModel
 
-from ldm.models.safety import check_index
+from ldm.data.labels import Labels
+from ldm.inference.defaults import FILE as DEFAULTS_FILE
+from ldm.inference.defaults import Defaults
+from ldm.models.loading import load_networks, loading
+from ldm.models.safety import check_index, check_model_folder, read_json
+from ldm.models.text_encoder import TextEncoder
 
+PROMPTS_FILE, LABELS_FILE = "prompts.txt", "labels.json"
+#: Arguments of diffusers' from_pretrained that run code of a folder's, and those that place networks.
 CODE = ("custom_pipeline", "trust_remote_code", "use_flashpack", "use_onnx")
 PLACES = ("device_map", "quantization_config")
+#: Keys by which configs say how they were loaded.
+LOADING = frozenset({"_name_or_path", "name_or_path", "is_local", "local_files_only"})
+
+
+class SavedPipeline(StableDiffusionPipeline):
+    """A stock pipeline that is loaded from, and saved to, a folder that stock diffusers opens.
+
+    Attributes:
+        example_prompts: prompts that the model was trained on; may be empty.
+        labels: the classes that it knows; None if it knows none.
+        defaults: the settings of a call that names neither steps nor guidance.
+    """
+
+    example_prompts: tuple[str, ...] = ()
+    labels: Labels | None = None
+    defaults: Defaults = Defaults()
+
+    @classmethod
+    def from_components(cls, vae: Any, text: TextEncoder | None, unet: Any, scheduler_config: dict[str, Any]) -> Self:
+        """Put trained parts together; `scheduler_config` comes from `ldm.diffusion.schedule.scheduler_config`."""
+        return cls(
+            vae=vae,
+            text_encoder=text.model if text else None,
+            tokenizer=text.tokenizer if text else None,
+            unet=unet,
+            # stock pipelines require an offset of 1, which "trailing" timesteps don't use
+            scheduler=DPMSolverMultistepScheduler.from_config({**scheduler_config, "steps_offset": 1}),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
+        """Load a pipeline folder or a Hub id.
+
+        Raises:
+            FileNotFoundError: if a name that looks like a folder isn't a pipeline's.
+            ValueError: for use_safetensors=False, since the other format, pickle, can run code; for an argument that
+                runs code of the folder's; for a folder that holds more than data (`ldm.models.safety`), or weights of
+                other networks than its configs'.
+            OSError: if there is no such Hub id, or its weights aren't safetensors.
+        """
+        check_options(kwargs)
+        folder = find_pipeline(pretrained_model_name_or_path, **kwargs)
+        check_model_folder(folder)
+        index = read_json(folder / "model_index.json")
+        for part in ("text_encoder", "tokenizer"):
+            if index.get(part) == [None, None]:
+                kwargs.setdefault(part, None)  # diffusers requires it as an argument
+        wanted = {name: value for name, value in index.items() if name not in kwargs}
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        kwargs |= load_networks(folder, wanted, kwargs.get("variant"), dtype)
+        with loading(folder):
+            pipeline: Self = super().from_pretrained(str(folder), **{**kwargs, "local_files_only": True})
+        pipeline.example_prompts = read_prompts(folder / PROMPTS_FILE)
+        if (folder / LABELS_FILE).exists():
+            pipeline.labels = Labels.load(folder / LABELS_FILE)
+        pipeline.defaults = Defaults.load(folder)
+        return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
+        """The same networks in a pipeline of this class, in the dtype that they are in.
+
+        Args:
+            pipeline: a stock pipeline, or one of ours, whose prompts, labels and defaults come along.
+            kwargs: components in place of the pipeline's; `dtype`, to cast the (shared) networks.
+        """
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.unet.dtype)  # stock casts them to float32
+        made: Self = super().from_pipe(pipeline, **kwargs)
+        for name in ("example_prompts", "labels", "defaults"):
+            if hasattr(pipeline, name):
+                setattr(made, name, getattr(pipeline, name))
+        return made
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
+        """The component types that loading accepts without a warning: diffusers' list has no text encoder but CLIP."""
+        ours = {"text_encoder": (PreTrainedModel,), "vae": (AutoencoderKL, AutoencoderTiny)}
+        return {**super()._get_signature_types(), **ours}
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the latents of a second picture, which follow those of x_t; 0 if the model takes none."""
+        return int(self.unet.config.in_channels - self.unet.config.out_channels)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Save a folder that stock diffusers opens, with safetensors weights."""
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("push_to_hub: save first, then call pipe.push_to_hub('user/name', license=…)")
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("safe_serialization: expected True; pickles can run any code")
+        forget_calls(self.tokenizer)
+        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        self._make_stock(Path(save_directory))
+
+    def save_without_networks(self, folder: Path) -> None:
+        """Save all of a pipeline's folder but the networks' own folders, which are saved before it.
+
+        So networks can be saved one after the other, and large ones needn't be in memory together.
+        """
+        forget_calls(self.tokenizer)
+        for name in ("scheduler", "tokenizer"):
+            part = getattr(self, name)
+            if part is not None:
+                part.save_pretrained(folder / name)
+        self.save_config(folder)
+        self._make_stock(folder)
+
+    def _make_stock(self, folder: Path) -> None:
+        """Name the stock pipeline, leave out how it was loaded, and write our files: what was saved before goes."""
+        for path in [folder / "model_index.json", *folder.glob("*/*config.json")]:
+            settings = json.loads(path.read_text("utf-8"))
+            kept = {key: value for key, value in settings.items() if key not in LOADING}
+            if path.name == "model_index.json":
+                stock = "InstructPix2Pix" if self.condition_channels else ""
+                kept["_class_name"] = f"StableDiffusion{stock}Pipeline"
+            if kept != settings:
+                path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        for name in (PROMPTS_FILE, LABELS_FILE, DEFAULTS_FILE):
+            (folder / name).unlink(missing_ok=True)  # of a pipeline that was saved here before
+        if self.example_prompts:
+            lines = (" ".join(prompt.split()) for prompt in self.example_prompts)
+            (folder / PROMPTS_FILE).write_text("\n".join(lines) + "\n", "utf-8")
+        if self.labels:
+            self.labels.save(folder / LABELS_FILE)
+        if self.defaults != Defaults():
+            self.defaults.save(folder)
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *names: Any, **kwargs: Any) -> None:
+        """As stock's, with safetensors files alone."""
+        super().load_lora_weights(
+            pretrained_model_name_or_path_or_dict,
+            *names,
+            **only_safetensors(pretrained_model_name_or_path_or_dict, kwargs),
+        )
+
+    def load_textual_inversion(self, pretrained_model_name_or_path: Any, *arguments: Any, **kwargs: Any) -> None:
+        """As stock's, with safetensors files alone."""
+        super().load_textual_inversion(
+            pretrained_model_name_or_path, *arguments, **only_safetensors(pretrained_model_name_or_path, kwargs)
+        )
+
+
+def only_safetensors(source: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a stock loader that reads safetensors alone.
+
+    Args:
+        source: folders, files, Hub ids or tensors, one or a list.
+    Raises:
+        ValueError: for a file of another format.
+    """
+    if options.setdefault("use_safetensors", True) is not True:
+        raise ValueError("use_safetensors: expected True; other weights are pickles, which can run any code")
+    named = [options.get("weight_name"), *(source if isinstance(source, list | tuple) else [source])]
+    for name in named:
+        if isinstance(name, str | PathLike):
+            path = Path(name)
+            if path.suffix != ".safetensors" and (path.is_file() or name is options.get("weight_name")):
+                raise ValueError(f"{name}: expected a .safetensors file; other weights are pickles, which can run code")
+    return options
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse the arguments of diffusers' from_pretrained that run a stranger's code; set `use_safetensors`, in place.
+    """Refuse arguments of from_pretrained that run code of a folder's; set `use_safetensors`, in place.
 
     Raises:
         ValueError: names the argument.
@@ -32,18 +220,19 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def read_prompts(file: Path) -> tuple[str, ...]:
-    """A prompt a line; none if there is no such file."""
+    """The prompts in a file, one a line; none if there is no such file."""
     try:
-        return tuple(file.read_text("utf-8").splitlines()) if file.exists() else ()
+        text = file.read_text("utf-8") if file.exists() else ""
     except UnicodeDecodeError:
         raise ValueError(f"{file}: is not UTF-8") from None
+    return tuple(line for line in text.split("\n") if line.strip())  # not splitlines: U+2028 is part of a prompt
 
 
-def find_pipeline(name: str | PathLike[str], **asked: Any) -> Path:
+def find_pipeline(name: str | PathLike[str], **options: Any) -> Path:
     """A pipeline's folder as it is; a Hub id => the folder of its snapshot, with safetensors weights alone.
 
     Args:
-        asked: from_pretrained's arguments, of which revision, variant, token, cache_dir, force_download and
+        options: from_pretrained's arguments, of which revision, variant, token, cache_dir, force_download and
             local_files_only choose the snapshot.
     Raises:
         FileNotFoundError: if a name that looks like a folder isn't a pipeline's.
@@ -60,28 +249,15 @@ def find_pipeline(name: str | PathLike[str], **asked: Any) -> Path:
     from huggingface_hub import hf_hub_download
 
     choice = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
-    chosen: dict[str, Any] = {key: asked[key] for key in choice & asked.keys()}
+    chosen: dict[str, Any] = {key: options[key] for key in choice & options.keys()}
     check_index(Path(hf_hub_download(str(name), "model_index.json", **chosen)))
-    if "variant" in asked:
-        chosen["variant"] = asked["variant"]
+    if "variant" in options:
+        chosen["variant"] = options["variant"]
     return Path(StableDiffusionPipeline.download(str(name), use_safetensors=True, **chosen))
 
 
-#: What configs say of how they were loaded.
-LOADING = frozenset({"_name_or_path", "name_or_path", "is_local", "local_files_only"})
-
-
 def forget_calls(tokenizer: Any) -> None:
-    """Let a tokenizer forget how its last call padded and cut; the next one says it anew."""
+    """Clear how a tokenizer's last call padded and cut, which it would save."""
     if tokenizer is not None and tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
-
-
-def forget_loading(folder: Path) -> None:
-    """Take out of a pipeline folder's configs what loading has put there."""
-    for path in [folder / "model_index.json", *folder.glob("*/*config.json")]:
-        said = json.loads(path.read_text("utf-8"))
-        if said.keys() & LOADING:
-            kept = {key: value for key, value in said.items() if key not in LOADING}
-            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -135,15 +135,15 @@ def stamp(
     from ldm.models.fingerprint import fingerprint
     from ldm.version import __version__
 
-    defaults = pipeline.defaults
-    interval = tuple(defaults.guidance_interval if guidance_interval is None else guidance_interval)
+    used = pipeline.defaults.resolve(num_inference_steps, guidance_scale, guidance_interval)
+    interval = used.guidance_interval
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     for place, picture in enumerate(pictures):
         settings = Settings(
             model=model,
             seed=seed + place,
-            steps=int(defaults.num_inference_steps if num_inference_steps is None else num_inference_steps),
-            guidance_scale=float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+            steps=int(used.num_inference_steps),
+            guidance_scale=float(used.guidance_scale),
             guidance_interval=None if interval == EVERYWHERE else [float(end) for end in interval],
             dtype=None if dtype == "float32" else dtype,
             engine=None if pipeline.engine is None else pipeline.engine.name,

@@ -171,7 +171,7 @@ FAULTS = [
     Fault("corrector at the timestep before", "samplers.predictor_corrector",
           "langevin_step(denoiser, x, s,", "langevin_step(denoiser, x, t,",
           test_samplers.test_predictor_corrector_takes_the_steps_of_the_paper),
-    Fault("Euler called Heun", "samplers.probability_flow", "h / 2 * (k1 + k2)", "h * k1",
+    Fault("Euler called Heun", "samplers.heun_step", "width / 2 * (slope + slope_there)", "width * slope",
           test_samplers.test_ode_keeps_quantiles_with_order_two, ("linear", "vp")),
     Fault("density with the wrong sign", "samplers.probability_flow",
           "change + h / 2 * (div1", "change - h / 2 * (div1",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracles import PREDICTIONS, SCHEDULES, gaussian, generator, order_of, plane, randn
 from torch import Tensor
 
-from ldm.diffusion import forward, reverse
+from ldm.diffusion import forward, reverse, samplers
 from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
@@ -247,7 +247,9 @@ def test_a_step_of_any_shape_and_dtype_is_that_of_float64(
 def test_a_draw_is_a_function_of_its_generator() -> None:
     data, schedule = plane(), NoiseSchedule.linear(20)
     x, denoiser = randn(4, 2), data.denoiser(schedule)
-    first, again, other = (reverse.ancestral_sample(denoiser, x, schedule.timesteps(), generator(s)) for s in (1, 1, 2))
+    first, again, other = (
+        samplers.ancestral_sample(denoiser, x, schedule.timesteps(), generator(s)) for s in (1, 1, 2)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

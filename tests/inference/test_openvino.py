@@ -17,12 +17,12 @@ import road
 import tiny
 import torch
 from PIL import Image
-from test_steering import SCHEDULE
 from torch import Tensor
 
 pytest.importorskip("openvino", reason="OpenVINO isn't installed: pip install openvino")
 
 from ldm.cli.main import main
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.inference.openvino import MOST_COMPILED, OpenVINO
 from ldm.inference.openvino_cache import cache_folder, converted, core, load_openvino
 from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
@@ -114,25 +114,18 @@ def test_every_kind_of_model_is_drawn_as_torch_draws_it(name: str, tmp_path: Pat
     assert np.abs(by_torch - by_openvino).max() < LEVEL
 
 
-def test_u_net_and_decoder_answer_as_in_torch(pipe: LDMPipeline) -> None:
+def test_u_net_and_decoder_compute_what_torch_does(pipe: LDMPipeline) -> None:
     """To 1e-5 in float32, at batch sizes that come and go, more of them than are kept."""
     engine, sizes = OpenVINO(), (1, 2, 5, 3, 2)
     assert len(set(sizes)) > MOST_COMPILED
     for rows in sizes:
         x, t, context = torch.randn(rows, 4, 8, 8), torch.tensor(421), torch.randn(rows, tiny.MAX_LENGTH, 32)
-
-        def answers(x: Tensor = x, t: Tensor = t, context: Tensor = context) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                predicted = pipe.unet(x, t, encoder_hidden_states=context)
-                assert torch.equal(pipe.unet(x, t, context, return_dict=False)[0], predicted.sample)
-                return predicted.sample, pipe.vae.decode(x).sample
-
-        expected = answers()
-        with engine.drawing(pipe):
-            found = answers()
-        for one, other in zip(expected, found):
+        with torch.no_grad():
+            expected = pipe.unet(x, t, encoder_hidden_states=context).sample, pipe.vae.decode(x).sample
+            found = engine.unet(pipe)(x, t, encoder_hidden_states=context)[0], engine.decoder(pipe)(x)
+        for one, other in zip(expected, found, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-            assert not torch.equal(other, one), "torch drew it itself"
+            assert not torch.equal(other, one), "torch computed it itself"
     assert len(engine.networks["U-Net"].compiled) == MOST_COMPILED
 
 
@@ -163,7 +156,8 @@ def test_an_interval_asks_for_half_the_rows_outside(pipe: LDMPipeline, monkeypat
     """Five steps are at t = 999, 799, 599, 399, 199."""
     pipe.enable_openvino()
     seen: list[int] = []
-    network = OpenVINO.unet(pipe.engine, pipe)  # type: ignore[arg-type]
+    assert pipe.engine is not None
+    network = pipe.engine._unet(pipe.unet)
     ask = type(network).__call__
 
     def counted(self: Any, inputs: Any) -> Tensor:
@@ -178,7 +172,10 @@ def test_an_interval_asks_for_half_the_rows_outside(pipe: LDMPipeline, monkeypat
 def test_a_classifier_steers_it_too(pipe: LDMPipeline) -> None:
     torch.manual_seed(0)
     classifier: NoisyClassifier = build_classifier(
-        ClassifierConfig(channels=(16, 32), layers=1), latent_shape=(4, 8, 8), names=["cat", "dog"], schedule=SCHEDULE
+        ClassifierConfig(channels=(16, 32), layers=1),
+        latent_shape=(4, 8, 8),
+        names=["cat", "dog"],
+        schedule=NoiseSchedule.scaled_linear(),
     ).eval()
     with torch.no_grad():
         for weight in classifier.parameters():
@@ -211,19 +208,30 @@ def test_a_failure_leaves_torch_in_place(pipe: LDMPipeline) -> None:
     pipe.enable_openvino()
     with pytest.raises(KeyboardInterrupt):
         draw(pipe, callback_on_step_end=fail)
-    assert "forward" not in vars(pipe.unet) and "forward" not in vars(pipe.vae.decoder)
+    assert np.array_equal(draw(pipe.disable_openvino()), draw(LDMPipeline(**pipe.components)))
 
 
-def test_what_it_cant_draw_is_refused_in_words(pipe: LDMPipeline) -> None:
-    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, tiny.MAX_LENGTH, 32)
-    with (
-        pipe.enable_openvino().engine.drawing(pipe),  # type: ignore[union-attr]
-        pytest.raises(ValueError, match="mid_block_additional_residual: what OpenVINO draws can't be told it"),
-    ):
-        pipe.unet(x, 1, context, mid_block_additional_residual=x)
+def test_what_it_cant_compute_is_refused_by_name(pipe: LDMPipeline) -> None:
+    pipe.enable_openvino()
+    with pytest.raises(ValueError, match="cross_attention_kwargs: the OpenVINO engine doesn't support it"):
+        draw(pipe, cross_attention_kwargs={"scale": 0.5})
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    with pytest.raises(ValueError, match="openvino: doesn't support FreeU"):
+        draw(pipe)
+    pipe.disable_freeu()
+    pipe.vae.enable_tiling()
+    with pytest.raises(ValueError, match="openvino: doesn't support VAE tiling"):
+        draw(pipe)
+    pipe.vae.disable_tiling()
+    peft = pytest.importorskip("peft")
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="openvino: doesn't support active adapters"):
+        draw(pipe)
+    pipe.unet.disable_adapters()
+    assert draw(pipe).std() > 0.01
     with pytest.raises(ValueError, match="openvino: computes in float32 or bfloat16, not in float16"):
         draw(pipe.to(torch.float16))
-    with pytest.raises(ValueError, match="openvino: draws on the CPU, but the pipeline is on meta"):
+    with pytest.raises(ValueError, match="openvino: computes on the CPU, but the pipeline is on meta"):
         pipe.to("meta").enable_openvino()
 
 
@@ -306,11 +314,11 @@ def test_a_full_disk_is_told(empty: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 CONVERT = """
 import sys, time
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:4]
 from test_openvino import doubles
 def slow(network, x):
     print("converting", flush=True)
-    time.sleep(float(sys.argv[3]))
+    time.sleep(float(sys.argv[4]))
     return x * network.weight
 told = []
 print("ready", flush=True)
@@ -322,7 +330,8 @@ print(len(told), flush=True)
 
 def process(seconds: float) -> subprocess.Popen[str]:
     """A process that converts when it is told to, and takes its time."""
-    words = [sys.executable, "-c", CONVERT, str(road.ROOT), str(road.ROOT / "tests"), str(seconds)]
+    places = [road.ROOT, road.ROOT / "tests", Path(__file__).parent]
+    words = [sys.executable, "-c", CONVERT, *map(str, places), str(seconds)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(words, text=True, **pipes)
 
@@ -398,7 +407,7 @@ def test_torch_draws_unless_asked_and_unknown_engines_are_refused(
         assert "engine" not in said and "openvino" not in said["drawn_with"]
         picture.info[recipe.KEY] = json.dumps({**said, "engine": "os.system"})
         recipe.save(picture, tmp_path / "b.png")
-    with pytest.raises(SystemExit, match="its recipe: engine: expected torch or openvino, got 'os.system'"):
+    with pytest.raises(SystemExit, match="its settings: engine: expected torch or openvino, got 'os.system'"):
         main(["sample", "--like", str(tmp_path / "b.png"), str(tiny_pipeline_folder)])
 
 

@@ -92,7 +92,7 @@ def test_one_picture_is_saved_as_it_is_and_several_as_a_grid(tiny_pipeline_folde
     folder = str(tiny_pipeline_folder)
     main(["sample", folder, "red heart", "--steps", "2", "--out", str(tmp_path / "one.png")])
     assert Image.open(tmp_path / "one.png").size == (16, 16)
-    assert recipe.read(tmp_path / "one.png").guidance_scale == 3  # the pipeline's default, spelled out
+    assert recipe.read(tmp_path / "one.png").guidance_scale == 7.5  # stock's, once steps are named
     both = ["--out", str(tmp_path / "grid.png"), "--each", str(tmp_path / "each")]
     main(["sample", folder, "red heart", "cat", "--steps", "2", *both])
     assert Image.open(tmp_path / "grid.png").width > 2 * 128
