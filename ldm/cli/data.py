@@ -32,6 +32,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=place, help="a captioned folder, WebDataset shards, or a Hub data set")
     add("--image-column", default="image", help="where a Hub data set has its pictures (default: image)")
+    add("--size", type=int, default=64, help="edge in pixels to train at (default: 64); smaller pictures are named")
     add("--caption-columns", nargs="+", default=["text"], metavar="COLUMN", help="the captions (default: text)")
 
 
@@ -43,6 +44,8 @@ def run_check(arguments: argparse.Namespace) -> None:
         arguments.source, image_column=arguments.image_column, caption_columns=arguments.caption_columns
     )
     require_training(pictures)
+    for warning in pictures.unfit(arguments.size):
+        print(f"warning: {warning}")
     captions = {caption for row in pictures for caption in row.captions}
     print(
         f"{arguments.source} is fine: {count(len(pictures), 'picture')}, {count(len(captions), 'different caption')}, "

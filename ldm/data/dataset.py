@@ -4,19 +4,17 @@
     row = rows.train[0]
     row.captions, row.where, row.image()         # ("red heart",), "pictures/metadata.jsonl row 1 (a.png)", RGB
 
-Every row and every picture is looked at first, and everything that is wrong is told at once, by file and row.
-Rows of the same picture become one row with several captions. The split is that of the `split` column where a row
-has one; otherwise the hash of the first caption decides, so that it stays as it is when the data grow.
+Every row and every picture is checked first, and all problems are reported together, by file and row. Rows of the same
+picture become one row with several captions. The split is that of the `split` column, or of the folders `train/` and
+`test/`; otherwise the hash of the first caption decides, so that it stays the same when the data grow.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -27,9 +25,9 @@ from PIL import Image, ImageColor
 
 from ldm.data.checks import Drafts, gather, without_broken
 from ldm.data.images import BadPictureError, decode
-from ldm.data.rows import BadDataError, Finding, Problem, Split, Stamp, Store, count, split_of
-from ldm.data.sources import folders, shards
-from ldm.data.sources import hub as hub_sets
+from ldm.data.rows import BadDataError, Problem, Split, Store, count, split_of
+from ldm.data.sources.opening import open_source
+from ldm.system.files import typed_path
 
 __all__ = [
     "BadDataError",
@@ -42,6 +40,8 @@ __all__ = [
     "split_of",
 ]
 
+SLIVER = 3  # times as long as wide: less than a third of such a picture is seen
+NAMED = 3  # pictures in a warning
 OnBad: TypeAlias = Literal["error", "skip"]
 
 
@@ -73,13 +73,6 @@ class Row:
         """The picture file. Raises BadDataError, naming the row, if it is gone."""
         try:
             return self.store.read(self.locator)
-        except BadPictureError as error:
-            raise BadDataError(f"{error}: {self.where}") from None
-
-    def stamp(self) -> Stamp | None:
-        """What tells without reading it whether the picture has changed. Raises BadDataError if it is gone."""
-        try:
-            return self.store.stamp(self.locator)
         except BadPictureError as error:
             raise BadDataError(f"{error}: {self.where}") from None
 
@@ -124,8 +117,12 @@ class CaptionedPictures(Sequence[Row]):
         return self._packed.row(int(self._index[key]), self._store, self._background)
 
     def __repr__(self) -> str:
+        return f"CaptionedPictures({self.source!r}: {self.shares()})"
+
+    def shares(self) -> str:
+        """`1,200 train, 60 heldout`."""
         heldout = int(self._packed.heldout[self._index].sum())
-        return f"CaptionedPictures({self.source!r}: {len(self) - heldout:,} train, {heldout:,} heldout)"
+        return f"{len(self) - heldout:,} train, {heldout:,} heldout"
 
     @property
     def train(self) -> CaptionedPictures:
@@ -136,6 +133,34 @@ class CaptionedPictures(Sequence[Row]):
     def heldout(self) -> CaptionedPictures:
         """The rows that are kept out of training."""
         return self._view(self._index[self._packed.heldout[self._index]])
+
+    def unfit(self, size: int) -> list[str]:
+        """Warnings about pictures that make poor squares of `size` pixels, a line each, with the worst by name.
+
+        Pictures are cropped to their largest square, then resampled: a picture whose shorter side has less than `size`
+        pixels is enlarged, and of a long one little is left.
+        """
+        width, height = self._packed.sizes[self._index].astype(np.int64).T
+        short, long = np.minimum(width, height), np.maximum(width, height)
+
+        def warning(what: str, which: npt.NDArray[np.bool_], detail: Callable[[int], str]) -> list[str]:
+            found = np.flatnonzero(which)
+            worst = found[np.argsort(short[found], kind="stable")].tolist()
+            lines = [f"{count(len(found), 'picture')} {what}:"]
+            lines += [f"{detail(i)}: {self[i].where}" for i in worst[:NAMED]]
+            lines += [f"and {len(found) - NAMED:,} more"] if len(found) > NAMED else []
+            return ["\n  ".join(lines)] if worst else []
+
+        enlarged = warning(
+            f"enlarged to {size} x {size}",
+            (short > 0) & (short < size),
+            lambda i: f"enlarged from {width[i]} x {height[i]}",
+        )
+        return enlarged + warning(
+            "cropped to a sliver",
+            SLIVER * short < long,
+            lambda i: f"cropped to a sliver ({short[i]} of {long[i]} pixels)",
+        )
 
     def select(self, indices: Iterable[int]) -> CaptionedPictures:
         """The rows at these places, in this order."""
@@ -210,8 +235,11 @@ def read_captioned(
         ImageColor.getrgb(background)
     except ValueError:
         raise ValueError(f"background is {background!r}; expected a color, such as 'white' or '#808080'") from None
-    shown = os.fspath(source)
-    store, findings = _open(source, image_column, caption_columns, hub_config, hub_split, progress)
+    shown = typed_path(os.fspath(source))
+    is_path = isinstance(source, Path) or source.startswith((".", "/", "~"))
+    store, findings, listing = open_source(
+        shown, is_path, image_column, caption_columns, hub_config, hub_split, progress
+    )
     problems: list[Problem] = []
     rows = gather(findings, problems, bool(caption_columns))
     if check:
@@ -221,52 +249,13 @@ def read_captioned(
     if not rows:
         raise BadDataError.listing(problems, shown) if problems else BadDataError(f"no pictures found: {shown}")
     if problems:
-        told = f"left out {count(len(problems), 'problem')} of {shown}, {count(len(rows), 'picture')} remain:"
-        print("\n  ".join([told, *map(str, problems)]), file=sys.stderr)
-    return CaptionedPictures(shown, store, background, _Packed.of(rows, holdout), problems)
-
-
-def _open(
-    source: str | Path,
-    image_column: str,
-    caption_columns: Sequence[str],
-    hub_config: str | None,
-    hub_split: str,
-    progress: bool,
-) -> tuple[Store, Iterator[Finding]]:
-    """Tell what kind of source this is."""
-    path = os.fspath(source)
-    if os.path.isdir(path):
-        listing = folders.list_folder(path)
-        if not hub_sets.is_saved(path):
-            store = folders.FolderStore(path)
-            if listing.metadata:
-                return store, folders.metadata_rows(listing, store, caption_columns)
-            if listing.pictures or listing.texts:
-                rows = folders.text_rows if caption_columns else folders.bare_rows
-                return store, rows(listing, store)
-            if listing.shards:
-                paths = [listing.shown(name) for name in listing.shards]
-                return shards.ShardStore(paths), shards.shard_rows(paths, caption_columns, progress)
-            if not listing.tables:
-                raise BadDataError(
-                    f"no pictures found: {path}; expected pictures with metadata.csv, .jsonl or .parquet, "
-                    "pictures with a .txt beside each, or .tar shards"
-                )
-    elif shards.is_pattern(path):
-        paths = shards.find_shards(path)
-        return shards.ShardStore(paths), shards.shard_rows(paths, caption_columns, progress)
-    elif os.path.exists(path):
-        raise BadDataError(f"source is a file: {path}; expected its folder, {os.path.dirname(path) or '.'}")
-    elif (
-        isinstance(source, Path)
-        or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
-        or os.path.isdir(path.split("/")[0])
-    ):
-        raise BadDataError(f"folder is missing: {path}{_nearest_folder(path)}")
-    dataset = hub_sets.load(path, hub_config, hub_split)
-    hub_store = hub_sets.open_store(dataset, path, image_column, caption_columns)
-    return hub_store, hub_sets.hub_rows(dataset, path, caption_columns)
+        head = f"left out {count(len(problems), 'problem')} of {shown}, {count(len(rows), 'picture')} remain:"
+        print("\n  ".join([head, *map(str, problems)]), file=sys.stderr)
+    pictures = CaptionedPictures(shown, store, background, _Packed.of(rows, holdout), problems)
+    if progress and listing is not None and listing.split_folders:
+        folders = ", ".join(f"{folder}/" for folder in sorted(listing.split_folders))
+        print(f"{shown}: split by its folders {folders}: {pictures.shares()}", file=sys.stderr)
+    return pictures
 
 
 @dataclass(frozen=True)
@@ -300,10 +289,3 @@ class _Packed:
         width, height = self.sizes[number].tolist()
         content = self.contents[number].tobytes() if width else b""
         return Row(tuple(captions), where, split, extra, locator, store, background, content, (width, height))
-
-
-def _nearest_folder(path: str) -> str:
-    parent, name = os.path.split(os.path.normpath(path))
-    there = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
-    nearest = difflib.get_close_matches(name, there, n=1)
-    return f"; the nearest is {os.path.join(parent, nearest[0])}" if nearest else ""

@@ -1,7 +1,7 @@
-"""What every source of captioned pictures hands over: rows that name a picture, and problems.
+"""What every source of captioned pictures yields: rows that name a picture, and problems.
 
 A source (a folder, a Hub data set, shards) yields a `Found` for each row that names a picture, or a `Problem`
-for each that does not. What a caption is, and in which split it falls, is the same for all of them and is said here.
+for each that does not. What a caption is, and which split it belongs to, is defined here for all of them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 Split: TypeAlias = Literal["train", "heldout"]
 
-_SPLITS: dict[str, Split] = {
+# Names of splits, in a column `split` or as folders; those of Hugging Face's `datasets` are among them.
+SPLITS: dict[str, Split] = {
     "train": "train",
-    "heldout": "heldout",
-    "held-out": "heldout",
-    "test": "heldout",
-    "validation": "heldout",
-    "valid": "heldout",
-    "val": "heldout",
-    "dev": "heldout",
+    "training": "train",
+    **dict.fromkeys(("heldout", "held-out", "test", "testing", "validation", "valid", "val", "dev"), "heldout"),
+    **dict.fromkeys(("eval", "evaluation"), "heldout"),
 }
 # control characters that are not white space, surrogates without a partner, and the mark of a lost character
 _GARBLED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
@@ -125,11 +122,11 @@ def split_of(caption: str, holdout: float) -> Split:
 
 def named_split(cell: object) -> Split | None:
     """The split that a cell names; None where it is empty. Raises BadCaptionError if there is no such split."""
-    if _is_null(cell) or cell == "":
+    if is_null(cell) or cell == "":
         return None
-    split = _SPLITS.get(cell.strip().lower()) if isinstance(cell, str) else None
+    split = SPLITS.get(cell.strip().lower()) if isinstance(cell, str) else None
     if split is None:
-        raise BadCaptionError(f"split is {str(cell)[:40]!r}; expected one of {', '.join(_SPLITS)}")
+        raise BadCaptionError(f"split is {str(cell)[:40]!r}; expected one of {', '.join(SPLITS)}")
     return split
 
 
@@ -141,7 +138,7 @@ def captions_of(cells: Sequence[object]) -> tuple[str, ...]:
     Raises:
         BadCaptionError: if any of them is empty or no text, or there is none at all.
     """
-    full = [cell for cell in cells if not _is_null(cell)]
+    full = [cell for cell in cells if not is_null(cell)]
     if not full:
         raise BadCaptionError("caption is empty")
     captions = [caption for cell in full for caption in (cell if isinstance(cell, (list, tuple)) else [cell])]
@@ -151,12 +148,18 @@ def captions_of(cells: Sequence[object]) -> tuple[str, ...]:
 
 
 def clean(caption: object) -> str:
-    """A caption without the white space around it. Raises BadCaptionError if it is no text that can be read."""
-    if _is_null(caption):
+    """A caption in one line: line breaks become spaces, white space around it is dropped.
+
+    Files and pages keep one prompt a line, so a caption with a line break of any kind (also U+2028) would be several.
+
+    Raises:
+        BadCaptionError: if it is no text that can be read.
+    """
+    if is_null(caption):
         raise BadCaptionError("caption is empty")
     if not isinstance(caption, str):
         raise BadCaptionError(f"caption is not text but {type(caption).__name__} ({str(caption)[:40]})")
-    text = caption.strip()
+    text = " ".join(line for part in caption.splitlines() if (line := part.strip()))
     if not text:
         raise BadCaptionError("caption is empty")
     if garbled := _GARBLED.search(text):
@@ -187,5 +190,6 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _is_null(cell: object) -> bool:
+def is_null(cell: object) -> bool:
+    """Whether a cell of a table is empty: None, or NaN."""
     return cell is None or (isinstance(cell, float) and math.isnan(cell))

@@ -114,6 +114,14 @@ def test_check_reports_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "red_heart.png" in str(stopped.value) and "blue_cat.png" in str(stopped.value)
 
 
+def test_check_warns_of_pictures_that_are_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("dot")
+    main(["data", "check", str(tmp_path), "--size", "32"])
+    printed = capsys.readouterr().out
+    assert "warning: 1 picture enlarged to 32 x 32:\n  enlarged from 1 x 1" in printed and "is fine" in printed
+
+
 def test_check_fails_if_every_picture_is_held_out(tmp_path: Path) -> None:
     for n in range(8):
         Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / f"{n}.png")

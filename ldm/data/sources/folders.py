@@ -2,10 +2,12 @@
 
 The metadata file is that of Hugging Face's imagefolder: `metadata.csv`, `.jsonl` or `.parquet`, in the folder or in
 folders below it, with a column `file_name` relative to its own folder. Where there is none, each non-empty line of
-`cat.txt` is a caption of `cat.png`. Nothing is dropped in silence: a picture without a caption is a problem, and so
-is a caption without a picture.
+`cat.txt` is a caption of `cat.png`. Nothing is dropped silently: a picture without a caption is a problem, and so is a
+caption without a picture.
 
-Rows are counted as an editor shows them: from 1, and the header of a csv is row 1.
+Folders named as splits (`train/` beside `test/`, `validation/`, …) say which pictures are held out, as `datasets` reads
+them, unless a column `split` says otherwise. Rows are counted as an editor shows them: from 1, and the header of a csv
+is row 1.
 """
 
 from __future__ import annotations
@@ -13,19 +15,23 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import PurePosixPath
 
 from ldm.data.images import BadPictureError
 from ldm.data.rows import (
+    SPLITS,
     BadCaptionError,
     BadDataError,
     Finding,
     Found,
     Problem,
+    Split,
     Stamp,
     clean,
     file_stamp,
+    is_null,
     plain,
     require_columns,
 )
@@ -56,6 +62,24 @@ class Listing:
 
     def shown(self, name: str) -> str:
         return os.path.join(self.root, name)
+
+    @cached_property
+    def split_folders(self) -> dict[str, Split]:
+        """The folders that name a split, relative to the root: those that stand beside one of the other split."""
+        named: dict[str, Split] = {}
+        for name in [*self.pictures, *self.metadata]:
+            for above in PurePosixPath(name).parents:
+                if above.name.lower() in SPLITS:
+                    named[str(above)] = SPLITS[above.name.lower()]
+        splits: dict[str, set[Split]] = {}
+        for folder, split in named.items():
+            splits.setdefault(os.path.dirname(folder), set()).add(split)
+        return {folder: split for folder, split in named.items() if len(splits[os.path.dirname(folder)]) == 2}
+
+    def split_of(self, name: str) -> Split | None:
+        """The split that the folders above a file name; the highest decides."""
+        above = [str(folder) for folder in PurePosixPath(name).parents] if self.split_folders else []
+        return next((self.split_folders[folder] for folder in reversed(above) if folder in self.split_folders), None)
 
 
 def list_folder(root: str) -> Listing:
@@ -153,6 +177,9 @@ def metadata_rows(listing: Listing, store: FolderStore, caption_columns: Sequenc
             rows += 1
             where = f"{listing.shown(name)} row {number}"
             finding, claims = _metadata_row(where, os.path.dirname(name), row, store, caption_columns)
+            if isinstance(finding, Found) and (is_null(finding.split) or finding.split == ""):
+                split = listing.split_of(str(finding.locator)) or listing.split_of(name)
+                finding = replace(finding, split=split)
             problems += isinstance(row, BadRow)
             if claims:
                 claimed.add(claims)
@@ -187,7 +214,11 @@ def text_rows(listing: Listing, store: FolderStore) -> Iterator[Finding]:
         except BadPictureError as error:
             yield Problem(str(error), listing.shown(picture))
         else:
-            yield captions if isinstance(captions, Problem) else Found(listing.shown(picture), picture, captions)
+            yield (
+                captions
+                if isinstance(captions, Problem)
+                else Found(listing.shown(picture), picture, captions, listing.split_of(picture))
+            )
     stems = {os.path.splitext(picture)[0] for picture in listing.pictures}
     for stem, text in texts.items():
         if stem not in stems:
@@ -199,7 +230,7 @@ def bare_rows(listing: Listing, store: FolderStore) -> Iterator[Finding]:
     """A row for each picture, whatever else lies there."""
     for picture in listing.pictures:
         try:
-            yield Found(listing.shown(picture), store.locate(picture), ())
+            yield Found(listing.shown(picture), store.locate(picture), (), listing.split_of(picture))
         except BadPictureError as error:
             yield Problem(str(error), listing.shown(picture))
     yield from _strays(listing, store)

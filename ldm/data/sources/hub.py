@@ -92,15 +92,21 @@ def load(source: str, config: str | None, split: str) -> Any:
 
 
 def hub_rows(dataset: Any, name: str, caption_columns: Sequence[str]) -> Iterator[Finding]:
-    """A row for each row of the data set."""
-    from datasets import Value
+    """A row for each row of the data set. Cells of a ClassLabel column are the names of the classes."""
+    from datasets import ClassLabel, Value
 
+    names = {key: kind.names for key, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
     values = {key for key, kind in dataset.features.items() if isinstance(kind, Value) and "binary" not in kind.dtype}
-    wanted = [key for key in dataset.column_names if key in values or key in caption_columns]
+    wanted = [key for key in dataset.column_names if key in values or key in names or key in caption_columns]
+    if not wanted:
+        yield from (Found(f"{name} row {number}", number, ()) for number in range(len(dataset)))
+        return
     number = 0
     for batch in dataset.with_format(None).select_columns(wanted).iter(1000):
         for cells in zip(*batch.values(), strict=True):
             row = dict(zip(batch, cells, strict=True))
+            for column, classes in names.items():  # of which -1 and None are no class
+                row[column] = None if row[column] in (None, -1) else classes[row[column]]
             captions = [row[column] for column in caption_columns]
             extra = plain(row, ("split", *caption_columns))
             yield Found(f"{name} row {number}", number, captions, row.get("split"), extra)

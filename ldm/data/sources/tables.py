@@ -24,6 +24,7 @@ class BadRow:
     file_name: str | None = None
 
 
+DELIMITERS = (",", ";", "\t", "|")  # of csv files, the likeliest first
 Row: TypeAlias = "dict[str, object] | BadRow"
 
 
@@ -83,11 +84,8 @@ def json_row(line: bytes) -> Row:
 
 def _csv(data: bytes, path: str, columns: set[str]) -> Iterator[tuple[int, Row]]:
     # Bytes that are not UTF-8 become lone surrogates here, and a problem of their own row below.
-    reader = csv.reader(io.StringIO(data.decode(errors="surrogateescape"), newline=""), strict=True)
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise BadDataError(f"metadata is not csv ({error}): {path} row 1") from None
+    text = data.decode(errors="surrogateescape")
+    reader, header = _open_csv(text, path)
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise BadDataError(f"column {twice[0]!r} appears twice: {path} row 1")
@@ -104,6 +102,24 @@ def _csv(data: bytes, path: str, columns: set[str]) -> Iterator[tuple[int, Row]]
             continue
         if cells:
             yield number, _csv_row(header, cells)
+
+
+def _open_csv(text: str, path: str) -> tuple[Iterator[list[str]], list[str]]:
+    """A reader of the rows behind the header, and the header.
+
+    Cells are separated by commas, unless another delimiter finds the column that must be there or, if none does, more
+    than one column.
+    """
+    found, first_error = [], None
+    for delimiter in DELIMITERS:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            found.append((reader, next(reader, [])))
+        except csv.Error as error:
+            first_error = first_error or error
+    if not found:
+        raise BadDataError(f"metadata is not csv ({first_error}): {path} row 1")
+    return max(found, key=lambda each: ("file_name" in each[1], len(each[1]) > 1))
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Row:

@@ -86,6 +86,8 @@ def _examine(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "data", f"{told}, {len(pictures.skipped)} left out (data.on_bad=skip):{named}")
     else:
         yield Finding("ok", "data", told)
+    for warning in pictures.unfit(config.data.size):
+        yield Finding("warning", "sizes", warning)
     yield from repeated(pictures)
 
     accelerator = build_accelerator(config.loop)
