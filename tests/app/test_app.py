@@ -20,6 +20,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import tiny
+from gradio.data_classes import ImageData
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -27,6 +28,7 @@ from ldm import LDMPipeline
 from ldm.app import page as app
 from ldm.cli.find import default_model
 from ldm.cli.main import main
+from ldm.data.images import decode
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.inference.defaults import Defaults
 from ldm.sharing import png_metadata
@@ -69,14 +71,12 @@ def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
     try:
-        while time.monotonic() < deadline and server.poll() is None:
-            try:
-                urllib.request.urlopen(url, timeout=5)
-                break
-            except OSError:
-                time.sleep(0.2)
-        else:
-            pytest.fail(f"app.py did not come up:\n{log.read_text('utf-8')}")
+        # its address is written at once, also into a file
+        while f"the page is at {url}" not in log.read_text("utf-8"):
+            if time.monotonic() > deadline or server.poll() is not None:
+                pytest.fail(f"app.py did not come up:\n{log.read_text('utf-8')}")
+            time.sleep(0.2)
+        assert urllib.request.urlopen(url, timeout=5).status == 200
         yield url
         assert "Traceback" not in log.read_text("utf-8")
     finally:
@@ -391,6 +391,32 @@ def test_no_more_steps_than_timesteps(tmp_path: Path) -> None:
     page = app.build_page(pipe)
     (steps,) = [one for one in page.blocks.values() if isinstance(one, gr.Slider) and one.label == "Steps"]
     assert (steps.value, steps.maximum) == (12, 12)
+
+
+def test_an_uploaded_picture_is_decoded_as_in_training(tmp_path: Path) -> None:
+    """Transparent pixels are white, and a picture that a camera turned is upright; what is broken is an error."""
+    pipe = tiny.condition_pipeline(tmp_path / "text")
+    stored, turned = Image.new("RGBA", (24, 16), (200, 40, 40, 255)), Image.Exif()
+    stored.paste((0, 0, 0, 0), (0, 0, 24, 5))
+    turned[0x0112] = 6
+    stored.save(tmp_path / "second.png", exif=turned)
+    page = app.build_page(pipe)
+    (upload,) = [one for one in page.blocks.values() if isinstance(one, gr.Image)]
+    (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
+
+    def generate(file: Path) -> list[Any]:
+        given = upload.preprocess(ImageData(path=str(file), orig_name=file.name))
+        return last_pictures(function("cat", None, given, "", 2, 3.0, 1, 5, False, gr.Request(session_hash="visitor")))
+
+    upright = decode((tmp_path / "second.png").read_bytes())
+    assert upright.size == (16, 24)
+    (picture,) = generate(tmp_path / "second.png")
+    arguments: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "guidance_interval": (0, 1), "seed": 5}
+    (expected,) = pipe("cat", condition=upright, **arguments).images
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    (tmp_path / "broken.png").write_bytes((tmp_path / "second.png").read_bytes()[:-40])
+    with pytest.raises(gr.Error, match="picture is broken"):
+        generate(tmp_path / "broken.png")
 
 
 def test_a_prompt_with_line_breaks_is_one_prompt(drawing: Draw, pipe: LDMPipeline) -> None:
