@@ -33,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--holdout", type=float, help="share of the captions that was held out (default: the run's, or 0.05)")
     add("--out", type=path, metavar="FOLDER", help="where to write (default: RUN/evaluation)")
     add("--report", type=path, metavar="FILE", help="copy the report here, besides FOLDER/report.html")
-    add("--steps", type=int, help="sampling steps (default: the pipeline's)")
-    add("--guidance-scale", type=float, help="classifier-free guidance; 1 is off (default: the pipeline's)")
     add(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide only where LOW <= t/T < HIGH (default: the pipeline's)",
+        "--steps",
+        type=int,
+        metavar="N",
+        help="sampling steps; without this and the next two the pipeline's "
+        "defaults apply, with one of them the others are those of stock diffusers, as in `ldm sample`",
     )
+    add("--guidance-scale", type=float, metavar="W", help="classifier-free guidance; 1 is off")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only where LOW <= t/T < HIGH")
     add("--seed", type=int, default=0, help="of the first picture of each set; picture i has seed + i (default: 0)")
     add("--pictures", type=int, metavar="N", help="held-out captions to generate, spread evenly (default: all)")
     add("--train-pictures", type=int, metavar="N", help="training captions to generate, spread evenly (default: 200)")
@@ -177,7 +177,6 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
     from ldm.evaluation.in_domain_clip import load_clip, read_card
     from ldm.evaluation.report.page import FILE, PAGE
     from ldm.evaluation.report.text import summary
-    from ldm.inference.defaults import check_interval
     from ldm.pipelines.text_to_image import LDMPipeline
 
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
@@ -191,13 +190,8 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
             f"no in-domain CLIP in {net} (train it with --fit-net) and no --features: "
             "FID and the other distribution metrics are left out, the rest is measured in pixels"
         )
-    defaults = pipeline.defaults
-    settings = SamplingSettings(
-        defaults.num_inference_steps if arguments.steps is None else arguments.steps,
-        defaults.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale,
-        arguments.seed,
-        check_interval("--guidance-interval", arguments.guidance_interval or defaults.guidance_interval),
-    )
+    used = pipeline.defaults.resolve(arguments.steps, arguments.guidance_scale, arguments.guidance_interval)
+    settings = SamplingSettings(used.num_inference_steps, used.guidance_scale, arguments.seed, used.guidance_interval)
     typed: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         "heldout_pictures": (arguments.pictures, int),
         "train_pictures": (arguments.train_pictures, int),
@@ -217,7 +211,7 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
         page = shutil.copyfile(page, arguments.report)
     print(f"\n{summary(report)}\nall metrics: {out / FILE}\nreport: {page}")
     if arguments.write_defaults:
-        dataclasses.replace(defaults, **report["sweep"]["best"]).save(folder)
+        dataclasses.replace(pipeline.defaults, **report["sweep"]["best"]).save(folder)
         print(f"the best setting is now the default of {folder}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.cli.find import TRAIN_ONE, find_by_hash, load
 from ldm.cli.parser import PICTURES, Command, folder, path, picture_file, place, positive
-from ldm.inference.defaults import ENGINES
+from ldm.inference.defaults import ENGINES, SAMPLERS, STOCK_GUIDANCE_SCALE, STOCK_STEPS
 from ldm.pipelines import import_networks
 from ldm.system.checks import DTYPES
 
@@ -22,6 +22,7 @@ SETTINGS = {
     "steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
     "guidance_interval": "guidance_interval",
+    "sampler": "sampler",
     "negative_prompt": "negative_prompt",
 }
 CHANGES = ("seed", *SETTINGS, "class_label")  # of a picture's settings, with --like
@@ -70,10 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group(
         "settings",
-        "Without any of --steps, --guidance-scale and --guidance-interval the model's own defaults apply, "
-        "all of them. With one of them, the others are those of stock diffusers.",
+        "Without any of --steps, --guidance-scale and --guidance-interval the model's own defaults apply, all three\n"
+        f"of them. With one of them, the others are those of stock diffusers: {STOCK_STEPS} steps, guidance scale\n"
+        f"{STOCK_GUIDANCE_SCALE}, everywhere.",
     ).add_argument
     add("--steps", type=int, metavar="N", help="sampling steps")
+    add("--sampler", choices=SAMPLERS, help="how the steps are taken (default: the model's scheduler, DPM-Solver++)")
     add(
         "--guidance-scale",
         type=float,

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.inference.defaults import ENGINES, EVERYWHERE
+from ldm.inference.defaults import ENGINES, EVERYWHERE, check_sampler
 
 KEY = "ldm"
 FORMATS: dict[str, dict[str, Any]] = {  # suffix => what Pillow is told
@@ -27,7 +27,12 @@ FORMATS: dict[str, dict[str, Any]] = {  # suffix => what Pillow is told
     ".jpeg": {"quality": 95},
     ".webp": {"lossless": True},
 }
-USUAL = {"guidance_interval": "everywhere", "dtype": "float32", "engine": "torch"}  # what None means
+USUAL = {
+    "sampler": "the pipeline's",
+    "guidance_interval": "everywhere",
+    "dtype": "float32",
+    "engine": "torch",
+}  # what None means
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
 
 
@@ -41,7 +46,8 @@ class Settings:
         steps: sampling steps.
         guidance_scale: of classifier-free guidance; 1 is off.
         width, height: in pixels.
-        scheduler: its class.
+        scheduler: the class of the sampler.
+        sampler: its name, if the call named one; None is the pipeline's own.
         guidance_interval: low and high, fractions of the timesteps; None is everywhere.
         dtype: what the networks computed in; None is float32.
         engine: what computed U-Net and VAE decoder; None is torch.
@@ -59,6 +65,7 @@ class Settings:
     width: int
     height: int
     scheduler: str
+    sampler: str | None = None
     guidance_interval: list[float] | None = None
     dtype: str | None = None
     engine: str | None = None
@@ -95,6 +102,7 @@ class Settings:
             "class_label": self.class_label,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
             "guidance_interval": EVERYWHERE if self.guidance_interval is None else tuple(self.guidance_interval),
             "num_images_per_prompt": self.pictures,
             "seed": self.seed - self.place,
@@ -115,6 +123,7 @@ def stamp(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     guidance_interval: Sequence[float] | None = None,
+    sampler: str | None = None,
     condition: Image.Image | None = None,
     classifier: Any = None,
     classifier_scale: float | None = None,
@@ -132,11 +141,13 @@ def stamp(
     import diffusers
     import torch
 
+    from ldm.inference import samplers
     from ldm.models.fingerprint import fingerprint
     from ldm.version import __version__
 
     used = pipeline.defaults.resolve(num_inference_steps, guidance_scale, guidance_interval)
     interval = used.guidance_interval
+    scheduler = pipeline.scheduler if sampler is None else samplers.build(sampler, pipeline.scheduler.config)
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     for place, picture in enumerate(pictures):
         settings = Settings(
@@ -149,7 +160,8 @@ def stamp(
             engine=None if pipeline.engine is None else pipeline.engine.name,
             width=picture.width,
             height=picture.height,
-            scheduler=type(pipeline.scheduler).__name__,
+            scheduler=type(scheduler).__name__,
+            sampler=sampler,
             pictures=len(pictures),
             place=place,
             condition=None if condition is None else picture_sha256(condition),
@@ -219,6 +231,8 @@ def of(picture: Image.Image, path: Path) -> Settings:
         if not isinstance(value, types) or isinstance(value, bool):
             raise ValueError(f"{path}: its settings: {name}: expected {kind}, got {value!r}")
     settings = Settings(**found)
+    if settings.sampler is not None:
+        check_sampler(f"{path}: its settings: sampler", settings.sampler)
     if settings.engine not in (None, *ENGINES):
         raise ValueError(f"{path}: its settings: engine: expected {' or '.join(ENGINES)}, got {settings.engine!r}")
     if not 0 <= settings.place < settings.pictures or settings.seed < settings.place:

@@ -60,6 +60,7 @@ def refusal(*words: str) -> str:
         (["--guidance-scale", "2"], {"guidance_scale": 2.0}),
         (["--guidance-interval", "0.2", "0.9"], {"guidance_interval": (0.2, 0.9)}),
         (["--negative-prompt", "blue"], {"negative_prompt": "blue"}),
+        (["--sampler", "ddim"], {"sampler": "ddim"}),
     ],
 )
 def test_options_beside_like_are_obeyed(
@@ -249,8 +250,8 @@ def test_the_second_picture_is_decoded_as_in_training(tmp_path: Path) -> None:
 # --- settings ------------------------------------------------------------------------------------------
 
 
-def test_the_file_says_what_the_call_resolved_to(model: str, tmp_path: Path) -> None:
-    """With no setting named, the model's defaults; torch's threads don't matter, so a second run is the same."""
+def test_the_file_holds_what_the_call_resolved_to(model: str, tmp_path: Path) -> None:
+    """The model's defaults if no setting was named; with one named, the others are those of stock diffusers."""
     pipe = LDMPipeline.from_pretrained(model)
     pipe.defaults = type(pipe.defaults)(5, 2.0, (0.1, 0.9))
     pipe.save_pretrained(tmp_path / "model")
@@ -261,3 +262,19 @@ def test_the_file_says_what_the_call_resolved_to(model: str, tmp_path: Path) -> 
     (expected,) = pipe("cat", seed=0).images
     with Image.open(tmp_path / "a.png") as made, torch.no_grad():
         assert np.array_equal(np.asarray(made), np.asarray(expected))
+    main(["sample", str(tmp_path / "model"), "cat", *FLOAT, "--steps", "3", "--out", str(tmp_path / "a.png")])
+    found = png_metadata.read(tmp_path / "a.png")
+    assert (found.steps, found.guidance_scale, found.guidance_interval, found.sampler) == (3, 7.5, None, None)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddim", "DDIMScheduler"), ("heun", "HeunDiscreteScheduler")])
+def test_a_sampler_by_name(name: str, kind: str, model: str, pipe: LDMPipeline, tmp_path: Path) -> None:
+    words = ["--steps", "4", "--guidance-scale", "2", "--seed", "3", "--sampler", name]
+    main(["sample", model, "cat", *FLOAT, *words, "--out", str(tmp_path / "a.png")])
+    found = png_metadata.read(tmp_path / "a.png")
+    assert (found.sampler, found.scheduler) == (name, kind)
+    (expected,) = pipe("cat", num_inference_steps=4, guidance_scale=2.0, seed=3, sampler=name).images
+    with Image.open(tmp_path / "a.png") as made:
+        assert np.array_equal(np.asarray(made), np.asarray(expected))
+    main(["sample", model, "--like", str(tmp_path / "a.png"), "--out", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a.png").read_bytes()

@@ -160,6 +160,7 @@ def carrying(path: Path, said: Any) -> Path:
         ({"place": 1}, "its settings: place: expected one of 1 pictures, got 1"),
         ({"seed": -1}, "its settings: place|seed: expected"),
         ({"guidance_scale": float("nan")}, "guidance_scale: expected a number"),
+        ({"sampler": "dim"}, "its settings: sampler: expected one of .*did you mean ddim"),
         ({"extra": 1}, "its settings: expected an object with model, seed"),
         ({"condition": "0" * 64}, "it was made of another picture"),
         ({"classifier": "0" * 32, "classifier_scale": 1.0}, "was steered by a classifier; name it with --classifier"),
