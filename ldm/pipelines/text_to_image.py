@@ -50,8 +50,9 @@ MAX_EDGE = 4096
 class LDMPipeline(ConditionedPipeline):
     """A text-to-image pipeline.
 
-    >>> pipe = LDMPipeline.from_pretrained("runs/demo/pipeline")
-    >>> pipe("red heart", seed=7).images[0].save("heart.png")
+    Examples:
+        >>> pipe = LDMPipeline.from_pretrained("runs/demo/pipeline")
+        >>> pipe("red heart", seed=7).images[0].save("heart.png")
 
     Attributes:
         engine: what computes U-Net and VAE decoder; None is torch.
