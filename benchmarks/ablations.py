@@ -28,9 +28,10 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNetConfig, build_unet, choose_attention
 from ldm.training.config import Config, LoopConfig
 from ldm.training.distributed import build_accelerator
-from ldm.training.objective import DiffusionConfig, build_schedule
+from ldm.training.objective import DiffusionConfig
 from ldm.training.samples import Batch
-from ldm.training.trainer import Training
+from ldm.training.tasks.diffusion import Diffusion
+from ldm.training.trainer import Trainer
 
 #: Sizes of pretrained encoders from the Hub, for configs that name them: f8 of 4 channels, CLIP-L's width and tokens.
 HUB_LATENTS, HUB_DIM, HUB_TOKENS = (8, 4), 1024, 77
@@ -72,7 +73,7 @@ class Plan:
     config: Config
     device: torch.device
     unet: Callable[[Any], Any] = lambda unet: unet
-    training: Callable[[Training], None] = lambda training: None
+    task: Callable[[Diffusion], None] = lambda task: None
     around: Callable[[Callable[[], None]], None] = lambda step: step()
 
 
@@ -105,23 +106,23 @@ def other_attention(plan: Plan) -> Plan:
 def stock_average(plan: Plan) -> Plan:
     """The moving average of diffusers."""
 
-    def change(training: Training) -> None:
-        training.ema = EMAModel(training.unet.parameters(), decay=plan.config.optim.ema_decay, foreach=True)
+    def change(task: Diffusion) -> None:
+        task.unet.ema = EMAModel(task.unet.module.parameters(), decay=plan.config.optim.ema_decay, foreach=True)
 
-    return replace(plan, training=change)
+    return replace(plan, task=change)
 
 
 def slow_adamw(plan: Plan) -> Plan:
     """AdamW without its fused kernel, and so clipping in a pass of its own."""
 
-    def change(training: Training) -> None:
+    def change(task: Diffusion) -> None:
         optim = plan.config.optim
         plain = torch.optim.AdamW(
-            training.unet.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=False
+            task.unet.module.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=False
         )
-        training.optimizer = training.accelerator.prepare(plain)
+        task.unet.optimizer = task.accelerator.prepare(plain)
 
-    return replace(plan, training=change)
+    return replace(plan, task=change)
 
 
 def tf32(plan: Plan) -> Plan:
@@ -155,8 +156,10 @@ def build(plan: Plan, accelerator: Accelerator, shape: Shape, batch_size: int) -
     torch.manual_seed(0)
     unet = build_unet(shape.unet, latent_shape=shape.latents, context_dim=shape.width)
     choose_attention(unet, device)
-    training = Training.prepare(plan.config, accelerator, build_schedule(plan.config.diffusion), plan.unet(unet))
-    plan.training(training)
+    task = Diffusion(plan.config, accelerator)
+    task.train(plan.unet(unet))
+    plan.task(task)
+    trainer = Trainer(task)
     batch = Batch(
         x0=torch.randn(batch_size, *shape.latents, device=device),
         conditioning=Conditioning(torch.randn(batch_size, shape.tokens, shape.width, device=device)),
@@ -167,7 +170,7 @@ def build(plan: Plan, accelerator: Accelerator, shape: Shape, batch_size: int) -
     def measure(steps: int) -> Measured:
         def run() -> None:
             for _ in range(steps):
-                training.step(0, [batch])
+                trainer.step(0, [batch])
             if device.type != "cpu":
                 torch.accelerator.synchronize()
 

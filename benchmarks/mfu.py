@@ -25,9 +25,10 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.unet import choose_attention
 from ldm.training.config import Config, LoopConfig
 from ldm.training.distributed import build_accelerator
-from ldm.training.objective import DiffusionConfig, build_schedule
+from ldm.training.objective import DiffusionConfig
 from ldm.training.samples import Batch
-from ldm.training.trainer import Training
+from ldm.training.tasks.diffusion import Diffusion
+from ldm.training.trainer import Trainer
 
 TARGET = Target(0.15, 0.40)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -65,14 +66,16 @@ def build_step(setting: Setting, batch_size: int, threads: int) -> Callable[[], 
     torch.manual_seed(0)
     unet = setting.unet(shape)
     choose_attention(unet, accelerator.device)
-    training = Training.prepare(config, accelerator, build_schedule(diffusion), unet)
+    task = Diffusion(config, accelerator)
+    task.train(unet)
+    trainer = Trainer(task)
     batch = Batch(
         x0=torch.randn(batch_size, *shape),
         conditioning=Conditioning(torch.randn(batch_size, setting.tokens, setting.width)),
         u=torch.rand(batch_size, dtype=torch.float64),
         eps=torch.randn(batch_size, *shape),
     )
-    return lambda: training.step(0, [batch])
+    return lambda: trainer.step(0, [batch])
 
 
 def main() -> None:

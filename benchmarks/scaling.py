@@ -87,9 +87,11 @@ class Stepper:
         from ldm.models.unet import build_unet, choose_attention
         from ldm.training.config import Config, LoopConfig
         from ldm.training.distributed import build_accelerator
-        from ldm.training.objective import DiffusionConfig, build_schedule
-        from ldm.training.samples import batches, build_samples, numbers_of
-        from ldm.training.trainer import Training
+        from ldm.training.objective import DiffusionConfig
+        from ldm.training.randomness import sample_numbers
+        from ldm.training.samples import LatentSamples
+        from ldm.training.tasks.diffusion import Diffusion
+        from ldm.training.trainer import Trainer as Loop
 
         loop = LoopConfig(threads=threads)
         diffusion = DiffusionConfig(prediction="v", weighting="min_snr")
@@ -104,13 +106,15 @@ class Stepper:
             cache = setting.rows.cache()
             self.opening = {"reading rows": read - start, "opening the cache": time.perf_counter() - read}
             edge = setting.rows.edge
-            samples = build_samples(config, source, (CHANNELS, edge, edge), cache)
-            numbers = numbers_of(0, 1000, setting.batch, 1, 0, 1)
-            self.streams[setting] = batches(samples, numbers, accelerator.device)
+            reading = Diffusion(config, accelerator)
+            reading.samples = LatentSamples.of(config, source, (CHANNELS, edge, edge), cache)
+            self.streams[setting] = Loop(reading).batches(sample_numbers(0, 1000, setting.batch, 1, 0, 1))
         torch.manual_seed(0)
         network = build_unet(unet, latent_shape=(CHANNELS, 16, 16), context_dim=settings[0].rows.context[1])
         choose_attention(network, accelerator.device)
-        self.training = Training.prepare(config, accelerator, build_schedule(diffusion), network)
+        task = Diffusion(config, accelerator)
+        task.train(network)
+        self.loop = Loop(task)
         self.steps = 0
 
     def step(self, setting: Setting) -> dict[str, float]:
@@ -118,7 +122,7 @@ class Stepper:
         start, cpu = time.perf_counter(), time.process_time()
         batch = next(self.streams[setting])
         read = time.perf_counter()
-        loss, _ = self.training.step(self.steps, [batch])
+        loss, _ = self.loop.step(self.steps, [batch])
         float(loss)  # waits for a GPU
         self.steps += 1
         end = time.perf_counter()

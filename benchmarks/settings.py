@@ -29,7 +29,7 @@ from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.unet import UNetConfig, build_unet
 from ldm.models.vae import VAEConfig, build_vae, downsampling, load_vae
 from ldm.pipelines.text_to_image import LDMPipeline
-from ldm.training.latents import normalize_on
+from ldm.training.normalization import normalize_on
 
 SIZE = 64  # pixels
 UNET = UNetConfig(channels=(128, 192, 256), attention=(False, True, True), layers=1)

@@ -88,7 +88,7 @@ def save_recipe(config: Config, path: Path) -> Path:
 
 def processes_of(run: Path) -> set[int]:
     """How many processes trained together, as the run's checkpoints say."""
-    return {json.loads(file.read_text("utf-8"))["processes"] for file in run.glob("*checkpoints/*/state.json")}
+    return {json.loads(file.read_text("utf-8"))["processes"] for file in run.glob("checkpoints/*/*/state.json")}
 
 
 def launch(script: str, config: Path, *words: str, processes: int = 1, cpu: bool = True) -> str:

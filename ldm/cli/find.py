@@ -37,7 +37,7 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
         FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
     """
     from ldm.pipelines.loading import find_pipeline
-    from ldm.training.checkpoint import checkpoints
+    from ldm.training.checkpoint import checkpoint_folder, checkpoints
 
     path = Path(name)
     if (path / "pipeline/model_index.json").exists():
@@ -50,7 +50,7 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
         )
     else:
         folder = run = find_pipeline(name)
-    found = checkpoints(run / "checkpoints") if folder.name == "pipeline" else []
+    found = checkpoints(checkpoint_folder(run, "ldm")) if folder.name == "pipeline" else []
     config = json.loads((found[-1] / "state.json").read_text("utf-8"))["config"] if found else None
     of_run = folder.name == "pipeline"
     home = (
@@ -61,12 +61,12 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
 
 def run_of(folder: Path) -> tuple[Path | None, int | None]:
     """The run that a pipeline folder belongs to, and the step of its newest checkpoint, as far as there are any."""
-    from ldm.training.checkpoint import checkpoints
+    from ldm.training.checkpoint import checkpoint_folder, checkpoints
 
     if folder.name != "pipeline":
         return None, None
     run = folder.resolve().parent
-    found = checkpoints(run / "checkpoints")
+    found = checkpoints(checkpoint_folder(run, "ldm"))
     return run, json.loads((found[-1] / "state.json").read_text("utf-8"))["step"] if found else None
 
 

@@ -86,8 +86,9 @@ def read_curves(log: Path) -> dict[str, list[tuple[float, float]]]:
         except ValueError:
             continue  # an unfinished line of a killed run
         for name in CURVES:
-            if math.isfinite(row.get(name, math.nan)):
-                found.setdefault(name, {})[row["step"]] = row[name]
+            value = row.get(f"ldm/{name}", row.get(name, math.nan))  # up to version 0.1 without the prefix
+            if math.isfinite(value):
+                found.setdefault(name, {})[row["step"]] = value
     return {name: averaged(sorted(points.items())) for name, points in found.items()}
 
 

@@ -1,29 +1,26 @@
-"""The training loop, its tasks, and what keeps it safe.
+"""The training loop, its tasks, and what keeps a run safe.
 
-config.py         one frozen dataclass = one YAML file
-objective.py      its diffusion section => process, timesteps, loss
-run.py            train("vae" | "ldm" | "classifier", config)
-trainer.py        one step, one loop
-plain_loop.py     the loop of those that generate nothing
-samples.py        (seed, sample) => the tensors of a batch
-randomness.py     every random number of training, as a function of (seed, sample)
-encoders.py       VAE and text encoder, each in memory only while it encodes
-latents.py        a VAE whose latents have unit variance, checked
-context.py        a text encoder whose context has, too
-scales.py         what both are measured to be, once in a run
-caching.py        the latent cache of a run
-denoiser.py       the U-Net of a recipe
-learning_rate.py  a function of the step
-monitor.py        steps that are not finite, losses that jump
-checkpoint.py     atomic save, verified resume
-train_state.py    networks, optimizers and averages as plain tensors
-resume.py         which config keys may change on resume
-export.py         RUN/pipeline
-selfcheck.py      an exported pipeline is what was trained
-previews.py       what a run generates on the way
-logging.py        scalars and pictures
-signals.py        SIGTERM, SIGINT, SIGUSR1
-distributed.py    devices, ranks, and a lost rank
-tasks/            autoencoder, diffusion, classifier
-doctor/           before hours are spent: can it learn here?
+config.py          one frozen dataclass = one YAML file
+run.py             train("vae" | "ldm" | "classifier", config)
+trainer.py         one step, and the loop around it
+task.py            what a kind of training is
+optimizer.py       AdamW, its learning rate, skipped steps
+objective.py       the diffusion section of the config => process, timesteps, loss
+samples.py         (seed, sample) => the tensors of a batch of the U-Net's
+randomness.py      every random number of training, as a function of (seed, sample)
+encoders.py        VAE and text encoder, each in memory only while it encodes
+normalization.py   latents and contexts of unit variance: measured once, folded into the encoders
+encoder_report.py  how much the VAE blurs, how many captions are cut
+latent_cache.py    the cache of a run
+monitor.py         skipped steps, spikes of the loss, signals
+train_state.py     networks, optimizers and averages as plain tensors
+checkpoint.py      atomic save, verified load
+resume.py          from the newest checkpoint; which config keys may change
+export.py          RUN/pipeline, RUN/vae, RUN/classifier: verified before they replace the last
+previews.py        what a run generates on the way
+logging.py         scalars and pictures
+signals.py         SIGTERM, SIGINT, SIGUSR1
+distributed.py     devices, ranks, and a lost rank
+tasks/             autoencoder, diffusion, classifier
+doctor/            before hours are spent: can it learn here?
 """

@@ -1,4 +1,4 @@
-"""What the device can do, and which precision follows from it."""
+"""Devices and their precision, work that rank 0 does while the others wait, and ranks that died."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 
 from ldm.system.devices import cpu_is_faster_in_bf16
+from ldm.system.errors import RunError
 from ldm.system.memory import keep_freed_memory
 from ldm.training.config import LoopConfig
 
@@ -78,47 +79,49 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
 
 
 TICK_SECONDS = 10.0  # far below the minutes after which NCCL and gloo give a silent process up
-GOING_ON, DONE, FAILED = range(3)
+WAITING, FAILED = -1, -2
+#: Called often during long work on rank 0, so that the other ranks know it is alive.
+Tick = Callable[[], None]
 
 
-def while_others_wait(work: Callable[[Callable[[], None]], None]) -> None:
-    """Do minutes or hours of work on rank 0; the other ranks wait without being given up.
+def on_rank_0(work: Callable[[Tick], int | None]) -> int:
+    """What `work` returns on rank 0, on every rank; it may take hours. Every rank must call it.
 
     A collective that isn't answered within minutes ends a run, so rank 0 answers one every few seconds.
 
     Args:
-        work: is given a function to call often.
+        work: returns a number from 0 up, None for 0; it gets a function to call often.
     Raises:
-        RuntimeError: on the other ranks, if the work failed.
+        RunError: on the other ranks, if the work failed.
     """
     state = PartialState()
     last = time.monotonic()
 
-    def tell(news: int) -> int:
+    def send(news: int) -> int:
         return int(broadcast(torch.tensor([news], device=state.device))[0])
 
     def tick() -> None:
         nonlocal last
         if time.monotonic() - last > TICK_SECONDS:
             last = time.monotonic()
-            tell(GOING_ON)
+            send(WAITING)
 
     if state.is_main_process:
         try:
-            work(tick)
+            result = work(tick) or 0
         except Exception:  # not Ctrl-C, which ends the others, too
-            tell(FAILED)
+            send(FAILED)
             raise
-        tell(DONE)
-        return
-    while (news := tell(GOING_ON)) == GOING_ON:
+        return send(result)
+    while (news := send(WAITING)) == WAITING:
         pass
     if news == FAILED:
-        raise RuntimeError("rank 0 failed at what this process was waiting for; its message says why")
+        raise RunError("rank 0 failed at what this process was waiting for; its message says why")
+    return news
 
 
 EXIT_CODE = 76
-GRACE = 4.0  # seconds for what is under way: an error that says more, a checkpoint that is nearly written
+GRACE = 4.0  # seconds for an error with more to say, or a checkpoint that is nearly written
 
 
 def machine() -> int:
@@ -131,7 +134,10 @@ def machine() -> int:
 
 
 class Peers:
-    """Watches the other ranks while it is open. Every rank must open it, and close it before the last barrier."""
+    """Watches the other ranks on this machine while open.
+
+    Every rank must open it, and close it before the last barrier.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.closed = threading.Event()
@@ -143,33 +149,33 @@ class Peers:
         threading.Thread(target=self.watch, args=(ranks,), daemon=True, name="peers").start()
 
     def watch(self, ranks: dict[int, int]) -> None:
-        """Wait until one of these processes ends; leave unless it was time to."""
+        """Wait until one of these processes ends; exit, too, unless the run is over."""
         poll, pid_of = select.poll(), {}
         for pid in ranks:
             try:
                 descriptor = os.pidfd_open(pid)
             except ProcessLookupError:
-                return self.leave(ranks[pid])
+                return self.exit(ranks[pid])
             except OSError:  # a system that has the call but doesn't allow it
                 continue
             pid_of[descriptor] = pid
             poll.register(descriptor, select.POLLIN)
         while not self.closed.is_set():
             for descriptor, _ in poll.poll(500):
-                return self.leave(ranks[pid_of[descriptor]])
+                return self.exit(ranks[pid_of[descriptor]])
         for descriptor in pid_of:
             os.close(descriptor)
 
-    def leave(self, rank: int) -> None:
-        """End this process, unless the run is over or ends by itself in the meantime."""
+    def exit(self, rank: int) -> None:
+        """Exit, unless the run is over or ends by itself in the meantime."""
         time.sleep(GRACE)
         if not self.closed.is_set():
-            print(f"error: rank {rank} is gone, so this one leaves; the same command goes on", file=sys.stderr)
+            print(f"error: rank {rank} died, exiting; run the same command again to resume", file=sys.stderr)
             sys.stderr.flush()
             os._exit(EXIT_CODE)
 
     def close(self) -> None:
-        """From now on the others may go."""
+        """From now on the other ranks may end."""
         self.closed.set()
 
     def __enter__(self) -> Peers:

@@ -1,73 +1,31 @@
-"""Numbers that are not numbers never reach the weights, and losses that jump are written down.
-
-Whether a step is taken is decided where the gradients are, without waiting for the device: a loss that is not finite
-makes its gradients NaN, reducing the gradients spreads that to all ranks, their norm is then not finite on every rank
-alike, and the optimizer's fused kernel leaves weights and moments as they are. The average is taken as after any step,
-of weights that stood still. So a resumed run skips the same steps.
-"""
+"""Every step is monitored, on all ranks alike: skipped steps, spikes of the loss, signals."""
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
+from ldm.data.dataset import Row
 from ldm.system.errors import RunError
 from ldm.training.logging import Tracker
 from ldm.training.randomness import row_of
 from ldm.training.signals import EXIT_CODES
-from ldm.training.train_state import plain
 
-WINDOW, ENOUGH = 200, 30  # losses that a jump is measured against, at most and at least
+WINDOW, ENOUGH = 200, 30  # losses that a spike is measured against, at most and at least
 SIGMA = 1.4826  # the std of a normal distribution over its median absolute deviation
 SIGNALS = tuple(EXIT_CODES)
 
 
-def telling(loss: Tensor) -> Tensor:
-    """The loss, whose gradients are NaN if it is not finite itself: (1e20)**2 is infinite, its derivative is not."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+class Monitor:
+    """Takes each step's numbers: its loss, whether it was skipped, and whether a signal was received.
 
-
-def update(
-    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip: float
-) -> Tensor:
-    """Clip the gradients and step, unless one of them is not finite; returns 1.0 for a step that was skipped, else 0.0.
-
-    Every rank must call it, and all skip alike.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    inner: Any = plain(optimizer)
-    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
-    shrinking = None
-    if inner.defaults.get("fused") and accelerator.scaler is None and not isinstance(gradients[0], DTensor):
-        norm = nn.utils.get_total_norm(gradients)
-        shrinking = (norm / clip).clamp(min=1)  # the kernel divides by it, which saves a pass over the gradients
-    else:
-        norm = accelerator.clip_grad_norm_(module.parameters(), clip)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    skipped = (~norm.isfinite()).float()
-    if inner.defaults.get("fused"):
-        inner.found_inf, inner.grad_scale = skipped, shrinking  # the kernel's own ways (torch.amp uses them)
-        optimizer.step()
-        vars(inner).pop("found_inf", None), vars(inner).pop("grad_scale", None)
-    elif not skipped.item():
-        optimizer.step()
-    optimizer.zero_grad()
-    return skipped
-
-
-class Watch:
-    """Hears of every step, on all ranks alike: its loss, whether it was skipped, and whether a signal came.
-
-    On a CPU it hears at once. A GPU is told to do the next step before the last one's numbers are read, so that its
+    On a CPU they are read at once. A GPU gets the next step to do before the last one's numbers are read, so that its
     queue never runs dry; what is decided from them (to stop, never what is learned) is then decided one step later.
 
     Attributes:
@@ -80,13 +38,15 @@ class Watch:
         self,
         accelerator: Accelerator,
         tracker: Tracker,
-        batch: Callable[[int], dict[str, Any]],
+        samples_of: Callable[[int], dict[str, Any]],
         learning_rate: Callable[[int], float],
         *,
+        task: str,
         max_skipped: int,
         spike: float,
     ) -> None:
-        self.accelerator, self.tracker, self.batch, self.learning_rate = accelerator, tracker, batch, learning_rate
+        self.accelerator, self.tracker = accelerator, tracker
+        self.samples_of, self.learning_rate, self.task = samples_of, learning_rate, task
         self.max_skipped, self.spike = max_skipped, spike
         self.lag = 0 if accelerator.device.type == "cpu" else 1
         self.waiting: deque[tuple[int, Tensor, Any]] = deque()
@@ -94,7 +54,7 @@ class Watch:
         self.losses: list[float] = []
         self.skipped = self.in_a_row = self.signal = 0
 
-    def hear(self, step: int, loss: Tensor, skipped: Tensor, signal: int) -> None:
+    def record(self, step: int, loss: Tensor, skipped: Tensor, signal: int) -> None:
         """Take a step's numbers, scalars on the device. Every rank must call it.
 
         Raises:
@@ -113,18 +73,14 @@ class Watch:
         self.waiting.append((step, host, event))
         self.read(self.lag)
 
-    def drain(self) -> None:
-        """Hear of all steps until now. Every rank must call it, since all raise alike."""
-        self.read(0)
-
     def take_losses(self) -> list[float]:
-        """The losses since the last call, all steps included."""
-        self.drain()
+        """The losses since the last call, all steps until now included. Every rank must call it: all raise alike."""
+        self.read(0)
         losses, self.losses = self.losses, []
         return losses
 
     def read(self, left: int) -> None:
-        """Judge all but the last so many steps."""
+        """Read the numbers of all but the last so many steps."""
         while len(self.waiting) > left:
             step, host, event = self.waiting.popleft()
             if event is not None:
@@ -132,22 +88,22 @@ class Watch:
             total, skips, *signals = host.tolist()
             for number, votes in zip(SIGNALS, signals, strict=True):
                 self.signal = self.signal or (number if votes else 0)
-            self.judge(step, total / self.accelerator.num_processes, skips > 0)
+            self.examine(step, total / self.accelerator.num_processes, skips > 0)
 
-    def judge(self, step: int, loss: float, skipped: bool) -> None:
-        """Count, compare, write down."""
+    def examine(self, step: int, loss: float, skipped: bool) -> None:
+        """Count a skipped step; log it, or a spike."""
         self.losses.append(loss)
         if skipped:
             self.skipped += 1
             self.in_a_row += 1
-            lr = self.learning_rate(step)
-            self.tracker.event(step + 1, "skipped", {"loss": repr(loss), "lr": lr, **self.batch(step)})
+            lr, samples = self.learning_rate(step), self.samples_of(step)
+            self.event(step, "skipped", {"loss": repr(loss), "lr": lr, **samples})
             if self.in_a_row >= self.max_skipped:
                 raise RunError(
                     f"loss or gradients are not finite for {self.in_a_row} steps in a row, the last at step {step + 1} "
-                    f"(loss {loss}, lr {lr:g}), {described(self.batch(step))}. None of these steps was taken: the "
-                    "weights are those before them. Look at these pictures, lower the learning rate or use more "
-                    "precision (loop.precision=fp32)"
+                    f"(loss {loss}, lr {lr:g}), {described(samples)}. None of these steps was taken: the weights are "
+                    "those before them. Look at these pictures, lower the learning rate or use more precision "
+                    "(loop.precision=fp32)"
                 )
             return
         self.in_a_row = 0
@@ -155,31 +111,34 @@ class Watch:
             median = statistics.median(self.recent)
             sigma = SIGMA * statistics.median(abs(value - median) for value in self.recent)
             if loss > median + self.spike * sigma > median:
-                told = {"loss": loss, "median": median, "sigmas": (loss - median) / sigma, **self.batch(step)}
-                self.tracker.event(step + 1, "spike", told)
+                facts = {"loss": loss, "median": median, "sigmas": (loss - median) / sigma}
+                self.event(step, "spike", facts | self.samples_of(step))
         self.recent.append(loss)
 
+    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
+        self.tracker.event(step + 1, name, {"task": self.task, **values})
 
-def batch_of(seed: int, batch_size: int, pictures: Any) -> Callable[[int], dict[str, Any]]:
+
+def samples_of_steps(seed: int, batch_size: int, pictures: Sequence[Row]) -> Callable[[int], dict[str, Any]]:
     """step => the numbers of its samples, first and last, and where their pictures come from."""
 
-    def batch(step: int) -> dict[str, Any]:
+    def samples(step: int) -> dict[str, Any]:
         numbers = range(step * batch_size, (step + 1) * batch_size)
         rows = [pictures[row_of(seed, n, len(pictures))].where for n in numbers]
         return {"samples": [numbers[0], numbers[-1]], "rows": rows}
 
-    return batch
+    return samples
 
 
-def described(batch: dict[str, Any], most: int = 8) -> str:
-    """A batch in a sentence."""
-    first, last = batch["samples"]
-    rows = batch["rows"]
+def described(samples: dict[str, Any], most: int = 8) -> str:
+    """The samples of a step in a sentence."""
+    first, last = samples["samples"]
+    rows = samples["rows"]
     more = f" and {len(rows) - most} more (all in log.jsonl)" if len(rows) > most else ""
     return f"samples {first} to {last}: {'; '.join(rows[:most])}{more}"
 
 
 def mean_of_finite(losses: list[float]) -> float | None:
-    """The mean of the losses of the steps that were taken; None if there are none."""
-    taken = [loss for loss in losses if abs(loss) < float("inf")]
-    return sum(taken) / len(taken) if taken else None
+    """The mean of the losses that are finite; None if there are none."""
+    finite = [loss for loss in losses if abs(loss) < float("inf")]
+    return sum(finite) / len(finite) if finite else None

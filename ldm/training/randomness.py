@@ -69,3 +69,37 @@ def draw(seed: int, n: int, *, rows: int, latent_shape: tuple[int, int, int], ca
         eps=torch.randn(latent_shape, generator=rng),
         posterior_noise=torch.randn(latent_shape, generator=rng),
     )
+
+
+def sample_numbers(
+    first_step: int,
+    steps: int,
+    batch_size: int,
+    accumulation: int,
+    rank: int,
+    processes: int,
+    key: str = "loop.batch_size",
+) -> list[range]:
+    """The sample numbers of each batch of one process, in order.
+
+    Step s covers samples s*B ... s*B + B - 1 whatever the number of processes; rank r takes every part of it
+    that follows rank r - 1's.
+
+    Args:
+        batch_size: of all processes together; `key` is its config key.
+    Raises:
+        ValueError: if it can't be shared evenly.
+    """
+    shares = accumulation * processes
+    if batch_size % shares:
+        raise ValueError(
+            f"{key}: {batch_size} can't be shared by {processes} processes with {accumulation} accumulated "
+            f"batches each; make it a multiple of {shares}"
+        )
+    share = batch_size // shares
+    return [
+        range(start, start + share)
+        for step in range(first_step, steps)
+        for micro in range(accumulation)
+        for start in [step * batch_size + (micro * processes + rank) * share]
+    ]

@@ -1,20 +1,26 @@
-"""May a checkpoint of one config be resumed with another? Only if the mathematics stays, or if the user says so.
+"""Resume from the newest whole checkpoint, with the same mathematics unless the user allows a change.
 
-Every key counts unless it is known not to. Two kinds are known: HARMLESS keys can't change a single digit of what
-is learned; ROUNDING keys change the order of floating-point sums and nothing else, which is allowed and told.
+Every config key counts unless it is known not to. Two kinds are known: HARMLESS keys can't change a single digit of
+what is learned; ROUNDING keys change the order of floating-point sums and nothing else, which is allowed and reported.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from ldm.system.errors import RunError
+from ldm.system.files import hold
+from ldm.training.checkpoint import checkpoints, circumstances, load_checkpoint, newest, step_of
 from ldm.training.config import Config, to_dict
+from ldm.training.distributed import on_rank_0
 from ldm.training.objective import DiffusionConfig
+from ldm.training.train_state import TrainState
 
 #: A key, or a section with a dot at its end.
 HARMLESS = (
@@ -41,23 +47,24 @@ HARMLESS = (
 ROUNDING = ("loop.threads", "loop.accumulation", "loop.gradient_checkpointing", "loop.compile", "data.cache")
 
 #: What only the U-Net's training reads.
-_UNETS = (
+_LDM = (
     "text.",
     "unet.",
     "optim.",
     "data.condition_column",
     "loop.steps",
+    "loop.half_size_steps",
     "loop.batch_size",
     "loop.accumulation",
     "loop.gradient_checkpointing",
     "loop.compile",
 )
-#: What each of the trainings doesn't read.
+#: What each task doesn't read.
 UNREAD = {
-    "unet": ("vae_model.", "vae_training.", "classifier.", "classifier_training."),
-    "vae": (*_UNETS, "vae", "diffusion.", "classifier.", "classifier_training.", "data.cache", "data.label_column"),
+    "ldm": ("vae_model.", "vae_training.", "classifier.", "classifier_training."),
+    "vae": (*_LDM, "vae", "diffusion.", "classifier.", "classifier_training.", "data.cache", "data.label_column"),
     "classifier": (
-        *_UNETS,
+        *_LDM,
         "vae_model.",
         "vae_training.",
         *(
@@ -67,7 +74,7 @@ UNREAD = {
         ),
     ),
 }
-#: What versions did that did not know the key yet, where it isn't today's default.
+#: Values that versions before a key had in effect, where that isn't today's default.
 BEFORE = {"text.standardize": False}
 ABSENT = "(absent)"
 
@@ -80,27 +87,22 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def digest(config: Mapping[str, Any]) -> str:
-    """The SHA-256 of a config's canonical JSON, in hex."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def covers(names: Collection[str], key: str) -> bool:
     """Whether a key, or a section that it belongs to, is among the names."""
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
 
 
 def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], trained: str, facts: Mapping[str, tuple[Any, Any]], done: int
+    old: Mapping[str, Any], new: Mapping[str, Any], task: str, facts: Mapping[str, tuple[Any, Any]], done: int
 ) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ and matter to what is trained ("unet", "vae" or "classifier"): key => (old, new).
+    """The keys whose values differ and matter to a task ("ldm", "vae" or "classifier"): key => (old, new).
 
-    A key that the checkpoint's version did not know counts only if it is not what that version did: today's default,
-    or `BEFORE`.
+    A key that the checkpoint's version did not have counts only if its value is not what that version did: today's
+    default, or `BEFORE`.
 
     Args:
         old, new: configs as nested dicts.
-        facts: what the config does not say, name => (old, new): the number of pictures.
+        facts: what is not in the config, name => (old, new): the number of pictures.
         done: steps that were trained with the old config.
     """
     before, after, default = flat(old), flat(new), flat(to_dict(Config())) | BEFORE
@@ -111,7 +113,7 @@ def differences(
     if all(steady(config, done) for config in (before, after)):
         for key in ("loop.steps", "optim.cooldown"):
             found.pop(key, None)
-    ignored = HARMLESS + UNREAD[trained]
+    ignored = HARMLESS + UNREAD[task]
     return {key: pair for key, pair in found.items() if pair[0] != pair[1] and not covers(ignored, key)}
 
 
@@ -124,7 +126,7 @@ def steady(config: Mapping[str, Any], done: int) -> bool:
 def check_changes(
     changed: Mapping[str, tuple[Any, Any]], allowed: Collection[str], where: object
 ) -> tuple[list[str], list[str]]:
-    """The changes to tell of: those that only round otherwise, and those that were allowed.
+    """The changes to report: those that only round otherwise, and those that were allowed.
 
     Raises:
         RunError: names every change that is neither, and how to allow it.
@@ -133,8 +135,54 @@ def check_changes(
     if refused:
         listed = "\n".join(f"  {key}: {old!r} => {new!r}" for key, (old, new) in refused.items())
         raise RunError(
-            f"resume: the config is not the one of {where}:\n{listed}\n"
-            f"Take this back, name another run=, or allow it: 'resume.allow=[{','.join(refused)}]'"
+            f"resume: {where} was trained with other settings:\n{listed}\n"
+            f"Change them back, name another run=, or allow it: 'resume.allow=[{','.join(refused)}]'"
         )
-    told = {key: f"{key} {old!r} => {new!r}" for key, (old, new) in changed.items()}
-    return [told[key] for key in told if key in ROUNDING], [told[key] for key in told if key not in ROUNDING]
+    lines = {key: f"{key} {old!r} => {new!r}" for key, (old, new) in changed.items()}
+    return [lines[key] for key in lines if key in ROUNDING], [lines[key] for key in lines if key not in ROUNDING]
+
+
+def resume(
+    folder: Path,
+    task: str,
+    train_state: Mapping[str, TrainState],
+    accelerator: Accelerator,
+    steps: int,
+    config: dict[str, Any],
+    facts: Mapping[str, Any],
+) -> int:
+    """Load the newest whole checkpoint in a task's folder, if there is one; returns how many steps are done.
+
+    The run is locked from now on. Every rank must call it.
+
+    Args:
+        config: the run's, as nested dicts; `resume.allow` lists keys that may have changed.
+        facts: what the data are, besides the config.
+    Raises:
+        RunError: if the config or the data differ where it matters, or another process trains in this run.
+    """
+
+    def find(_: object) -> int:
+        hold(Path(config["run"]))
+        found = newest(folder)
+        return 0 if found is None else 1 + step_of(found)
+
+    step = on_rank_0(find) - 1
+    if step < 0:
+        return 0
+    path = next(path for path in reversed(checkpoints(folder)) if step_of(path) == step)
+    state = json.loads((path / "state.json").read_text("utf-8"))
+    known = {name: (state["facts"].get(name), value) for name, value in facts.items()}
+    changed = differences(state["config"], config, task, known, step)
+    rounding, allowed = check_changes(changed, config.get("resume", {}).get("allow", ()), path)
+    for name, value in circumstances(accelerator).items():
+        if state.get(name, value) != value:  # older checkpoints lack the precision
+            rounding.append(f"{name} {state[name]} => {value}")
+    load_checkpoint(path, train_state, accelerator)
+    line = f"resuming from {path}, step {step} of {steps}"
+    if allowed:
+        line += f"; allowed: {', '.join(allowed)}"
+    if rounding:
+        line += f"; not exact to the last bit: {', '.join(rounding)}"
+    accelerator.print(line)
+    return step

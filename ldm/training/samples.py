@@ -1,27 +1,26 @@
-"""From (seed, n) to the tensors of training sample n, and from samples to batches.
+"""From (seed, n) to the tensors of sample n of the U-Net's training, and from samples to batches.
 
-A sample is drawn (draws.py), looked up (the cache, or the picture itself) and batched. Both ways give the
-same batch for the same draw; without the cache VAE and text encoder run at every step, and pictures are read by
-worker processes meanwhile.
+What is random of a sample comes from randomness.py; its latents and context come from the cache, or from the picture
+and caption themselves. Both ways give the same batch; without the cache VAE and text encoder run at every step, and
+worker processes read pictures meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.batches import BATCH, choose_caption, evenly, load_pixels, pixel_batches
 from ldm.data.cache.latents import LatentCache
 from ldm.data.conditioned import ConditionedPictures
-from ldm.data.dataset import Row
+from ldm.data.dataset import CaptionedPictures, Row
 from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet
 from ldm.models.conditioning import Conditioning
 from ldm.models.text_encoder import TextEncoder
@@ -29,7 +28,6 @@ from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.encoders import Encoders
 from ldm.training.randomness import Draw, draw, generator
-from ldm.training.signals import ignore_in_worker
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,16 @@ class Batch:
     u: Tensor
     eps: Tensor
 
+    @classmethod
+    def of(cls, encoded: dict[str, Any]) -> Batch:
+        """Collated samples from a cache, or encoded here."""
+        return cls(
+            x0=Posterior(encoded["mean"], encoded["std"]).sample(encoded["posterior_noise"]),
+            conditioning=Conditioning(encoded.get("context"), encoded.get("class"), encoded.get("channels")),
+            u=encoded["u"],
+            eps=encoded["eps"],
+        )
+
     def halved(self) -> Batch:
         """The batch at half the resolution, latents [B,C,h/2,w/2]: each the mean of the four in its place.
 
@@ -58,20 +66,37 @@ class Batch:
         return replace(self, x0=avg_pool2d(self.x0, 2), conditioning=conditioning, eps=2 * avg_pool2d(self.eps, 2))
 
 
-class Samples(Dataset[dict[str, Any]]):
-    """Sample n of a run, for any n >= 0."""
+@dataclass(frozen=True)
+class LatentSamples:
+    """Sample n of a run, for any n >= 0, on the CPU.
 
-    def __init__(
-        self,
+    Attributes:
+        draw: n => everything random of sample n.
+        cache: latents and contexts; None to read pictures and captions.
+    """
+
+    source: ConditionedPictures
+    data: DataConfig
+    draw: Callable[[int], Draw]
+    cache: LatentCache | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
         source: ConditionedPictures,
-        data: DataConfig,
-        chance: Callable[[int], Draw],
+        latent_shape: tuple[int, int, int],
         cache: LatentCache | None = None,
-    ) -> None:
-        self.source = source
-        self.data = data
-        self.chance = chance
-        self.cache = cache
+    ) -> LatentSamples:
+        """The samples of a config's run on these pictures."""
+        dropout = config.diffusion.caption_dropout
+        chance = partial(draw, config.seed, rows=len(source), latent_shape=latent_shape, caption_dropout=dropout)
+        return cls(source, config.data, chance, cache)
+
+    @property
+    def pictures(self) -> CaptionedPictures:
+        """The rows that samples show."""
+        return self.source.pictures
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """The samples of a batch, as DataLoader reads them."""
@@ -79,8 +104,8 @@ class Samples(Dataset[dict[str, Any]]):
             return [self[n] for n in numbers]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        drawn = self.chance(n)
-        row = self.source.pictures[drawn.row]
+        drawn = self.draw(n)
+        row = self.pictures[drawn.row]
         caption = choose_caption(row.captions, drawn.caption) if row.captions else ""
         flip = drawn.flip and self.data.flip
         sample: dict[str, Any] = {"u": drawn.u, "eps": drawn.eps, "posterior_noise": drawn.posterior_noise}
@@ -100,25 +125,11 @@ class Samples(Dataset[dict[str, Any]]):
         return sample
 
 
-def build_samples(
-    config: Config, source: ConditionedPictures, latent_shape: tuple[int, int, int], cache: LatentCache | None
-) -> Samples:
-    """The samples of a run on these pictures."""
-    chance = partial(
-        draw,
-        config.seed,
-        rows=len(source),
-        latent_shape=latent_shape,
-        caption_dropout=config.diffusion.caption_dropout,
-    )
-    return Samples(source, config.data, chance, cache)
-
-
 @torch.no_grad()
-def fixed_questions(config: Config, heldout: ConditionedPictures, encoders: Encoders) -> CaptionedValidationSet | None:
+def validation_set(config: Config, heldout: ConditionedPictures, encoders: Encoders) -> CaptionedValidationSet | None:
     """The held-out pictures with their first captions at fixed (t, eps), and the same with other captions.
 
-    None if there are no held-out pictures to ask about.
+    None if no pictures are held out.
     """
     source = evenly(heldout, config.loop.evaluation_pictures)
     if not len(source):
@@ -126,7 +137,7 @@ def fixed_questions(config: Config, heldout: ConditionedPictures, encoders: Enco
 
     def latents(rows: Sequence[Row]) -> Tensor:
         vae = encoders.vae
-        return torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "asking")])
+        return torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "encoding")])
 
     context = channels = class_labels = None
     x0 = latents(source.pictures)
@@ -156,7 +167,7 @@ def to_device(collated: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def with_latents(collated: dict[str, Any], vae: Any) -> dict[str, Any]:
-    """What a cache would have known of the pictures, in place of their pixels."""
+    """Collated samples with what a cache has of the pictures, in place of their pixels."""
     rest = dict(collated)
     posterior = encode(vae, rest.pop("pixels"))
     if "condition_pixels" in rest:
@@ -165,77 +176,5 @@ def with_latents(collated: dict[str, Any], vae: Any) -> dict[str, Any]:
 
 
 def with_context(collated: dict[str, Any], text: TextEncoder | None) -> dict[str, Any]:
-    """What a cache would have known of the captions, beside them."""
+    """Collated samples with what a cache has of the captions, beside them."""
     return collated | {"context": text.encode(collated["caption"])} if text else collated
-
-
-def to_batch(encoded: dict[str, Any]) -> Batch:
-    """Collated samples from a cache, or encoded here => what a step takes."""
-    return Batch(
-        x0=Posterior(encoded["mean"], encoded["std"]).sample(encoded["posterior_noise"]),
-        conditioning=Conditioning(encoded.get("context"), encoded.get("class"), encoded.get("channels")),
-        u=encoded["u"],
-        eps=encoded["eps"],
-    )
-
-
-def numbers_of(
-    first_step: int, steps: int, batch_size: int, accumulation: int, rank: int, processes: int
-) -> list[range]:
-    """The sample numbers of each batch of one process, in order.
-
-    Step s covers samples s*B ... s*B + B - 1 whatever the number of processes; rank r takes every part of it
-    that follows rank r - 1's.
-
-    Raises:
-        ValueError: if the global batch can't be shared evenly.
-    """
-    shares = accumulation * processes
-    if batch_size % shares:
-        raise ValueError(
-            f"loop.batch_size: {batch_size} can't be shared by {processes} processes with {accumulation} accumulated "
-            f"batches each; make it a multiple of {shares}"
-        )
-    share = batch_size // shares
-    return [
-        range(start, start + share)
-        for step in range(first_step, steps)
-        for micro in range(accumulation)
-        for start in [step * batch_size + (micro * processes + rank) * share]
-    ]
-
-
-def batches(
-    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device, encoders: Encoders | None = None
-) -> Iterator[Batch]:
-    """The batches with these sample numbers, one after the other; samples without a cache are encoded here."""
-    for collated in collated_batches(samples, numbers, device):
-        if samples.cache is None:
-            assert encoders is not None, "samples without a cache need encoders"
-            collated = with_context(with_latents(collated, encoders.vae), encoders.text)
-        yield to_batch(collated)
-
-
-def few_batches(
-    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device, encoders: Encoders
-) -> list[Batch]:
-    """The batches with these sample numbers, of samples without a cache: first all pictures are encoded, then all
-    captions, so that the encoders need not be in memory together."""
-    collated = [with_latents(batch, encoders.vae) for batch in collated_batches(samples, numbers, device)]
-    return [to_batch(with_context(batch, encoders.text)) for batch in collated]
-
-
-def collated_batches(
-    samples: Samples, numbers: Sequence[Sequence[int]], device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """The samples of each batch, collated, on the device; read by worker processes if the config says so and there is
-    no cache."""
-    loader: DataLoader[dict[str, Any]] = DataLoader(
-        samples,
-        batch_sampler=cast(Any, numbers),  # whose stubs want lists, of which a long run's would be 250 MB
-        num_workers=0 if samples.cache is not None else samples.data.workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_in_worker,
-    )
-    for collated in loader:
-        yield to_device(collated, device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,16 +18,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ldm.models.ema import averaged
 
-if TYPE_CHECKING:
-    from diffusers.training_utils import EMAModel
-
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the other ranks get nothing
 EVERYWHERE = StateDictOptions(full_state_dict=True)
 
 
 @dataclass
-class Trainee:
-    """A network or another thing that learns, with what steps it and its average if it has them."""
+class TrainState:
+    """A network, or another module with a state, with its optimizer and its averaged weights if it has them."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer | None = None
@@ -59,7 +57,7 @@ class Trainee:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A network's whole weights on the CPU of rank 0; the network's own, where that is where they are.
+    """A network's whole weights on the CPU of rank 0; the network's own tensors if they are there already.
 
     Every rank must call it.
     """
@@ -68,13 +66,15 @@ def whole_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def averaged_weights(module: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
-    """The averaged weights, likewise, but in memory of their own: the network has its own again afterwards."""
+    """The averaged weights, likewise, but copied: the network has its own again afterwards."""
     with averaged(module, ema):
         return {name: tensor.clone() for name, tensor in whole_weights(module).items()}
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer's state as flat names, "<weight>:exp_avg"; its learning rate is a function of the step."""
+    if not optimizer.state:
+        return {}  # before its first step; torch would take one of zero to have something to return, and count it
     state: Any = get_optimizer_state_dict(module, optimizer, options=WHOLE)
     moments = state.get("state", {})
     return {f"{weight}:{key}": value for weight, values in moments.items() for key, value in values.items()}
@@ -82,7 +82,10 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
-    optimizer.zero_grad()  # torch makes room for the moments by a step without gradients
+    if not tensors:
+        optimizer.state.clear()
+        return
+    optimizer.zero_grad()  # torch allocates the moments by a step without gradients
     state: Any = get_optimizer_state_dict(module, optimizer, options=EVERYWHERE)
     for name, tensor in tensors.items():
         weight, key = name.rsplit(":", 1)

@@ -1,294 +1,173 @@
-"""One step, and the loop around it. The mathematics is in ldm.diffusion, chance in draws.py."""
+"""The training loop, the same for every task (task.py): one step, and what happens around it.
+
+    samples -> batch -> loss -> gradients -> update -> average -> log -> checkpoint -> validate, export, preview
+
+The mathematics is in ldm.diffusion, randomness in randomness.py, skipped steps in optimizer.py and monitor.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import tqdm
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ldm.diffusion.losses import diffusion_loss
-from ldm.diffusion.schedule import NoiseSchedule, beside
-from ldm.diffusion.timesteps import LossSecondMoment, TimestepSampler, at_share
-from ldm.evaluation.validation import CaptionedValidationSet, by_quarter, caption_losses
-from ldm.models.conditioning import Conditioning, denoise
-from ldm.models.ema import averaged, build_ema
-from ldm.pipelines.text_to_image import LDMPipeline
-from ldm.system.memory import give_back
-from ldm.training.checkpoint import resume, save_checkpoint
-from ldm.training.config import Config, to_dict
+from ldm.training.checkpoint import checkpoint_folder, save_checkpoint
+from ldm.training.config import to_dict
 from ldm.training.distributed import Peers
-from ldm.training.encoders import Encoders
-from ldm.training.export import BuildUNet, export
-from ldm.training.learning_rate import learning_rate
 from ldm.training.logging import Tracker
-from ldm.training.monitor import Watch, batch_of, mean_of_finite, telling, update
-from ldm.training.objective import Objective, build_objective, build_timesteps
-from ldm.training.previews import Wish, draw_wishes
-from ldm.training.samples import Batch, Samples, batches, numbers_of
-from ldm.training.selfcheck import quiet
-from ldm.training.signals import Noted, Stopped, noted
-from ldm.training.train_state import Trainee
-
-STORED = 8  # samples in the batch that exported pipelines are asked
+from ldm.training.monitor import Monitor, mean_of_finite, samples_of_steps
+from ldm.training.optimizer import update, with_nan_gradients
+from ldm.training.randomness import sample_numbers
+from ldm.training.resume import resume
+from ldm.training.signals import Received, Stopped, deferred, ignore_in_worker
+from ldm.training.task import Task
 
 
-@dataclass
-class Training:
-    """Everything that a run trains with. `fit` runs it; `step` is one batch."""
+class Trainer:
+    """Trains a task that has been built (its networks) and, for `fit`, prepared (all else)."""
 
-    config: Config
-    accelerator: Accelerator
-    schedule: NoiseSchedule
-    unet: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: EMAModel
-    timesteps: TimestepSampler
-    objective: Objective
+    def __init__(self, task: Task) -> None:
+        self.task, self.config, self.accelerator, self.recipe = task, task.config, task.accelerator, task.recipe
 
-    @classmethod
-    def prepare(cls, config: Config, accelerator: Accelerator, schedule: NoiseSchedule, unet: Any) -> Training:
-        """Hand a fresh U-Net over to accelerate (DDP, FSDP, mixed precision) and make its optimizer and average."""
-        if config.loop.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        if config.loop.compile:
-            unet = torch.compile(unet)
-        optim = config.optim
-        device_type = accelerator.device.type
-        optimizer = torch.optim.AdamW(
-            unet.parameters(),
-            lr=optim.lr,
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-            fused=device_type in ("cpu", "cuda"),  # on a CPU the default is a loop over tensors
-        )
-        unet, optimizer = accelerator.prepare(unet.train(), optimizer)
-        return cls(
-            config,
-            accelerator,
-            schedule,
-            unet,
-            optimizer,
-            ema=build_ema(unet, optim.ema_decay),
-            timesteps=build_timesteps(config.diffusion),
-            objective=build_objective(config.diffusion, schedule),
-        )
+    # --- one step ---------------------------------------------------------------------------------
 
-    @property
-    def trainees(self) -> dict[str, Trainee]:
-        """What a checkpoint holds."""
-        found = {"unet": Trainee(self.unet, self.optimizer, self.ema)}
-        if isinstance(self.timesteps, LossSecondMoment):
-            found["timesteps"] = Trainee(self.timesteps)
-        return found
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        optim = self.config.optim
-        return learning_rate(optim.lr, step, self.config.loop.steps, optim.warmup, optim.decay, optim.cooldown)
-
-    def answer(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """All that the U-Net says, [B,C,h,w] or, with learned variance, [B,2C,h,w]; t may lie on the CPU."""
-        with self.accelerator.autocast():
-            return denoise(self.unet, x_t, t, conditioning)
-
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """t of each sample, its loss there, and the weight that corrects for the choice of t; each [B]."""
-        t, weight = self.timesteps(batch.u)
-        losses = self.objective(lambda x_t, t: self.answer(x_t, t, batch.conditioning), batch.x0, t, batch.eps)
-        return t, losses, beside(weight, losses)
-
-    def prediction(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net's prediction [B,C,h,w], without the variance if it is learned."""
-        return self.answer(x_t, t, conditioning)[:, : x_t.shape[1]]
-
-    def step(self, step: int, parts: list[Batch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step on the accumulated parts of this process's share.
+    def step(self, step: int, parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the accumulated batches of this process's share.
 
         Returns:
-            Its mean loss, detached, and 1.0 if the step was skipped because a gradient was not finite, else 0.0.
+            The mean loss of the first network, detached, and 1.0 if a gradient was not finite and a network therefore
+            stayed as it was, else 0.0; both on the device.
         """
-        if step < self.config.loop.half_size_steps:
-            parts = [batch.halved() for batch in parts]
-        total = torch.zeros((), device=self.accelerator.device)
-        seen = []
-        for i, batch in enumerate(parts):
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet):
-                t, losses, weight = self.losses(batch)
-                loss = (weight * losses).mean() / len(parts)
-                self.accelerator.backward(telling(loss))
-            total += loss.detach()
-            seen.append((t, losses.detach()))
-        lr = self.learning_rate(step)
-        skipped = update(self.accelerator, self.unet, self.optimizer, lr, self.config.optim.clip)
-        self.ema.step(self.unet.parameters())
-        if isinstance(self.timesteps, LossSecondMoment) and not skipped.item():
-            t, losses = (torch.cat(each).to(self.accelerator.device) for each in zip(*seen, strict=True))
-            everyone = self.accelerator.gather((t, losses))
-            self.timesteps.update(*(tensor.cpu() for tensor in everyone))
+        task, recipe, accelerator = self.task, self.recipe, self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        for i, part in enumerate(parts):
+            with contextlib.ExitStack() as unsynchronized:
+                if i < len(parts) - 1:  # ranks add up their gradients once, with the last part
+                    for state in task.train_state.values():
+                        unsynchronized.enter_context(accelerator.no_sync(state.module))
+                losses = task.loss(step, part)  # {name: (B,)}
+                means = {name: loss.mean() / len(parts) for name, loss in losses.items()}
+                for mean in means.values():
+                    accelerator.backward(with_nan_gradients(mean))
+            total += next(iter(means.values())).detach()
+        lr, skipped = recipe.learning_rate(step), torch.zeros((), device=accelerator.device)
+        for name in losses:
+            state = task.train_state[name]
+            assert state.optimizer is not None
+            skipped = torch.maximum(skipped, update(accelerator, state.module, state.optimizer, lr, recipe.clip))
+            if state.ema is not None:
+                state.ema.step(state.module.parameters())
+        task.after_step(skipped)
         return total, skipped
 
-    @torch.no_grad()
-    def heldout(self, questions: CaptionedValidationSet) -> dict[str, float]:
-        """The held-out loss of the averaged weights, and by how much wrong captions and none raise it."""
-        self.unet.eval()
-        with averaged(self.unet, self.ema):
-            use = caption_losses(self.prediction, self.schedule, self.config.diffusion.prediction, questions)
-        self.unet.train()
-        names = {"shuffled": "text_gap", "null": "null_gap"}
-        return {**by_quarter(use.true), **{names[name]: float(gap.mean()) for name, gap in use.gaps().items()}}
+    def batches(self, numbers: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """The batches of these sample numbers, one after the other; worker processes read ahead if the task has any."""
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            cast(Any, self.task.samples),
+            batch_sampler=cast(Any, numbers),  # whose stubs want lists, of which a long run's would be 250 MB
+            num_workers=self.task.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=ignore_in_worker,
+        )
+        for collated in loader:
+            yield self.task.batch(collated)
 
-    def error(self, batch: Batch) -> Tensor:
-        """The plain squared error of the prediction on a batch, whatever is minimized; a scalar."""
-        t, kind = at_share(batch.u, self.schedule.T), self.config.diffusion.prediction
-        return diffusion_loss(
-            lambda x_t, t: self.prediction(x_t, t, batch.conditioning),
-            self.schedule, batch.x0, t, batch.eps, prediction=kind,
-        ).mean()  # fmt: skip
+    # --- the loop ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def averaged_error(self, batch: Batch) -> float:
-        """The error of the averaged weights on a batch. Every rank must call it."""
-        self.unet.eval()
-        with averaged(self.unet, self.ema):
-            error = float(self.error(batch))
-        self.unet.train()
-        return error
+    def fit(self) -> list[float]:
+        """Train from the newest checkpoint, or from the start, to the last step.
 
-
-def fit(
-    training: Training,
-    samples: Samples,
-    questions: CaptionedValidationSet | None,
-    wishes: Sequence[Wish],
-    build_unet: BuildUNet,
-    tracker: Tracker,
-    encoders: Encoders,
-) -> list[float]:
-    """Train from the newest checkpoint, or from the start, to the last step.
-
-    Args:
-        samples: sample n of the run.
-        questions: held-out pictures, or None if there are none.
-        wishes: what to draw on the way.
-        build_unet: makes what is saved in RUN/pipeline, beside what lies in RUN/frozen.
-        encoders: of the samples, if they have no cache.
-    Returns:
-        The loss of each step that this call trained, averaged over all processes.
-    Raises:
-        Stopped: by a signal, with this step saved.
-        RunError: if too many steps in a row were not finite, or what must be saved can't be.
-    """
-    config, accelerator, loop = training.config, training.accelerator, training.config.loop
-    folder, facts = Path(config.run) / "checkpoints", {"pictures": len(samples.source)}
-    first = resume(folder, training.trainees, accelerator, loop.steps, to_dict(config), facts)
-
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    numbers = numbers_of(first, loop.steps, loop.batch_size, loop.accumulation, rank, processes)
-    stream = batches(samples, numbers, accelerator.device, encoders)
-    stored = next(batches(samples, [range(STORED)], accelerator.device, encoders))
-    watch = Watch(
-        accelerator,
-        tracker,
-        batch_of(config.seed, loop.batch_size, samples.source.pictures),
-        training.learning_rate,
-        max_skipped=loop.max_skipped,
-        spike=loop.spike,
-    )
-    history: list[float] = []
-
-    def save(done: int) -> None:
-        last = done == loop.steps or watch.signal != 0
-        save_checkpoint(folder, done, to_dict(config), training.trainees, accelerator, loop.keep, facts, must=last)
-
-    def show(done: int, signal: Noted) -> None:
-        """What follows a checkpoint; a run that was killed in it does it again."""
-        if questions is not None and due(done, loop.evaluate_every, loop.steps):
-            log_heldout(training, questions, done, bar, tracker)
-        drawing = due(done, loop.sample_every, loop.steps)
-        if drawing or due(done, loop.checkpoint_every, loop.steps) or done == loop.steps:
-            save_and_draw(training, wishes if drawing else (), build_unet, stored, done, tracker, signal)
+        Returns:
+            The loss of each step that this call trained, averaged over all processes.
+        Raises:
+            Stopped: by a signal, with its step saved.
+            RunError: if too many steps in a row were not finite, or what must be saved can't be.
+        """
+        task, config, recipe, accelerator = self.task, self.config, self.recipe, self.accelerator
+        folder, pictures = checkpoint_folder(config.run, task.name), task.samples.pictures
+        facts = {"pictures": len(pictures)}
+        first = resume(folder, task.name, task.train_state, accelerator, recipe.steps, to_dict(config), facts)
+        self.tracker = Tracker(Path(config.run), silent=not accelerator.is_main_process)
+        self.monitor = Monitor(
+            accelerator, self.tracker, samples_of_steps(config.seed, recipe.batch_size, pictures), recipe.learning_rate,
+            task=task.name, max_skipped=config.loop.max_skipped, spike=config.loop.spike,
+        )  # fmt: skip
+        stream = self.batches(
+            sample_numbers(
+                first, recipe.steps, recipe.batch_size, recipe.accumulation, accelerator.process_index,
+                accelerator.num_processes, key=f"{task.loop_section}.batch_size",
+            )
+        )  # fmt: skip
+        self.bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, unit="step", desc=task.title)
+        history: list[float] = []
+        done, saved = first, f"all {recipe.steps} steps are done"
+        with deferred() as received, Peers(accelerator) as peers:
+            if first:  # a run that was killed in what follows a checkpoint does it again
+                self.follow_up(first, received)
+            for step in self.bar:
+                loss, skipped = self.step(step, [next(stream) for _ in range(recipe.accumulation)])
+                self.monitor.record(step, loss, skipped, received.number)
+                done = step + 1
+                if due(done, recipe.log_every, recipe.steps) or self.monitor.signal:
+                    history += self.log_losses(done)
+                if due(done, recipe.checkpoint_every, recipe.steps) or self.monitor.signal:
+                    must, keep = done == recipe.steps or self.monitor.signal != 0, config.loop.keep
+                    save_checkpoint(
+                        folder, done, to_dict(config), task.train_state, accelerator, keep, facts, must=must
+                    )
+                    saved = f"step {done} of {recipe.steps} is saved in {folder}"
+                if self.monitor.signal:
+                    break
+                self.follow_up(done, received)
+            peers.close()
             accelerator.wait_for_everyone()
+        self.tracker.close()
+        if self.monitor.signal or received:
+            raise Stopped(self.monitor.signal or received.number, saved)
+        return history
 
-    bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, unit="step", desc="U-Net")
-    with noted() as signal, Peers(accelerator) as peers:
-        if first:
-            show(first, signal)
-        for step in bar:
-            loss, skipped = training.step(step, [next(stream) for _ in range(loop.accumulation)])
-            watch.hear(step, loss, skipped, signal.number)
-            done = step + 1
-            if due(done, loop.log_every, loop.steps) or watch.signal:
-                history += log_losses(training, watch, done, bar, tracker)
-            saving = due(done, loop.checkpoint_every, loop.steps)
-            if saving or watch.signal:
-                save(done)
-            if watch.signal:
-                peers.close()
-                accelerator.wait_for_everyone()
-                tracker.close()
-                raise Stopped(watch.signal, f"step {done} of {loop.steps} is saved in {folder}")
-            show(done, signal)
-        peers.close()
-        accelerator.wait_for_everyone()
-    tracker.close()
-    return history
+    def log_losses(self, done: int) -> list[float]:
+        """Log the losses since the last call; returns each of them, NaN and infinities of skipped steps included."""
+        losses = self.monitor.take_losses()
+        rate = (self.bar.format_dict["rate"] or 0.0) * self.recipe.batch_size
+        values = {"lr": self.recipe.learning_rate(done - 1), "images_per_second": rate}
+        if self.monitor.skipped:
+            values["skipped"] = self.monitor.skipped
+        mean = mean_of_finite(losses)
+        if mean is not None:
+            values["loss"] = mean
+        self.log(done, values)
+        shown = "no step was finite" if mean is None else f"loss {mean:.4f}"
+        self.bar.set_postfix_str(f"{shown}, {rate:.1f} images/s")
+        return losses
 
+    def log(self, done: int, values: dict[str, float]) -> None:
+        """Log values under the task's name: one run can hold a VAE's training and a U-Net's."""
+        self.tracker.scalars(done, {f"{self.task.name}/{name}": value for name, value in values.items()})
 
-def save_and_draw(
-    training: Training,
-    wishes: Sequence[Wish],
-    build_unet: BuildUNet,
-    stored: Batch,
-    done: int,
-    tracker: Tracker,
-    signal: Noted,
-) -> None:
-    """Save RUN/pipeline and draw the wishes with it. Every rank must call it."""
-    folder = export(training, build_unet, stored, done)
-    if folder is not None and wishes:
-        with quiet():
-            pipeline = LDMPipeline.from_pretrained(folder).to(training.accelerator.device)
-        grid = draw_wishes(pipeline, wishes, training.config, signal)
-        if grid is not None:
-            tracker.picture("samples", done, grid)
-        del pipeline
-        give_back()
-
-
-def log_losses(training: Training, watch: Watch, done: int, bar: Any, tracker: Tracker) -> list[float]:
-    """Tell the losses since the last line; returns each of them, NaN and infinities of skipped steps included."""
-    losses = watch.take_losses()
-    scalars = {
-        "lr": training.learning_rate(done - 1),
-        "images_per_second": (bar.format_dict["rate"] or 0.0) * training.config.loop.batch_size,
-    }
-    if watch.skipped:
-        scalars["skipped"] = watch.skipped
-    mean = mean_of_finite(losses)
-    if mean is not None:
-        scalars["loss"] = mean
-    tracker.scalars(done, scalars)
-    told = "no step was finite" if mean is None else f"loss {mean:.4f}"
-    bar.set_postfix_str(f"{told}, {scalars['images_per_second']:.1f} images/s")
-    return losses
-
-
-def log_heldout(training: Training, questions: CaptionedValidationSet, done: int, bar: Any, tracker: Tracker) -> None:
-    """Tell the loss on the held-out pictures, in total and by quarter of t."""
-    heldout = training.heldout(questions)
-    tracker.scalars(done, {f"heldout/{name}": value for name, value in heldout.items()})
-    if training.accelerator.is_main_process:
-        told = ", ".join(f"{name} {value:.4f}" for name, value in heldout.items())
-        bar.write(f"step {done}: held-out loss {told}")
+    def follow_up(self, done: int, received: Received) -> None:
+        """Validate, export and preview where they are due. Every rank must call it."""
+        task, recipe = self.task, self.recipe
+        if due(done, recipe.evaluate_every, recipe.steps):
+            metrics = task.validate()
+            if metrics:
+                self.log(done, metrics)
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+                if self.accelerator.is_main_process:
+                    self.bar.write(f"step {done}: {shown}")
+        previewing = due(done, recipe.sample_every, recipe.steps)
+        if previewing or due(done, recipe.checkpoint_every, recipe.steps) or done == recipe.steps:
+            task.export(done)
+            picture = task.preview(done, lambda: bool(received)) if previewing else None
+            if picture is not None:
+                self.tracker.picture(task.preview_folder, done, picture)
+            self.accelerator.wait_for_everyone()
 
 
 def due(done: int, every: int, steps: int) -> bool:

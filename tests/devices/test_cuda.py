@@ -18,9 +18,10 @@ from ldm.models.unet import UNetConfig, build_unet, choose_attention
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.training.config import Config, LoopConfig
 from ldm.training.distributed import build_accelerator
-from ldm.training.objective import DiffusionConfig, build_schedule
+from ldm.training.objective import DiffusionConfig
 from ldm.training.samples import Batch
-from ldm.training.trainer import Training
+from ldm.training.tasks.diffusion import Diffusion
+from ldm.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -53,7 +54,7 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def training_of(diffusion: DiffusionConfig) -> tuple[Training, Batch]:
+def trainer_of(diffusion: DiffusionConfig) -> tuple[Trainer, Batch]:
     shape, device = (4, 8, 8), torch.device("cuda")
     unet = build_unet(
         UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
@@ -69,7 +70,9 @@ def training_of(diffusion: DiffusionConfig) -> tuple[Training, Batch]:
         u=torch.rand(6, dtype=torch.float64),
         eps=torch.randn(6, *shape, device=device),
     )
-    return Training.prepare(config, accelerator, build_schedule(diffusion), unet), batch
+    task = Diffusion(config, accelerator)
+    task.train(unet)
+    return Trainer(task), batch
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -78,12 +81,12 @@ def training_of(diffusion: DiffusionConfig) -> tuple[Training, Batch]:
 def test_no_step_waits_for_the_gpu(prediction: str, weighting: str, request: pytest.FixtureRequest) -> None:
     chosen: dict[str, Any] = {"prediction": prediction, "weighting": weighting}
     diffusion = DiffusionConfig(timestep_sampling="logit_normal", **chosen)
-    training, batch = training_of(diffusion)
+    trainer, batch = trainer_of(diffusion)
     for step in range(2):
-        training.step(step, [batch, batch])
+        trainer.step(step, [batch, batch])
     request.getfixturevalue("waiting_is_an_error")
     for step in range(2):  # the first at half the size
-        training.step(step, [batch, batch])
+        trainer.step(step, [batch, batch])
 
 
 @pytest.mark.usefixtures("waiting_is_an_error")
@@ -97,7 +100,7 @@ def train(home: Path, run: Path, *words: str, cpu: bool = False) -> list[float]:
     vae = f"vae={home / 'run' / 'vae'}"
     said = road.launch("train_ldm", home / "recipe.yaml", f"run={run}", vae, "loop.log_every=1", *words, cpu=cpu)
     assert f"on {'cpu' if cpu else 'cuda'}" in said
-    return list(road.logged(run, "loss").values())
+    return list(road.logged(run, "ldm/loss").values())
 
 
 def test_a_gpu_learns_in_bf16_and_resumes(home: Path, tmp_path: Path) -> None:

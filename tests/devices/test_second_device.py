@@ -54,7 +54,7 @@ def test_a_training_with_a_cache_its_trial_and_its_pipeline(home: Path, tmp_path
     said = run("train/train_ldm.py", *words)
     assert "on pretend" in said
     run("train/train_ldm.py", *words, "loop.steps=6")
-    assert list(road.logged(tmp_path, "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(road.logged(tmp_path, "ldm/loss")) == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "samples/step_0000004.png").exists()
 
 

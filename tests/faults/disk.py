@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drills import Bench, Figures
-from world import checkpoint_folder, clean, newest_step
+from world import clean, newest_step, saved_in
 
 from ldm.training import checkpoint
 
@@ -71,22 +71,20 @@ def failing(count: int) -> Any:
 
 def disk(bench: Bench, trials: int) -> Figures:
     """Resume from step 6 with ever more room, until there is enough; then make room and finish."""
-    kind, figures = "cached", Counter[str]()
+    figures = Counter[str]()
     for name in ("checkpoints lost", "not clear", "losses that differ", "files that differ", "hangs"):
         figures[name] = 0
-    bench.reference(kind)
-    prepared = bench.world.recipe(kind, bench.world.home / "prepared", loop__keep=9)
-    child = bench.world.train(kind, prepared)
-    assert child.wait() == 0, child.words
-    for late in checkpoints_after(kind, prepared, 6):
-        shutil.rmtree(late)
-    size = sum(path.stat().st_size for path in Path(prepared.run).rglob("*") if path.is_file())
+    kinds = ("cached", "vae", "classifier")
+    prepared = {kind: prepare(bench, kind) for kind in kinds[:trials]}
     for trial in range(trials):
+        kind = kinds[trial % len(kinds)]
+        start = prepared[kind]
+        size = sum(path.stat().st_size for path in start.rglob("*") if path.is_file())
         place = bench.world.home / f"disk-{trial}"
         with small_disk(place) as mounted:
             config = bench.world.recipe(kind, place / "run")
             with clean(config):
-                shutil.copytree(prepared.run, config.run)
+                shutil.copytree(start, config.run)
                 if mounted:
                     leave_free(place, 7 * size * trial // (10 * trials))
                 before = without_asking if trial % 3 or not mounted else lambda: None
@@ -115,15 +113,21 @@ def disk(bench: Bench, trials: int) -> Figures:
     return figures
 
 
+def prepare(bench: Bench, kind: str) -> Path:
+    """A run of this kind whose newest checkpoint is that of step 6."""
+    bench.reference(kind)
+    config = bench.world.recipe(kind, bench.world.home / f"prepared-{kind}", loop__keep=9)
+    child = bench.world.train(kind, config)
+    assert child.wait() == 0, child.words
+    for late in checkpoint.checkpoints(saved_in(kind, config)):
+        if checkpoint.step_of(late) > 6:
+            shutil.rmtree(late)
+    return Path(config.run)
+
+
 def clear(words: str) -> bool:
     """Whether the last line says, as our error, that there was no room."""
     last = words.splitlines()[-1]
     return last.startswith("error: ") and (
         "could not be saved" in last or "No space left" in last or "are free" in last
     )
-
-
-def checkpoints_after(kind: str, config: Any, step: int) -> list[Path]:
-    return [
-        path for path in checkpoint.checkpoints(checkpoint_folder(kind, config)) if checkpoint.number_of(path) > step
-    ]

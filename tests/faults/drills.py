@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from world import (
+    KINDS,
+    RESULTS,
     SAVE_EVERY,
     STEPS,
     Board,
     Child,
     Reference,
     World,
-    checkpoint_folder,
     clean,
     hashes,
     newest_step,
     reference,
+    saved_in,
 )
 
 from ldm.system.hashing import fault
@@ -70,22 +72,22 @@ def sleep_until_random_moment(bench: Bench, child: Child, seconds: float, aim: s
 def kills(bench: Bench, trials: int) -> Figures:
     """kill -9 at random moments, again and again until each run is through."""
     figures: Counter[str] = Counter()
-    for name in ("kills inside saves", "pipelines lost", "hangs", "losses that differ", "files that differ"):
+    for name in ("kills inside saves", "exports lost", "hangs", "losses that differ", "files that differ"):
         figures[name] = 0
     run = 0
     while figures["kills"] < trials:
         run += 1
-        kind = ("cached", "workers", "vae", "cached")[run % 4]
+        kind = list(KINDS)[run % len(KINDS)]
         seconds = bench.reference(kind).seconds
         config = bench.world.recipe(kind, bench.world.home / f"kills-{run}")
-        pipeline = Path(config.run) / "pipeline" / "model_index.json"
+        exported = Path(config.run) / RESULTS[KINDS[kind]]
         with clean(config):
             ended = False
             while not ended:
-                had = pipeline.exists()
+                had = exported.exists()
                 child = bench.world.train(kind, config)
                 if figures["kills"] < trials and bench.chance.random() < 0.85:
-                    aim = bench.chance.choice([None, None, "saving", "exporting" if kind != "vae" else "saving"])
+                    aim = bench.chance.choice([None, None, "saving", "exporting"])
                     sleep_until_random_moment(bench, child, seconds, aim)
                     if not child.ended():
                         phase = child.board.phase
@@ -95,7 +97,7 @@ def kills(bench: Bench, trials: int) -> Figures:
                         figures["kills inside saves"] += phase in ("saving", "exporting")
                 code = child.wait()
                 figures["hangs"] += code is None
-                figures["pipelines lost"] += had and not pipeline.exists()
+                figures["exports lost"] += had and not exported.exists()
                 if code not in (0, -signal.SIGKILL, None):
                     figures["errors"] += 1
                     print(child.words[-3000:])
@@ -111,18 +113,18 @@ def kills(bench: Bench, trials: int) -> Figures:
 def signals(bench: Bench, trials: int) -> Figures:
     """SIGTERM, SIGINT and SIGUSR1 at random moments: the checkpoint holds the step that was running."""
     figures: Counter[str] = Counter()
-    for name in ("steps lost", "wrong exit codes", "hangs", "losses that differ", "files that differ"):
+    for name in ("steps lost", "wrong exit codes", "wrong words", "hangs", "losses that differ", "files that differ"):
         figures[name] = 0
     slowest = 0.0
-    aims = [None, None, "start", "cache", "training", "saving", "exporting", "evaluating", "drawing"]
+    aims = [None, None, "start", "cache", "training", "saving", "exporting", "evaluating", "previewing"]
     run = 0
     while figures["trials"] < trials:
         run += 1
-        kind = "vae" if run % 4 == 0 else "cached" if run % 2 else "workers"
+        kind = list(KINDS)[run % len(KINDS)]
         config = bench.world.recipe(kind, bench.world.home / f"signals-{run}")
         with clean(config):
             child = bench.world.train(kind, config)
-            aim = bench.chance.choice([None, "training", "saving"] if kind == "vae" else aims)
+            aim = bench.chance.choice(aims)
             sleep_until_random_moment(bench, child, bench.reference(kind).seconds, aim)
             running, phase, sent = child.board.step, child.board.phase, bench.chance.choice(list(EXIT_CODES))
             before, ended = time.monotonic(), child.ended()
@@ -136,7 +138,10 @@ def signals(bench: Bench, trials: int) -> Figures:
             if not ended and code not in right:
                 figures["wrong exit codes"] += 1
                 print(sent.name, phase, running, code, child.words[-3000:])
-            figures["steps lost"] += max(0, running - newest_step(kind, config))
+            saved = newest_step(kind, config)
+            figures["steps lost"] += max(0, running - saved)
+            if code == EXIT_CODES[sent] and running and not ended:
+                figures["wrong words"] += f"{sent.name}: step {saved} of {STEPS} is saved in" not in child.words
             figures["trials"] += not ended
             child = bench.world.train(kind, config)
             figures["hangs"] += child.wait() is None
@@ -148,10 +153,10 @@ def damage(bench: Bench, files: int | None) -> Figures:
     """Each file of the newest checkpoint truncated, emptied, bit-flipped, removed: the one before is used."""
     figures: Counter[str] = Counter()
     figures["undetected"] = figures["losses that differ"] = figures["files that differ"] = 0
-    for kind in ("cached", "vae"):
+    for kind in ("cached", "vae", "classifier"):
         whole = bench.world.recipe(kind, bench.world.home / f"reference-{kind}-1")
         bench.reference(kind)
-        last = checkpoints(checkpoint_folder(kind, whole))[-1]
+        last = checkpoints(saved_in(kind, whole))[-1]
         cases = [(file.name, how) for file in sorted(last.iterdir()) for how in DAMAGES]
         if files is not None:
             cases = bench.chance.sample(cases, files)
@@ -159,7 +164,7 @@ def damage(bench: Bench, files: int | None) -> Figures:
             config = bench.world.recipe(kind, bench.world.home / f"damage-{kind}-{name}-{how}")
             with clean(config):
                 shutil.copytree(whole.run, config.run)
-                folder = checkpoint_folder(kind, config)
+                folder = saved_in(kind, config)
                 DAMAGES[how](folder / last.name / name, bench.chance)
                 figures["undetected"] += fault(folder / last.name) is None
                 child = bench.world.train(kind, config)
@@ -200,7 +205,7 @@ def lost_ranks(bench: Bench, trials: int) -> Figures:
     slowest, run = 0.0, 0
     while figures["trials"] < trials:
         run += 1
-        kind = "vae" if run % 4 == 0 else "cached"
+        kind = ("classifier", "cached", "vae", "cached")[run % 4]
         config = bench.world.recipe(kind, bench.world.home / f"ranks-{run}")
         seconds = bench.reference(kind, 2).seconds
         with clean(config):

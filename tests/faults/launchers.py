@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,20 +14,21 @@ from typing import Any
 
 import road
 from drills import Bench, Figures
-from world import checkpoint_folder, clean, losses, newest_step
+from world import KINDS, clean, losses, newest_step, saved_in
 
 VICTIM = Path(__file__).with_name("victim.py")
 
 
-def torchrun(config: Any, home: Path, restarts: int, **environment: str) -> subprocess.Popen[str]:
+def torchrun(kind: str, config: Any, home: Path, restarts: int, **environment: str) -> subprocess.Popen[str]:
     """Two processes under torchrun; rank 1 kills itself where VICTIM_STEP says, in its first life."""
     recipe = road.save_recipe(config, home / f"{Path(config.run).name}.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["--max-restarts", str(restarts), str(VICTIM), "--config", str(recipe)]
+    known = {"PYTHONPATH": str(road.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VICTIM_TASK": KINDS[kind]}
     return subprocess.Popen(
         command,
         cwd=road.ROOT,
-        env={**os.environ, "PYTHONPATH": str(road.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, **known, **environment},
         stdout=(home / "torchrun.txt").open("w"),
         stderr=subprocess.STDOUT,
         text=True,
@@ -38,16 +40,18 @@ def launchers(bench: Bench, trials: int) -> Figures:
     figures: Counter[str] = Counter()
     for name in ("losses that differ", "files that differ", "steps lost", "not told", "losses that are not close"):
         figures[name] = 0
-    home, kind = bench.world.home, "cached"
-    for trial in range(trials):
-        config = bench.world.recipe(kind, home / f"restarted-{trial}")
+    home = bench.world.home
+    for trial, kind in itertools.product(range(trials), ("cached", "vae", "classifier")):
+        config = bench.world.recipe(kind, home / f"restarted-{kind}-{trial}")
         with clean(config):
-            figures["torchrun --max-restarts=1 failed"] += torchrun(config, home, 1, VICTIM_STEP="5").wait(900) != 0
+            figures["torchrun --max-restarts=1 failed"] += (
+                torchrun(kind, config, home, 1, VICTIM_STEP="5").wait(900) != 0
+            )
             bench.compare(kind, config, figures, processes=2)
 
-        config = bench.world.recipe(kind, home / f"regrouped-{trial}")
+        config = bench.world.recipe(kind, home / f"regrouped-{kind}-{trial}")
         with clean(config):
-            agent = torchrun(config, home, 0)
+            agent = torchrun(kind, config, home, 0)
             log = Path(config.run) / "log.jsonl"
             while agent.poll() is None and not (log.exists() and len(losses(config)) >= 2):
                 time.sleep(0.01)
@@ -65,5 +69,5 @@ def launchers(bench: Bench, trials: int) -> Figures:
             figures["losses that are not close"] += sum(
                 abs(float(loss) / float(expected[step]) - 1) > 1e-4 for step, loss in losses(config)
             )
-            figures["regrouped"] += checkpoint_folder(kind, config).exists()
+            figures["regrouped"] += saved_in(kind, config).exists()
     return figures

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from drills import Bench, Figures
 from safetensors.torch import load_file
-from world import checkpoint_folder, clean
+from world import clean, saved_in
 
-from ldm.training import plain_loop
-from ldm.training import trainer as loop
-from ldm.training.tasks import autoencoder as vae_loop
+from ldm.training import trainer
+from ldm.training.tasks import autoencoder
+from ldm.training.tasks.autoencoder import Autoencoder
+from ldm.training.tasks.classifier import Classifier
+from ldm.training.tasks.diffusion import Diffusion
 
 NAN, INF = float("nan"), float("inf")
 STEP = 5  # the poisoned one, from 0
@@ -44,33 +46,34 @@ def in_batch(name: str, value: float, one: bool = False, part: int | None = None
     """Poison a field of the batch."""
 
     def plant() -> None:
-        original = loop.Training.losses
+        original = Diffusion.loss
 
-        def losses(self: Any, batch: Any) -> Any:
+        def loss(self: Any, step: int, batch: Any) -> Any:
             Now.part += 1
-            if Now.step == STEP and part in (None, Now.part):
+            if step == STEP and part in (None, Now.part):
                 owner = batch.conditioning if name == "context" else batch
                 changed = dataclasses.replace(owner, **{name: spoil(getattr(owner, name), value, one)})
                 batch = dataclasses.replace(batch, conditioning=changed) if name == "context" else changed
-            return original(self, batch)
+            return original(self, step, batch)
 
-        loop.Training.losses = losses
+        Diffusion.loss = loss
 
     return plant
 
 
-def in_loss(value: float, part: int | None = None) -> Callable[[], None]:
+def in_loss(value: float, part: int | None = None, task: Any = Diffusion) -> Callable[[], None]:
     """Replace the loss by one that is not finite, whose derivative may be."""
 
     def plant() -> None:
-        original = loop.Training.losses
+        original = task.loss
 
-        def losses(self: Any, batch: Any) -> Any:
+        def loss(self: Any, step: int, batch: Any) -> Any:
             Now.part += 1
-            t, found, weight = original(self, batch)
-            return t, found + value if Now.step == STEP and part in (None, Now.part) else found, weight
+            found = original(self, step, batch)
+            bad = step == STEP and part in (None, Now.part)
+            return {name: each + value for name, each in found.items()} if bad else found
 
-        loop.Training.losses = losses
+        task.loss = loss
 
     return plant
 
@@ -79,24 +82,24 @@ def in_output(value: float, one: bool = False) -> Callable[[], None]:
     """Poison what the U-Net says."""
 
     def plant() -> None:
-        original = loop.Training.answer
+        original = Diffusion.output
 
-        def answer(self: Any, *args: Any) -> Any:
+        def output(self: Any, *args: Any) -> Any:
             found = original(self, *args)
             if Now.step != STEP:
                 return found
             return found + spoil(torch.zeros_like(found), value, one)
 
-        loop.Training.answer = answer
+        Diffusion.output = output
 
     return plant
 
 
-def in_gradient(value: float, which: Callable[[list[Any]], list[Any]], one: bool, module: Any = loop) -> Any:
+def in_gradient(value: float, which: Callable[[list[Any]], list[Any]], one: bool) -> Any:
     """Poison gradients after the backward pass."""
 
     def plant() -> None:
-        original = module.update
+        original = trainer.update
 
         def update(accelerator: Any, network: Any, *args: Any) -> Any:
             if Now.step == STEP:
@@ -104,31 +107,31 @@ def in_gradient(value: float, which: Callable[[list[Any]], list[Any]], one: bool
                     parameter.grad = spoil(parameter.grad, value, one)
             return original(accelerator, network, *args)
 
-        module.update = update
+        trainer.update = update
 
     return plant
 
 
-def in_pixels(name: str, value: float, one: bool = False) -> Callable[[], None]:
-    """Poison the VAE's pictures or the noise of its posterior."""
+def in_field(task: Any, name: str, value: float, one: bool = False) -> Callable[[], None]:
+    """Poison a tensor of the VAE's or the classifier's batch."""
 
     def plant() -> None:
-        original = vae_loop.VAETraining.step
+        original = task.loss
 
-        def step(self: Any, n: int, batch: Any) -> Any:
-            return original(self, n, {**batch, name: spoil(batch[name], value, one)} if n == STEP else batch)
+        def loss(self: Any, step: int, batch: Any) -> Any:
+            return original(self, step, {**batch, name: spoil(batch[name], value, one)} if step == STEP else batch)
 
-        vae_loop.VAETraining.step = step
+        task.loss = loss
 
     return plant
 
 
-def in_verdict(value: float) -> Callable[[], None]:
-    """Poison the loss of the VAE's judge alone."""
+def in_discriminator(value: float) -> Callable[[], None]:
+    """Poison the loss of the VAE's discriminator alone."""
 
     def plant() -> None:
-        original = vae_loop.judge_loss
-        vae_loop.judge_loss = lambda real, fake: original(real, fake) + (value if Now.step == STEP else 0)
+        original = autoencoder.discriminator_loss
+        autoencoder.discriminator_loss = lambda real, fake: original(real, fake) + (value if Now.step == STEP else 0)
 
     return plant
 
@@ -153,11 +156,15 @@ PLACES: dict[str, tuple[str, Callable[[], None]]] = {
     "gradient of the last weight, one inf": ("cached", in_gradient(INF, lambda all: all[-1:], True)),
     "every gradient, NaN": ("cached", in_gradient(NAN, lambda all: all, False)),
     "every gradient, 1e25: the norm overflows": ("cached", in_gradient(1e25, lambda all: all, False)),
-    "VAE: pixels, one NaN": ("vae", in_pixels("pixels", NAN, one=True)),
-    "VAE: pixels, inf": ("vae", in_pixels("pixels", INF)),
-    "VAE: posterior noise, one inf": ("vae", in_pixels("noise", INF, one=True)),
-    "VAE: every gradient, one NaN each": ("vae", in_gradient(NAN, lambda all: all, True, plain_loop)),
-    "VAE: the judge's loss, NaN": ("vae", in_verdict(NAN)),
+    "VAE: pixels, one NaN": ("vae", in_field(Autoencoder, "pixels", NAN, one=True)),
+    "VAE: pixels, inf": ("vae", in_field(Autoencoder, "pixels", INF)),
+    "VAE: posterior noise, one inf": ("vae", in_field(Autoencoder, "noise", INF, one=True)),
+    "VAE: every gradient, one NaN each": ("vae", in_gradient(NAN, lambda all: all, True)),
+    "VAE: the discriminator's loss, NaN": ("vae", in_discriminator(NAN)),
+    "classifier: latents, one NaN": ("classifier", in_field(Classifier, "x0", NAN, one=True)),
+    "classifier: noise, inf": ("classifier", in_field(Classifier, "eps", INF)),
+    "classifier: loss, inf, with finite gradients": ("classifier", in_loss(INF, task=Classifier)),
+    "classifier: gradient of the last weight, one NaN": ("classifier", in_gradient(NAN, lambda all: all[-1:], True)),
 }
 
 
@@ -169,24 +176,27 @@ def poison(bench: Bench, places: int | None) -> Figures:
     names = list(PLACES) if places is None else bench.chance.sample(list(PLACES), places)
     for number, name in enumerate(names):
         kind, plant = PLACES[name]
-        words = {"loop__checkpoint_every": 1, "vae_training__checkpoint_every": 1, "loop__keep": 99}
-        config = bench.world.recipe(
-            kind, bench.world.home / f"poison-{number}", loop__steps=7, vae_training__steps=7, loop__evaluate_every=0,
-            loop__sample_every=0, **words,
-        )  # fmt: skip
+        words: dict[str, Any] = {"loop__evaluate_every": 0, "loop__sample_every": 0, "loop__keep": 99}
+        for section in ("loop", "vae_training", "classifier_training"):
+            words |= {f"{section}__checkpoint_every": 1, f"{section}__steps": 7}
+        config = bench.world.recipe(kind, bench.world.home / f"poison-{number}", **words)
         with clean(config):
-            child = bench.world.train(kind, config, before=lambda plant=plant, kind=kind: (follow(kind), plant()))
+            child = bench.world.train(kind, config, before=lambda plant=plant: (follow(), plant()))
             if child.wait() != 0:
                 figures["errors"] += 1
                 print(name, child.words[-3000:])
                 continue
-            folder = checkpoint_folder(kind, config)
+            folder = saved_in(kind, config)
             for file in folder.glob("step_*/*.safetensors"):
                 tensors = load_file(file).values()
                 figures["tensors examined"] += len(tensors)
                 figures["poisoned tensors"] += sum(not bool(t.isfinite().all()) for t in tensors)
-            stood = [key for key in ("unet", "vae") if (folder / f"step_{STEP:07d}" / f"{key}.safetensors").exists()]
-            stood = ["discriminator"] if "judge" in name else stood
+            stood = [
+                key
+                for key in ("unet", "vae", "classifier")
+                if (folder / f"step_{STEP:07d}" / f"{key}.safetensors").exists()
+            ]
+            stood = ["discriminator"] if "discriminator" in name else stood
             for key in [*stood, *(f"{key}.optimizer" for key in stood)]:
                 before, after = (folder / f"step_{STEP + i:07d}" / f"{key}.safetensors" for i in (0, 1))
                 moved = before.read_bytes() != after.read_bytes()
@@ -196,11 +206,11 @@ def poison(bench: Bench, places: int | None) -> Figures:
     return figures
 
 
-def follow(kind: str) -> None:
+def follow() -> None:
     """Keep account of the step that is running."""
-    loop.export = lambda *args: None  # not what is examined here
-    training = vae_loop.VAETraining if kind == "vae" else loop.Training
-    original = training.step
+    for task in (Autoencoder, Diffusion, Classifier):
+        task.export = lambda *args: None  # not what is examined here
+    original = trainer.Trainer.step
 
     def step(self: Any, n: int, *args: Any) -> Any:
         Now.step, Now.part = n, -1
@@ -209,7 +219,7 @@ def follow(kind: str) -> None:
         finally:
             Now.step = -1
 
-    training.step = step
+    trainer.Trainer.step = step
 
 
 def written_down(run: Path) -> bool:

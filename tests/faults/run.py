@@ -16,11 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 #: drill => its size in the short form and in the full one; for damage the number of (file, damage) pairs, None for all
-SIZES = {"kills": (6, 200), "signals": (4, 50), "damage": (1, None), "lost_ranks": (1, 20), "disk": (2, 24),
+SIZES = {"kills": (6, 200), "signals": (4, 50), "damage": (1, None), "lost_ranks": (1, 20), "disk": (3, 24),
          "poison": (3, None), "launchers": (0, 1)}  # fmt: skip
 #: What must be 0, wherever it is counted.
-ZERO = ("hangs", "errors", "losses that differ", "files that differ", "pipelines lost", "steps lost", "undetected",
-        "wrong exit codes", "survivors that stayed", "survivors that left with 0", "resumes that failed",
+ZERO = ("hangs", "errors", "losses that differ", "files that differ", "exports lost", "steps lost", "undetected",
+        "wrong exit codes", "wrong words", "survivors that stayed", "survivors that left with 0", "resumes that failed",
         "not told and set aside", "checkpoints lost", "not clear", "poisoned tensors", "steps not skipped",
         "not written down", "torchrun --max-restarts=1 failed", "not told", "losses that are not close")  # fmt: skip
 

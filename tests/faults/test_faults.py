@@ -17,9 +17,9 @@ from run import SIZES, ZERO
 DONE = {
     "kills": {"kills": 6, "runs finished": 1, "losses compared": 9},
     "signals": {"trials": 4, "losses compared": 36},
-    "damage": {"trials": 2, "files compared": 9},
+    "damage": {"trials": 3, "files compared": 9},
     "lost_ranks": {"losses compared": 9, "files compared": 5},
-    "disk": {"trials": 2, "ended with an error": 1, "files compared": 10},
+    "disk": {"trials": 3, "ended with an error": 1, "files compared": 10},
     "poison": {"places": 3, "tensors examined": 300},
 }
 

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,25 @@ from ldm.cli import config as command_line
 from ldm.data.dataset import read_captioned
 from ldm.models.vae import VAEConfig, build_vae, normalize
 from ldm.system.hashing import fault, sha256
-from ldm.training import caching, latents, plain_loop
-from ldm.training import trainer as loop
-from ldm.training.checkpoint import checkpoints, number_of
+from ldm.training import normalization, trainer
+from ldm.training.checkpoint import checkpoint_folder, checkpoints, step_of
 from ldm.training.config import Config
-from ldm.training.tasks import autoencoder as vae_loop
-from train import train_ldm, train_vae
+from ldm.training.run import train
+from ldm.training.tasks import classifier, diffusion
+from ldm.training.tasks.autoencoder import Autoencoder
 
 torch.set_num_threads(1)
 HANG = 240.0  # seconds after which a child counts as hanging
 STEPS, SAVE_EVERY = 9, 3
-PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "drawing")
+PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "previewing")
+#: kind of training => its task
+KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier"}
+#: task => the file that it leaves in its run
+RESULTS = {
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "ldm": "pipeline/unet/diffusion_pytorch_model.safetensors",
+    "classifier": "classifier/model.safetensors",
+}
 
 
 class Board:
@@ -132,7 +141,7 @@ def fork(action: Callable[[], object], said: Path, board: Board | None = None, *
 
 
 def watched(board: Board) -> None:
-    """Let the training say what it does."""
+    """Write on the board what the training does."""
 
     def announce(owner: Any, name: str, phase: str) -> None:
         original = getattr(owner, name)
@@ -146,25 +155,19 @@ def watched(board: Board) -> None:
 
         setattr(owner, name, wrapper)
 
-    announce(caching, "build_cache", "cache")
-    announce(loop, "save_checkpoint", "saving")
-    announce(plain_loop, "save_checkpoint", "saving")
-    announce(loop, "export", "exporting")
-    announce(loop, "log_heldout", "evaluating")
-    announce(loop, "draw_wishes", "drawing")
-    for training in (loop.Training, vae_loop.VAETraining):
-        counted(training, board)
+    announce(trainer, "save_checkpoint", "saving")
+    for module in (diffusion, classifier):
+        announce(module, "build_cache", "cache")
+    for task in (Autoencoder, diffusion.Diffusion, classifier.Classifier):
+        for method, phase in {"export": "exporting", "validate": "evaluating", "preview": "previewing"}.items():
+            announce(task, method, phase)
+    step = trainer.Trainer.step
 
+    def counted(self: Any, number: int, *args: Any) -> Any:
+        board.write("training", number + 1)
+        return step(self, number, *args)
 
-def counted(training: Any, board: Board) -> None:
-    """Let a training say which step is running, from 1."""
-    original = training.step
-
-    def step(self: Any, step: int, *args: Any) -> Any:
-        board.write("training", step + 1)
-        return original(self, step, *args)
-
-    training.step = step
+    trainer.Trainer.step = counted
 
 
 class World:
@@ -183,7 +186,7 @@ class World:
         torch.manual_seed(0)
         pictures = read_captioned(home / "data", progress=False)
         vae = build_vae(VAEConfig(channels=(16, 16), layers=1)).eval().requires_grad_(False)
-        normalize(vae, *latents.measure_latents(vae, pictures, tiny.SIZE, 24))
+        normalize(vae, *normalization.measure_latents(vae, pictures, tiny.SIZE, 24))
         vae.save_pretrained(home / "vae")
 
     def recipe(self, kind: str, run: Path, **words: Any) -> Config:
@@ -197,6 +200,11 @@ class World:
             "vae_training__log_every": 1,
             "vae_training__adversarial": 0.1,
             "vae_training__adversarial_start": 4,
+            "classifier__channels": [8, 16],
+            "classifier_training__steps": STEPS,
+            "classifier_training__batch_size": 8,
+            "classifier_training__checkpoint_every": SAVE_EVERY,
+            "classifier_training__log_every": 1,
             "unet__channels": [32, 32],
             "optim__decay": "cosine",
             "loop__steps": STEPS,
@@ -211,6 +219,7 @@ class World:
             "cached": {"loop__accumulation": 2},
             "workers": {"data__cache": "off", "data__workers": 2, "data__flip": "true"},
             "vae": {"data__workers": 2},
+            "classifier": {"data__label_column": "color", "data__flip": "true"},
         }
         return road.recipe(self.home, **{**shared, **kinds[kind], **words})
 
@@ -219,12 +228,11 @@ class World:
         **environment: str
     ) -> Child:  # fmt: skip
         """Fork a training as its command would run it, exit codes included; `before` may break something first."""
-        main = train_vae.main if kind == "vae" else train_ldm.main
 
         def command() -> None:
             before()
             command_line.parse_config = lambda *_: config
-            command_line.start(main, "")
+            command_line.start(partial(train, KINDS[kind]), "")
 
         rank = environment.get("RANK", "0")
         return fork(command, self.home / "said" / f"{Path(config.run).name}-{rank}", board, **environment)
@@ -239,16 +247,17 @@ class World:
         return [self.train(kind, config, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
 
 
-def checkpoint_folder(kind: str, config: Config) -> Path:
-    return Path(config.run) / ("vae_checkpoints" if kind == "vae" else "checkpoints")
+def saved_in(kind: str, config: Config) -> Path:
+    """Where a run of this kind keeps its checkpoints."""
+    return checkpoint_folder(config.run, KINDS[kind])
 
 
 def newest_step(kind: str, config: Config) -> int:
     """The step of the newest checkpoint, 0 if there is none; a broken one is an error here."""
-    found = checkpoints(checkpoint_folder(kind, config))
+    found = checkpoints(saved_in(kind, config))
     for path in found:
         assert fault(path) is None, (path, fault(path))
-    return number_of(found[-1]) if found else 0
+    return step_of(found[-1]) if found else 0
 
 
 def losses(config: Config) -> list[tuple[int, str]]:
@@ -258,17 +267,16 @@ def losses(config: Config) -> list[tuple[int, str]]:
     rows = []
     for line in (Path(config.run) / "log.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line, parse_float=str)
-        rows += [(row["step"], str(row[name])) for name in ("loss", "vae/loss") if name in row and "event" not in row]
+        rows += [(row["step"], str(row[name])) for task in RESULTS if (name := f"{task}/loss") in row]
     return rows
 
 
 def hashes(kind: str, config: Config) -> dict[str, str]:
     """The hashes of the last checkpoint's tensors and of what is handed on."""
-    last = checkpoints(checkpoint_folder(kind, config))[-1]
+    last = checkpoints(saved_in(kind, config))[-1]
     found = {path.name: sha256(path) for path in sorted(last.glob("*.safetensors"))}
-    result = "vae" if kind == "vae" else "pipeline/unet"
-    file = Path(config.run) / result / "diffusion_pytorch_model.safetensors"
-    return {**found, "step": last.name, result: sha256(file)}
+    result = RESULTS[KINDS[kind]]
+    return {**found, "step": last.name, result: sha256(Path(config.run) / result)}
 
 
 @dataclass

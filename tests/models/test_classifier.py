@@ -24,7 +24,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.classifier import ClassifierConfig, NoisyClassifier, build_classifier
 from ldm.models.vae import encode, load_vae
 from ldm.training.config import Config
-from ldm.training.tasks.classifier import ClassifierTraining
+from ldm.training.tasks.classifier import Classifier
 from train.train_classifier import main as train_classifier
 from train.train_vae import main as train_vae
 
@@ -183,7 +183,7 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_been(
     words = {"classifier_training__steps": 8, "classifier_training__checkpoint_every": 3}
     whole = train_classifier(recipe(home, tmp_path / "whole", **words))
     with monkeypatch.context() as patch:
-        patch.setattr(ClassifierTraining, "accuracy", _stop)
+        patch.setattr(Classifier, "validate", _stop)
         with pytest.raises(KeyboardInterrupt):
             train_classifier(recipe(home, tmp_path / "stopped", **words))
     rest = train_classifier(recipe(home, tmp_path / "stopped", **words))

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import road
@@ -13,8 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from ldm.models.ema import averaged, build_ema
+from ldm.system.errors import RunError
 from ldm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ldm.training.train_state import Trainee
+from ldm.training.train_state import TrainState
 
 SHARDED = """
 import sys
@@ -25,10 +28,10 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from ldm.models.ema import build_ema
 from ldm.training.checkpoint import load_checkpoint, save_checkpoint
-from ldm.training.monitor import telling, update
-from ldm.training.train_state import Trainee
+from ldm.training.optimizer import update, with_nan_gradients
+from ldm.training.train_state import TrainState
 
-def trainee(shard):
+def train_state(shard):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
     if shard:
@@ -36,7 +39,7 @@ def trainee(shard):
             fully_shard(layer)
         fully_shard(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
-    return Trainee(net, optimizer, build_ema(net, 0.5))
+    return TrainState(net, optimizer, build_ema(net, 0.5))
 
 def steps(t, first, last):
     losses = []
@@ -46,7 +49,7 @@ def steps(t, first, last):
         losses.append(loss.item())
         if step in (1, 4):
             loss = loss + torch.inf  # of this loss the gradients are finite; the step must be skipped all the same
-        telling(loss).backward()
+        with_nan_gradients(loss).backward()
         skipped = update(accelerator, t.module, t.optimizer, 0.01, 0.1)
         assert skipped.item() == (step in (1, 4))
         t.ema.step(t.module.parameters())
@@ -55,17 +58,17 @@ def steps(t, first, last):
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     accelerator = Accelerator(cpu=True)
-    straight = steps(trainee(False), 0, 6)
-    first = trainee(True)
+    straight = steps(train_state(False), 0, 6)
+    first = train_state(True)
     losses = steps(first, 0, 3)
     save_checkpoint(folder, 3, {}, {"net": first}, accelerator, keep=2)
-    second = trainee(True)
+    second = train_state(True)
     assert load_checkpoint(folder / "step_0000003", {"net": second}) == 3
     losses += steps(second, 3, 6)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(straight), rtol=1e-5, atol=0)
     save_checkpoint(folder, 6, {}, {"net": second}, accelerator, keep=2)
     # and an unsharded network goes on from the sharded one's checkpoint
-    whole = trainee(False)
+    whole = train_state(False)
     load_checkpoint(folder / "step_0000003", {"net": whole})
     torch.testing.assert_close(torch.tensor(steps(whole, 3, 6)), torch.tensor(straight[3:]), rtol=1e-5, atol=0)
     print(f"rank {accelerator.process_index} of {accelerator.num_processes} agrees")
@@ -73,16 +76,16 @@ if __name__ == "__main__":
 """
 
 
-def small() -> Trainee:
+def small() -> TrainState:
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 2)
-    trainee = Trainee(net, torch.optim.AdamW(net.parameters(), lr=0.1), build_ema(net, 0.9))
+    state = TrainState(net, torch.optim.AdamW(net.parameters(), lr=0.1), build_ema(net, 0.9))
     for _ in range(2):
         net(torch.ones(1, 3)).sum().backward()
-        trainee.optimizer.step()
-    assert trainee.ema is not None
-    trainee.ema.step(net.parameters())
-    return trainee
+        state.optimizer.step()
+    assert state.ema is not None
+    state.ema.step(net.parameters())
+    return state
 
 
 def test_sharded_weights_make_the_same_checkpoint(tmp_path: Path) -> None:
@@ -101,37 +104,72 @@ def test_sharded_weights_make_the_same_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept_and_nothing_half_written_counts(tmp_path: Path) -> None:
-    accelerator, trainee = Accelerator(cpu=True), small()
+    accelerator, state = Accelerator(cpu=True), small()
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, {}, {"net": trainee}, accelerator, keep=2)
+        save_checkpoint(tmp_path, step, {}, {"net": state}, accelerator, keep=2)
     (tmp_path / ".step_0000009.77").mkdir()  # what a killed process leaves behind
     assert [path.name for path in checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
 
 
 def test_loading_restores_weights_moments_and_average(tmp_path: Path) -> None:
-    trainee, other = small(), small()
-    save_checkpoint(tmp_path, 7, {"a": 1}, {"net": trainee}, Accelerator(cpu=True), keep=1)
+    state, other = small(), small()
+    save_checkpoint(tmp_path, 7, {"a": 1}, {"net": state}, Accelerator(cpu=True), keep=1)
     with torch.no_grad():
         for parameter in other.module.parameters():
             parameter.add_(1)
     other.optimizer = torch.optim.AdamW(other.module.parameters(), lr=0.1)
     other.ema = build_ema(other.module, 0.9)
     assert load_checkpoint(tmp_path / "step_0000007", {"net": other}) == 7
-    assert trainee.ema is not None
-    for mine, theirs in zip(trainee.module.parameters(), other.module.parameters(), strict=True):
+    assert state.ema is not None
+    for mine, theirs in zip(state.module.parameters(), other.module.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         for key in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(trainee.optimizer.state[mine][key], other.optimizer.state[theirs][key])
-    for mine, theirs in zip(trainee.ema.shadow_params, other.ema.shadow_params, strict=True):
+            assert torch.equal(state.optimizer.state[mine][key], other.optimizer.state[theirs][key])
+    for mine, theirs in zip(state.ema.shadow_params, other.ema.shadow_params, strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_the_average_is_lent_and_taken_back() -> None:
-    trainee = small()
-    assert trainee.ema is not None
-    trainee.module.weight.data += 1  # type: ignore[union-attr, operator]
-    before = trainee.module.weight.detach().clone()  # type: ignore[union-attr, operator]
-    with pytest.raises(RuntimeError, match="on purpose"), averaged(trainee.module, trainee.ema):
-        assert not torch.equal(trainee.module.weight, before)  # type: ignore[arg-type]
+    state = small()
+    assert state.ema is not None
+    state.module.weight.data += 1  # type: ignore[union-attr, operator]
+    before = state.module.weight.detach().clone()  # type: ignore[union-attr, operator]
+    with pytest.raises(RuntimeError, match="on purpose"), averaged(state.module, state.ema):
+        assert not torch.equal(state.module.weight, before)  # type: ignore[arg-type]
         raise RuntimeError("on purpose")
-    assert torch.equal(trainee.module.weight, before)  # type: ignore[arg-type]
+    assert torch.equal(state.module.weight, before)  # type: ignore[arg-type]
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    """The last gate: a weight that overflowed in a step of its own."""
+    state = small()
+    folder, accelerator = tmp_path / "checkpoints", Accelerator(cpu=True)
+    assert save_checkpoint(folder, 1, {}, {"net": state}, accelerator, keep=1)
+    with torch.no_grad():
+        state.module.weight[1, 2] = float("inf")  # type: ignore[union-attr, operator]
+    with pytest.raises(RunError, match=r"step 2 is not saved, since it is not finite: net, weight"):
+        save_checkpoint(folder, 2, {}, {"net": state}, accelerator, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step_0000001"]
+
+
+def test_the_gradient_scaler_comes_back(tmp_path: Path) -> None:
+    """fp16's scaler, which torch has for the CPU as well."""
+    state = small()
+    net, optimizer = state.module, state.optimizer
+    assert optimizer is not None
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    accelerator: Any = SimpleNamespace(
+        scaler=scaler, mixed_precision="fp16", num_processes=1, is_main_process=True, device=torch.device("cpu")
+    )
+    for value in (1.0, 1.0, float("inf"), 1.0):  # grows, backs off, and is half way to growing again
+        optimizer.zero_grad()
+        scaler.scale(net(torch.ones(1, 3)).sum() * value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+    assert save_checkpoint(tmp_path, 4, {}, {"net": state}, accelerator, keep=1)
+    fresh = torch.amp.GradScaler("cpu")
+    accelerator.scaler = fresh
+    load_checkpoint(tmp_path / "step_0000004", {"net": small()}, accelerator)
+    assert fresh.state_dict() == scaler.state_dict()
+    assert (fresh.get_scale(), fresh.state_dict()["_growth_tracker"]) == (64.0, 1)

@@ -24,8 +24,8 @@ from ldm.models.vae import VAEConfig, build_vae
 from ldm.training.doctor import resources as needs
 from ldm.training.doctor.examine import examine
 from ldm.training.doctor.findings import Finding
-from ldm.training.monitor import Watch
-from ldm.training.trainer import Training
+from ldm.training.monitor import Monitor
+from ldm.training.trainer import Trainer
 from train.train_classifier import main as train_classifier
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
@@ -179,13 +179,13 @@ def test_before_there_is_a_vae_both_trainings_are_tried(home: Path) -> None:
 def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of real runs; a trial's are not counted."""
     taken: list[int] = []
-    hear = Watch.hear
+    record = Monitor.record
 
-    def counted(self: Watch, step: int, *rest: Any) -> None:
+    def counted(self: Monitor, step: int, *rest: Any) -> None:
         taken.append(step)
-        hear(self, step, *rest)
+        record(self, step, *rest)
 
-    monkeypatch.setattr(Watch, "hear", counted)
+    monkeypatch.setattr(Monitor, "record", counted)
     return taken
 
 
@@ -224,7 +224,7 @@ def test_without_memory_for_a_step_it_says_what_takes_less(home: Path, monkeypat
     def step(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
-    monkeypatch.setattr(Training, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     found = look(home)["U-Net memory"]
     assert found.state == "problem"
     assert "loop.accumulation" in found.told and "20 GiB" in found.told

@@ -172,7 +172,7 @@ def test_what_pipelines_share_is_saved_network_by_network_as_a_pipeline_saves_it
 
     whole = build(load_vae(home / "vae"), load_text())
     whole.save_pretrained(tmp_path / "whole")
-    save_frozen(tmp_path / "run", both, build)
+    save_frozen(tmp_path / "run/frozen", both.load_vae, both.load_text, build)
     assert beside == [{"meta"}]  # the VAE had been saved and let go
 
     def files(folder: Path) -> dict[str, bytes]:
@@ -191,4 +191,4 @@ def test_an_encoder_that_is_gone_is_not_taken_for_a_full_disk(home: Path, tmp_pa
 
     both.load_text = gone
     with pytest.raises(FileNotFoundError, match="there is no folder 'text'"):
-        save_frozen(tmp_path / "run", both, lambda vae, text: None)
+        save_frozen(tmp_path / "run/frozen", both.load_vae, both.load_text, lambda vae, text: None)

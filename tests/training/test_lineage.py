@@ -33,11 +33,11 @@ from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import load_vae
-from ldm.training.caching import build_cache
 from ldm.training.config import Config
 from ldm.training.encoders import Encoders
+from ldm.training.latent_cache import build_cache
 from ldm.training.objective import DiffusionConfig, build_objective, build_schedule, build_timesteps
-from ldm.training.samples import build_samples
+from ldm.training.samples import LatentSamples
 from train.train_ldm import main as train_ldm
 
 
@@ -61,7 +61,7 @@ def unet_of(run: Path) -> UNet2DConditionModel:
 
 def moved(run: Path) -> dict[str, bool]:
     """Which weights differ between the first checkpoint and the last."""
-    first, last = (load_file(path / "unet.safetensors") for path in sorted((run / "checkpoints").glob("step_*")))
+    first, last = (load_file(path / "unet.safetensors") for path in sorted((run / "checkpoints/ldm").glob("step_*")))
     return {name: not torch.equal(first[name], last[name]) for name in first}
 
 
@@ -210,7 +210,7 @@ def test_class_and_caption_are_dropped_together(home: Path, tmp_path: Path, cach
     encoders = Encoders(lambda: load_vae(home / "vae"), lambda: TextEncoder.load(config.text))
     folder = config.cache_folder()
     stored = build_cache(config, folder, source.pictures, encoders, (4, 8, 8)) if folder else None
-    samples = build_samples(config, source, (4, 8, 8), stored)
+    samples = LatentSamples.of(config, source, (4, 8, 8), stored)
     null_context = TextEncoder.load(config.text).encode([""])[0]
     dropped = []
     for n in range(60):
@@ -221,7 +221,7 @@ def test_class_and_caption_are_dropped_together(home: Path, tmp_path: Path, cach
         assert (sample["class"] == source.null_class) == without_text
         dropped.append(without_text)
         if not without_text:
-            row = source.pictures[samples.chance(n).row]
+            row = source.pictures[samples.draw(n).row]
             assert source.labels is not None and source.labels.names[sample["class"]] == row.extra["color"]
     assert 8 < sum(dropped) < 40
 
@@ -299,7 +299,7 @@ def test_every_objective_trains_by_config(home: Path, tmp_path: Path, name: str)
     words = {"loop__steps": 20, "loop__evaluate_every": 10, "loop__sample_every": 0, "optim__ema_decay": 0.8}
     losses = train_ldm(config_of(home, tmp_path, **words, **OBJECTIVES[name]))
     assert np.isfinite(losses).all() and len(losses) == 20
-    heldout = list(road.logged(tmp_path, "heldout/total").values())
+    heldout = list(road.logged(tmp_path, "ldm/heldout/total").values())
     assert heldout[-1] < heldout[0]
 
 
@@ -370,9 +370,9 @@ def test_learned_variance_is_cut_off_for_stock_pipelines(home: Path, tmp_path: P
     """Trained with 2C channels; saved with C, equal to the first C, so that stock draws with the learned mean."""
     train_ldm(config_of(home, tmp_path, diffusion__variance="learned", optim__ema_decay=0.5, diffusion__vlb_weight=1.0))
     assert moved(tmp_path)["conv_out.bias"]
-    average = load_file(tmp_path / "checkpoints/step_0000004/unet.ema.safetensors")
-    start = load_file(tmp_path / "checkpoints/step_0000003/unet.safetensors")
-    end = load_file(tmp_path / "checkpoints/step_0000004/unet.safetensors")
+    average = load_file(tmp_path / "checkpoints/ldm/step_0000004/unet.ema.safetensors")
+    start = load_file(tmp_path / "checkpoints/ldm/step_0000003/unet.safetensors")
+    end = load_file(tmp_path / "checkpoints/ldm/step_0000004/unet.safetensors")
     assert average["conv_out.weight"].shape[0] == 8
     assert not torch.equal(start["conv_out.weight"][4:], end["conv_out.weight"][4:])  # the variance learned, too
     stock = quiet(StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None))
@@ -391,6 +391,6 @@ def test_importance_sampling_resumes_with_its_memory(home: Path, tmp_path: Path)
              "loop__sample_every": 0, "loop__checkpoint_every": 10}  # fmt: skip
     straight = train_ldm(config_of(home, tmp_path / "straight", loop__steps=20, **words))
     first = train_ldm(config_of(home, tmp_path / "stopped", loop__steps=10, **words))
-    memory = load_file(tmp_path / "stopped/checkpoints/step_0000010/timesteps.safetensors")
+    memory = load_file(tmp_path / "stopped/checkpoints/ldm/step_0000010/timesteps.safetensors")
     assert int(memory["count"].sum()) == 80 and float(memory["losses"].abs().min()) > 0
     assert first + train_ldm(config_of(home, tmp_path / "stopped", loop__steps=20, **words)) == straight

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.data.batches import choose_caption
-from ldm.training.randomness import Draw, draw, generator
-from ldm.training.samples import numbers_of
+from ldm.training.randomness import Draw, draw, generator, sample_numbers
 
 SHAPE = (2, 4, 4)
 
@@ -94,9 +93,9 @@ def test_processes_share_the_very_samples_of_one(
 ) -> None:
     size = processes * accumulation * share
     first = min(first, steps)
-    alone = numbers_of(first, steps, size, 1, 0, 1)
+    alone = sample_numbers(first, steps, size, 1, 0, 1)
     assert alone == [range(step * size, (step + 1) * size) for step in range(first, steps)]
-    ranks = [numbers_of(first, steps, size, accumulation, rank, processes) for rank in range(processes)]
+    ranks = [sample_numbers(first, steps, size, accumulation, rank, processes) for rank in range(processes)]
     for step in range(steps - first):
         parts = [n for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation] for n in part]
         assert sorted(parts) == list(alone[step])
@@ -104,4 +103,4 @@ def test_processes_share_the_very_samples_of_one(
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loop.batch_size: 10 .* multiple of 4"):
-        numbers_of(0, 1, 10, 2, 0, 2)
+        sample_numbers(0, 1, 10, 2, 0, 2)

@@ -8,20 +8,19 @@ import pytest
 
 from ldm.cli.config import keys, parse_config
 from ldm.system.errors import RunError
+from ldm.training.checkpoint import digest
 from ldm.training.config import Config, to_dict
-from ldm.training.resume import HARMLESS, ROUNDING, UNREAD, check_changes, differences, digest, flat
+from ldm.training.resume import HARMLESS, ROUNDING, UNREAD, check_changes, differences, flat
 
 
-def changed(
-    *words: str, before: tuple[str, ...] = (), trained: str = "unet", done: int = 0
-) -> dict[str, tuple[Any, Any]]:
+def changed(*words: str, before: tuple[str, ...] = (), task: str = "ldm", done: int = 0) -> dict[str, tuple[Any, Any]]:
     old, new = (to_dict(parse_config(list(given))) for given in (before, [*before, *words]))
-    return differences(old, new, trained, {}, done)
+    return differences(old, new, task, {}, done)
 
 
 def test_every_known_key_exists() -> None:
     known = [*keys(), *(f"{key.split('.')[0]}." for key in keys())]
-    for name in [*HARMLESS, *ROUNDING, *UNREAD["unet"], *UNREAD["vae"]]:
+    for name in [*HARMLESS, *ROUNDING, *UNREAD["ldm"], *UNREAD["vae"]]:
         assert name in known, name
 
 
@@ -66,7 +65,7 @@ def test_the_last_step_counts_where_the_learning_rate_depends_on_it() -> None:
     assert list(changed("loop.steps=7", "optim.decay=cosine")) == ["optim.decay", "loop.steps"] or set(
         changed("loop.steps=7", "optim.decay=cosine")
     ) == {"optim.decay", "loop.steps"}
-    assert list(changed("vae_training.steps=7", trained="vae")) == ["vae_training.steps"]
+    assert list(changed("vae_training.steps=7", task="vae")) == ["vae_training.steps"]
 
 
 def test_a_cooldown_may_be_moved_until_it_has_begun() -> None:
@@ -79,30 +78,30 @@ def test_a_cooldown_may_be_moved_until_it_has_begun() -> None:
 
 
 def test_the_vae_does_not_mind_what_it_does_not_read() -> None:
-    assert changed("unet.layers=1", "loop.steps=3", "optim.lr=1", "vae=x", "loop.batch_size=8", trained="vae") == {}
-    assert list(changed("vae_model.layers=2", trained="vae")) == ["vae_model.layers"]
-    assert list(changed("data.flip=true", trained="vae")) == ["data.flip"]
+    assert changed("unet.layers=1", "loop.steps=3", "optim.lr=1", "vae=x", "loop.batch_size=8", task="vae") == {}
+    assert list(changed("vae_model.layers=2", task="vae")) == ["vae_model.layers"]
+    assert list(changed("data.flip=true", task="vae")) == ["data.flip"]
 
 
 def test_a_key_that_the_older_version_did_not_know_counts_if_it_is_set() -> None:
     old, new = to_dict(Config()), to_dict(Config())
     del old["optim"]["clip"]
-    assert differences(old, new, "unet", {}, 0) == {}
+    assert differences(old, new, "ldm", {}, 0) == {}
     new["optim"]["clip"] = 2.0
-    assert differences(old, new, "unet", {}, 0) == {"optim.clip": (1.0, 2.0)}
+    assert differences(old, new, "ldm", {}, 0) == {"optim.clip": (1.0, 2.0)}
 
 
 def test_a_run_begun_before_contexts_were_standardized_is_not_gone_on_with_otherwise() -> None:
     old, new = to_dict(Config()), to_dict(Config())
     del old["text"]["standardize"]
-    assert differences(old, new, "unet", {}, 0) == {"text.standardize": (False, True)}
+    assert differences(old, new, "ldm", {}, 0) == {"text.standardize": (False, True)}
     new["text"]["standardize"] = False
-    assert differences(old, new, "unet", {}, 0) == {}
+    assert differences(old, new, "ldm", {}, 0) == {}
 
 
 def test_another_number_of_pictures_is_a_change() -> None:
     config = to_dict(Config())
-    found = differences(config, config, "unet", {"pictures": (18, 19)}, 0)
+    found = differences(config, config, "ldm", {"pictures": (18, 19)}, 0)
     with pytest.raises(RunError, match="pictures: 18 => 19"):
         check_changes(found, (), "")
 

@@ -37,8 +37,8 @@ from ldm.system.errors import RunError
 from ldm.training.config import Config
 from ldm.training.doctor.trial import OVERFIT, TIMED
 from ldm.training.encoders import Encoders
-from ldm.training.samples import Batch, fixed_questions
-from ldm.training.trainer import Training
+from ldm.training.samples import Batch, validation_set
+from ldm.training.trainer import Trainer
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
 
@@ -71,7 +71,7 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
         vae = f"vae={home / 'run' / 'vae'}"
         words = (f"run={run}", vae, "loop.accumulation=2", "loop.steps=4", "loop.sample_every=0")
         road.launch("train_ldm", home / "recipe.yaml", *words, processes=processes)
-    one, two = (list(road.logged(run, "loss").values()) for run in run_of.values())
+    one, two = (list(road.logged(run, "ldm/loss").values()) for run in run_of.values())
     assert len(one) == 4
     assert [road.processes_of(run) for run in run_of.values()] == [{1}, {2}]
     assert np.allclose(one, two, rtol=2e-5, atol=0)
@@ -79,7 +79,7 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
     for cache in (run / "cache" for run in run_of.values()):  # encoded once, not once by each
         (posteriors,) = cache.glob("posteriors-*.sqlite")
         assert len(Store(posteriors, Kind.of(posteriors))) == 18
-    weights = [load_file(run / "checkpoints/step_0000004/unet.safetensors") for run in run_of.values()]
+    weights = [load_file(run / "checkpoints/ldm/step_0000004/unet.safetensors") for run in run_of.values()]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-3)  # Adam: one lr step at most
 
@@ -113,7 +113,7 @@ def work(tick):
         raise ValueError("on purpose")
 
 try:
-    ranks.while_others_wait(work)
+    ranks.on_rank_0(work)
     print(f"rank {state.process_index} goes on", flush=True)
 except Exception as error:
     print(f"rank {state.process_index}: {error}", flush=True)
@@ -180,7 +180,7 @@ def test_adversarial_term_trains_the_judge_from_its_step_on(home: Path, tmp_path
     judged = train_vae(road.recipe(home, run=str(tmp_path / "judged"), **words))
     assert judged[:2] == plain[:2]
     assert judged[2] != plain[2]
-    weights = load_file(tmp_path / "judged/vae_checkpoints/step_0000004/discriminator.safetensors")
+    weights = load_file(tmp_path / "judged/checkpoints/vae/step_0000004/discriminator.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
@@ -223,9 +223,9 @@ def test_every_objective_learns(home: Path, tmp_path: Path, prediction: str) -> 
         "loop__sample_every": 0,
     }
     train_ldm(config_of(home, tmp_path, diffusion__weighting="min_snr", optim__ema_decay=0.9, **words))
-    heldout = list(road.logged(tmp_path, "heldout/total").values())
+    heldout = list(road.logged(tmp_path, "ldm/heldout/total").values())
     assert heldout[-1] < 0.75 * heldout[0]
-    quarters = [road.logged(tmp_path, f"heldout/q{i}")[60] for i in (1, 2, 3, 4)]
+    quarters = [road.logged(tmp_path, f"ldm/heldout/q{i}")[60] for i in (1, 2, 3, 4)]
     assert sum(quarters) / 4 == pytest.approx(heldout[-1])
     assert quarters[0] > quarters[-1]  # little noise is hard to tell from the picture, much noise is easy
 
@@ -238,7 +238,7 @@ def test_the_log_says_what_captions_are_worth(home: Path, tmp_path: Path) -> Non
     pipe = LDMPipeline.from_pretrained(tmp_path / "pipeline")
     text = TextEncoder(pipe.tokenizer, pipe.text_encoder)
     heldout = read_captioned(home / "data", holdout=0.2, progress=False).heldout
-    asked = fixed_questions(config, ConditionedPictures(heldout), Encoders(lambda: pipe.vae, lambda: text))
+    asked = validation_set(config, ConditionedPictures(heldout), Encoders(lambda: pipe.vae, lambda: text))
     assert asked is not None and asked.shuffled is not None
     true, schedule = asked.true, pipe.scheduler.alphas_cumprod.double()
 
@@ -256,7 +256,7 @@ def test_the_log_says_what_captions_are_worth(home: Path, tmp_path: Path) -> Non
     assert not any(bool((mine == other).all()) for mine, other in zip(own, asked.shuffled, strict=True))
     gaps = {"text_gap": asked.shuffled, "null_gap": text.encode([""]).expand_as(own)}
     for name, context in gaps.items():
-        (logged,) = road.logged(tmp_path, f"heldout/{name}").values()
+        (logged,) = road.logged(tmp_path, f"ldm/heldout/{name}").values()
         assert logged == pytest.approx(loss(context) - loss(own), rel=0.05, abs=2e-7)
         assert logged != 0
 
@@ -284,11 +284,11 @@ def test_the_encoders_are_in_memory_only_while_they_are_needed(
         found = [o for o in gc.get_objects() if isinstance(o, ENCODERS)]
         return {id(o) for o in found if any(p.device.type != "meta" for p in o.parameters())}
 
-    before, found, step = alive(), [], Training.step
+    before, found, step = alive(), [], Trainer.step
 
-    def looking(training: Training, *arguments: Any) -> Any:
+    def looking(trainer: Trainer, *arguments: Any) -> Any:
         found.append(len(alive() - before))
-        return step(training, *arguments)
+        return step(trainer, *arguments)
 
     def meeting(kind: Any) -> Callable[..., Any]:
         forward = kind.forward
@@ -302,7 +302,7 @@ def test_the_encoders_are_in_memory_only_while_they_are_needed(
     together: list[tuple[int, int]] = []
     monkeypatch.setattr(Encoder, "forward", meeting(Encoder))
     monkeypatch.setattr(BertModel, "forward", meeting(BertModel))
-    monkeypatch.setattr(Training, "step", looking)
+    monkeypatch.setattr(Trainer, "step", looking)
     drawing = tmp_path / "run/samples/step_0000004.png"
     words = {"doctor": True, "data__cache": cache, "loop__checkpoint_every": 2, "loop__sample_every": 4}
     train_ldm(config_of(home, tmp_path / "run", **words))
@@ -427,9 +427,9 @@ def test_resume_goes_on_exactly(home: Path, tmp_path: Path) -> None:
     rest = train_ldm(config_of(home, tmp_path / "stopped"))
     assert first + rest == straight
     for name in ("unet", "unet.ema", "unet.optimizer"):
-        files = [tmp_path / run / f"checkpoints/step_0000006/{name}.safetensors" for run in ("straight", "stopped")]
+        files = [tmp_path / run / f"checkpoints/ldm/step_0000006/{name}.safetensors" for run in ("straight", "stopped")]
         assert files[0].read_bytes() == files[1].read_bytes(), name
-    assert [path.name for path in sorted((tmp_path / "straight/checkpoints").iterdir())] == [
+    assert [path.name for path in sorted((tmp_path / "straight/checkpoints/ldm").iterdir())] == [
         "step_0000003",
         "step_0000006",
     ]
@@ -443,7 +443,7 @@ def test_a_compiled_network_trains_resumes_and_is_saved_as_a_plain_one(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     parts = [config_of(home, tmp_path / "parts", loop__compile="true", loop__steps=steps) for steps in (3, 6)]
     assert train_ldm(parts[0]) + train_ldm(parts[1]) == plain
-    for name in ("checkpoints/step_0000006/unet", "pipeline/unet/diffusion_pytorch_model"):
+    for name in ("checkpoints/ldm/step_0000006/unet", "pipeline/unet/diffusion_pytorch_model"):
         one, other = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("plain", "parts"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -455,8 +455,8 @@ def test_exported_pipeline_holds_the_average_and_draws_the_grid(home: Path, tmp_
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
-    average = load_file(tmp_path / "checkpoints/step_0000006/unet.ema.safetensors")
-    last = load_file(tmp_path / "checkpoints/step_0000006/unet.safetensors")
+    average = load_file(tmp_path / "checkpoints/ldm/step_0000006/unet.ema.safetensors")
+    last = load_file(tmp_path / "checkpoints/ldm/step_0000006/unet.safetensors")
     exported = pipeline.unet.state_dict()
     assert all(torch.equal(exported[name], average[name]) for name in average)
     assert any(not torch.equal(last[name], average[name]) for name in average)
@@ -542,7 +542,7 @@ def test_pipelines_share_what_no_step_changes(
         assert frozen.read_bytes() == shared.read_bytes()
         assert frozen.samefile(shared) == links
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
-    average = load_file(next((tmp_path / "checkpoints").glob("*3/unet.ema.safetensors")))
+    average = load_file(next((tmp_path / "checkpoints/ldm").glob("*3/unet.ema.safetensors")))
     assert all(torch.equal(loaded.unet.state_dict()[name], weight) for name, weight in average.items())
 
 
@@ -559,7 +559,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         said = capsys.readouterr().out
-        assert ("going on from" in said) == (steps > 1)
+        assert ("resuming from" in said) == (steps > 1)
         assert ("not exact to the last bit" in said) == told == ("bit: precision fp32 => bf16" in said)
 
 

@@ -3,52 +3,41 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ldm.data.cache.latents import context_kind, posterior_kind
-from ldm.data.conditioned import ConditionedPictures
 from ldm.system.files import gib
 from ldm.system.memory import peak_bytes
-from ldm.training.config import Config
 from ldm.training.doctor.findings import Finding
-from ldm.training.encoders import Encoders
+from ldm.training.task import Task, float32_bytes
 
 FULL = 0.9  # of the memory that is there; what else runs needs some, too
 
 
-def network_needs(config: Config, weights: int, moments: int, other: int, name: str) -> dict[str, int]:
-    """Bytes that checkpoints and what is made of them take, one on its way counted in.
-
-    Args:
-        weights, other: of the network, and of those that are saved beside it, once.
-        moments: how often a checkpoint holds the weights: itself, averages, moments of the optimizer.
-    """
-    return {"checkpoints": moments * weights * (config.loop.keep + 1), name: 2 * weights + other}
-
-
-def cache_needs(
-    config: Config, source: ConditionedPictures, encoders: Encoders, shape: tuple[int, int, int]
-) -> dict[str, int]:
-    """Bytes that the cache of latents and contexts takes."""
-    if config.data.cache == "off":
-        return {}
-    text, told, data = encoders.text_outline, encoders.fingerprints, config.data
-    posterior = posterior_kind(told["vae"], shape, data.size, data.background)
-    size = len(source.train.all_pictures) * posterior.disk_size * (2 if data.flip else 1)
-    if text:
-        captions = {caption for row in source.train.pictures for caption in row.captions}
-        of_caption = context_kind(told["text"], (text.tokenizer.model_max_length, text.dim))
-        size += len(captions) * of_caption.disk_size
-    return {"cache": size}
+def needs(task: Task) -> dict[str, int]:
+    """Bytes that a run of a task writes, by what for; of what replaces itself, two at the moment of writing."""
+    trial = replace(task)
+    trial.build()
+    sizes = [float32_bytes(state.module) for state in trial.train_state.values()]
+    kept = [1 + 2 * (state.optimizer is not None) + (state.ema is not None) for state in trial.train_state.values()]
+    task.accelerator.free_memory()
+    found = {
+        "checkpoints": sum(size * times for size, times in zip(sizes, kept)) * (task.config.loop.keep + 1),
+        task.result: 2 * sizes[0],
+    }
+    for name, size in task.other_needs().items():
+        found[name] = found.get(name, 0) + size
+    return found
 
 
-def disk(config: Config, needs: dict[str, int], check: str) -> Finding:
+def disk(task: Task) -> Finding:
     """What is written, against what is free on the disk of the run and on that of the cache."""
+    config, check = task.config, f"{task.title} disk"
     run, cache = nearest_folder(Path(config.run)), nearest_folder(config.cache_folder() or Path(config.run))
     shares: dict[Path, dict[str, int]] = {run: {}, cache: {}} if run.stat().st_dev != cache.stat().st_dev else {run: {}}
-    for what, size in needs.items():
+    for what, size in needs(task).items():
         shares[cache if what == "cache" and cache in shares else run][what] = size
     told, fits = [], True
     for folder, sizes in shares.items():

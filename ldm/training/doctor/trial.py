@@ -7,19 +7,20 @@ one and the same batch in thirty steps at its peak learning rate won't learn fro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import tqdm
-from torch import Tensor
 
 from ldm.system.memory import give_back
 from ldm.training.config import Config
 from ldm.training.doctor.findings import Finding
 from ldm.training.doctor.resources import memory
+from ldm.training.randomness import sample_numbers
+from ldm.training.task import Task
+from ldm.training.trainer import Trainer
 
 TIMED = 3  # steps, after one that warms up
 OVERFIT = 30  # steps on one batch
@@ -28,52 +29,48 @@ FALLS = 0.9  # to at most this share of the first loss
 FOREVER = 10**9  # steps, so that no learning rate decays
 
 
-class Steps(Protocol):
-    """A training, as far as one step goes."""
+def trial_numbers(task: Task) -> list[range]:
+    """The sample numbers of this process's batches in the steps that are timed."""
+    recipe, accelerator = task.recipe, task.accelerator
+    return sample_numbers(
+        0, 1 + TIMED, recipe.batch_size, recipe.accumulation, accelerator.process_index, accelerator.num_processes,
+        key=f"{task.loop_section}.batch_size",
+    )  # fmt: skip
 
-    def step(self, step: int, batch: Any, /) -> tuple[Tensor, Tensor]: ...
 
-
-def try_steps(
-    config: Config,
-    section: str,
-    prepare: Callable[[Config], Steps],
-    batches: list[Any],
-    few: Any,
-    accelerator: Accelerator,
-    name: str,
-) -> list[Finding]:
-    """Take steps and throw them away. Every rank must call it.
+def try_steps(task: Task, batches: list[list[Any]], few: list[Any]) -> list[Finding]:
+    """Take steps of copies of a task and throw them away. Every rank must call it.
 
     Args:
-        section: of the config, that holds the learning rate: "optim", "vae_training", "classifier_training".
-        prepare: a fresh training of a config.
         batches: what 1 + TIMED steps take.
-        few: a batch of FEW samples.
-        name: of the network, in the findings.
+        few: what a step on FEW samples takes.
     """
+    config, accelerator, name, section = task.config, task.accelerator, task.title, task.optim_section
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    steps = (config.loop if section == "optim" else getattr(config, section)).steps
+    steps = task.recipe.steps
     # compiling takes longer than all of this; steps at half the size are the fewer and the faster ones
     plain = replace(config, loop=replace(config.loop, compile=False, half_size_steps=0))
     found: list[Finding] = []
     bar = tqdm(total=len(batches) + OVERFIT, desc=f"trying the {name}", unit="step", leave=False)
 
-    def losses_and_seconds(training: Steps, batches: list[Any]) -> Iterator[tuple[float, float]]:
-        for step, batch in enumerate(batches):
+    def losses_and_seconds(config: Config, batches: list[list[Any]]) -> Iterator[tuple[float, float]]:
+        trial = replace(task, config=config)
+        trial.build()
+        trainer = Trainer(trial)
+        for step, parts in enumerate(batches):
             started = time.monotonic()
-            loss = float(accelerator.reduce(training.step(step, batch)[0], "mean"))
+            loss = float(accelerator.reduce(trainer.step(step, parts)[0], "mean"))
             bar.update()
             yield loss, time.monotonic() - started
 
     try:
-        taken = [seconds for _, seconds in losses_and_seconds(prepare(plain), batches)][1:]
+        taken = [seconds for _, seconds in losses_and_seconds(plain, batches)][1:]
         each = sorted(taken)[len(taken) // 2]
-        told = f"{each:.2f} s a step, {eta(each * steps)} for {steps:,} of them, drawing and saving not counted"
+        told = f"{each:.2f} s a step, {eta(each * steps)} for {steps:,} of them, previews and saving not counted"
         found += [Finding("ok", f"{name} time", told), memory(accelerator.device, f"{name} memory", _smaller(section))]
         accelerator.free_memory()
-        losses = [loss for loss, _ in losses_and_seconds(prepare(at_peak(plain, section)), [few] * OVERFIT)]
-        found.append(learning(losses, f"{name} learning", f"{section}.lr", getattr(config, section).lr))
+        losses = [loss for loss, _ in losses_and_seconds(at_peak(plain, section), [few] * OVERFIT)]
+        found.append(learning(losses, f"{name} learning", f"{section}.lr", task.recipe.lr))
     except torch.OutOfMemoryError as error:
         told = f"{str(error).splitlines()[0]}; {_smaller(section)}"
         found.append(Finding("problem", f"{name} memory", told))

@@ -1,5 +1,6 @@
-"""What is trained.
+"""The kinds of training, each with its data, networks, loss, validation and export.
 
 autoencoder.py  the VAE
+diffusion.py    the U-Net
 classifier.py   the classifier of noisy latents
 """

@@ -9,19 +9,139 @@ set afterwards (models/vae.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ldm.data.batches import load_pixels
 from ldm.data.dataset import CaptionedPictures
+from ldm.models.vae import build_vae, latent_shape, load_vae
 from ldm.training.config import Config, DataConfig, VAETrainingConfig
-from ldm.training.plain_loop import PlainTraining
+from ldm.training.distributed import Tick
+from ldm.training.encoder_report import reconstructions, report_reconstruction
+from ldm.training.export import check_weights, export, loadable
+from ldm.training.normalization import normalize_on
 from ldm.training.randomness import generator, row_of
+from ldm.training.task import Recipe, Task
+from ldm.training.train_state import whole_weights
+
+VALIDATED = 256  # pictures, at most
+
+
+@dataclass(frozen=True)
+class PixelSamples:
+    """Sample n: a picture [3,H,W] in [-1,1] and the noise of its posterior, [C,h,w]."""
+
+    pictures: CaptionedPictures
+    data: DataConfig
+    seed: int
+    latent_shape: tuple[int, int, int]
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        row = self.pictures[row_of(self.seed, n, len(self.pictures))]
+        rng = generator(self.seed, "vae sample", n)
+        x, y, flip = torch.rand(3, generator=rng, dtype=torch.float64).tolist()
+        pixels = load_pixels(row, self.data.size, self.data.crop, (x, y), self.data.flip and flip < 0.5)
+        return {"pixels": pixels, "noise": torch.randn(self.latent_shape, generator=rng)}
+
+
+@dataclass
+class Autoencoder(Task):
+    """An AutoencoderKL and, with an adversarial loss, a discriminator."""
+
+    name = "vae"
+    title = "VAE"
+    optim_section = loop_section = "vae_training"
+    result = "vae"
+    preview_folder = "reconstructions"
+
+    pictures: CaptionedPictures
+    quality: str = ""
+
+    def __post_init__(self) -> None:
+        self.latent_shape = latent_shape(build_vae(self.config.vae_model), self.config.data.size)
+        self.samples = PixelSamples(self.pictures.train, self.config.data, self.config.seed, self.latent_shape)
+        self.workers = self.config.data.workers
+        self.details = f", latents {list(self.latent_shape)}"
+
+    @classmethod
+    def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Autoencoder:
+        return cls(config, accelerator, pictures)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        every = self.config.vae_training.checkpoint_every
+        return Recipe.of(self.config.vae_training, evaluate_every=every, sample_every=every)
+
+    def build(self) -> None:
+        torch.manual_seed(self.config.seed)
+        self.add("vae", Reconstruction(build_vae(self.config.vae_model)))
+        if self.config.vae_training.adversarial:
+            self.add("discriminator", PatchDiscriminator())
+        perceptual = self.config.vae_training.perceptual > 0
+        self.lpips = load_lpips(self.accelerator.device) if perceptual else None
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder itself, out of what accelerate wraps it in."""
+        return self.accelerator.unwrap_model(self.train_state["vae"].module).vae
+
+    def batch(self, collated: dict[str, Any]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in collated.items()}
+
+    def loss(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        recipe, pixels = self.config.vae_training, batch["pixels"]
+        discriminator = self.train_state["discriminator"].module if "discriminator" in self.train_state else None
+        with self.accelerator.autocast():
+            output, kl = self.train_state["vae"].module(pixels, batch["noise"])  # (B, 3, H, W), (B,)
+            loss = pixel_loss(recipe, output, pixels) + recipe.kl * kl
+            if self.lpips is not None:
+                loss = loss + recipe.perceptual * self.lpips(output, pixels).flatten(1).mean(1)
+            if discriminator is None or step < recipe.adversarial_start:
+                return {"vae": loss}
+            discriminator.requires_grad_(False)
+            loss = loss + recipe.adversarial * generator_loss(discriminator(output))
+            discriminator.requires_grad_(True)
+            hinge = discriminator_loss(discriminator(pixels), discriminator(output.detach()))
+        return {"vae": loss, "discriminator": hinge}
+
+    def validate(self) -> dict[str, float]:
+        """PSNR in dB of reconstructions, of held-out pictures if there are any."""
+        mean, self.quality = report_reconstruction(self.vae, self.pictures, self.config.data.size, VALIDATED)
+        return {"heldout/psnr" if len(self.pictures.heldout) else "train/psnr": mean}
+
+    def preview(self, step: int, interrupted: Callable[[], bool]) -> Image.Image | None:
+        """Pictures over their reconstructions."""
+        rows = self.pictures.heldout if len(self.pictures.heldout) else self.pictures.train
+        return reconstructions(self.vae, rows, self.config.data.size)
+
+    def export(self, step: int) -> Path | None:
+        """Save RUN/vae, normalized, after the last step alone: what finds it there can rely on it being trained."""
+        if step < self.recipe.steps:
+            return None
+        weights = whole_weights(self.vae)
+
+        def write(folder: Path, tick: Tick) -> None:
+            vae = build_vae(self.config.vae_model)
+            vae.load_state_dict(weights)
+            vae.to(self.accelerator.device).eval().requires_grad_(False)
+            normalize_on(vae, self.pictures.train, self.config.data.size, tick)
+            vae.save_pretrained(folder)
+            with loadable():
+                found = load_vae(folder)
+            check_weights("vae", vae.state_dict(), found.state_dict())
+
+        return export(Path(self.config.run) / "vae", step, write, must=True)
+
+    def summary(self) -> str:
+        return f"{self.quality or 'VAE'}; saved in {Path(self.config.run) / 'vae'}"
 
 
 class Reconstruction(nn.Module):
@@ -38,35 +158,23 @@ class Reconstruction(nn.Module):
         return self.vae.decode(latents).sample.float(), posterior.kl().float() / pixels[0].numel()
 
 
-class PixelSamples(Dataset[dict[str, Tensor]]):
-    """Sample n of a VAE's run: a picture, and the noise of its posterior."""
-
-    def __init__(
-        self, pictures: CaptionedPictures, data: DataConfig, seed: int, latent_shape: tuple[int, int, int]
-    ) -> None:
-        self.pictures, self.data, self.seed, self.latent_shape = pictures, data, seed, latent_shape
-
-    def __getitem__(self, n: int) -> dict[str, Tensor]:
-        row = self.pictures[row_of(self.seed, n, len(self.pictures))]
-        rng = generator(self.seed, "vae sample", n)
-        x, y, flip = torch.rand(3, generator=rng, dtype=torch.float64).tolist()
-        pixels = load_pixels(row, self.data.size, self.data.crop, (x, y), self.data.flip and flip < 0.5)
-        return {"pixels": pixels, "noise": torch.randn(self.latent_shape, generator=rng)}
-
-
 def pixel_loss(config: VAETrainingConfig, output: Tensor, pixels: Tensor) -> Tensor:
-    """The L1, MSE and gradient terms, weighted."""
+    """The L1, MSE and gradient terms of each picture, weighted, [B]."""
     error = output - pixels
     across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
-    gradient = across.abs().mean() + down.abs().mean()
-    return config.l1 * error.abs().mean() + config.mse * error.square().mean() + config.gradient * gradient
+
+    def mean(values: Tensor) -> Tensor:
+        return values.flatten(1).mean(1)
+
+    gradient = mean(across.abs()) + mean(down.abs())
+    return config.l1 * mean(error.abs()) + config.mse * mean(error.square()) + config.gradient * gradient
 
 
 def load_lpips(device: torch.device) -> nn.Module:
     """LPIPS with VGG features (Zhang et al. 2018), frozen.
 
     Raises:
-        ValueError: if the package or its weights can't be had.
+        ValueError: if the package or its weights are missing.
     """
     try:
         import lpips
@@ -74,60 +182,15 @@ def load_lpips(device: torch.device) -> nn.Module:
         return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
     except Exception as error:  # a missing package, a torchvision that doesn't import, weights that can't be downloaded
         raise ValueError(
-            f"vae_training.perceptual: LPIPS can't be had ({type(error).__name__}: {error}); "
+            f"vae_training.perceptual: LPIPS can't be loaded ({type(error).__name__}: {error}); "
             "install lpips and torchvision and let it download VGG's weights once, or set vae_training.perceptual=0"
         ) from error
-
-
-@dataclass
-class VAETraining(PlainTraining):
-    """An autoencoder and, with an adversarial loss, its judge."""
-
-    name = "VAE"
-    lpips: nn.Module | None = None
-
-    @classmethod
-    def prepare(cls, config: Config, accelerator: Accelerator, vae: nn.Module) -> VAETraining:
-        """Hand the networks over to accelerate and make their optimizers."""
-        training = cls(config, accelerator)
-        training.add("vae", Reconstruction(vae))
-        if config.vae_training.adversarial:
-            training.add("discriminator", PatchDiscriminator())
-        if config.vae_training.perceptual:
-            training.lpips = load_lpips(accelerator.device)
-        return training
-
-    @property
-    def recipe(self) -> VAETrainingConfig:
-        return self.config.vae_training
-
-    def step(self, step: int, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """One step of the VAE, and of its judge once there is one."""
-        recipe, device = self.recipe, self.accelerator.device
-        pixels, noise = batch["pixels"].to(device), batch["noise"].to(device)
-        vae, judge = self.trainees["vae"], self.trainees.get("discriminator")
-        judging = judge is not None and step >= recipe.adversarial_start
-        with self.accelerator.autocast():
-            output, kl = vae.module(pixels, noise)
-            loss = pixel_loss(recipe, output, pixels) + recipe.kl * kl.mean()
-            if self.lpips is not None:
-                loss = loss + recipe.perceptual * self.lpips(output, pixels).mean()
-            if judge is not None and judging:
-                judge.module.requires_grad_(False)
-                loss = loss + recipe.adversarial * fooling_loss(judge.module(output))
-                judge.module.requires_grad_(True)
-        skipped = self.update(vae, loss, step)
-        if judge is not None and judging:
-            with self.accelerator.autocast():
-                verdict = judge_loss(judge.module(pixels), judge.module(output.detach()))
-            skipped = torch.maximum(skipped, self.update(judge, verdict, step))
-        return loss.detach(), skipped
 
 
 class PatchDiscriminator(nn.Sequential):
     """PatchGAN (Isola et al. 2017): pixels [B,3,H,W] => one logit for each overlapping patch, [B,1,h,w].
 
-    Strided convolutions see patches of 34 pixels; group norm instead of batch norm, so that a verdict
+    Strided convolutions see patches of 34 pixels; group norm instead of batch norm, so that a logit
     depends on its own picture alone.
     """
 
@@ -145,11 +208,11 @@ class PatchDiscriminator(nn.Sequential):
         )
 
 
-def judge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The judge's hinge loss on its logits for real and reconstructed pictures (Lim & Ye 2017)."""
-    return torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's hinge loss [B] on its logits for real and reconstructed pictures (Lim & Ye 2017)."""
+    return (torch.relu(1 - real) + torch.relu(1 + fake)).flatten(1).mean(1)
 
 
-def fooling_loss(fake: Tensor) -> Tensor:
-    """What the VAE minimizes: the negative of the judge's logits for its reconstructions."""
-    return -fake.mean()
+def generator_loss(fake: Tensor) -> Tensor:
+    """What the VAE minimizes [B]: the negative of the discriminator's logits for its reconstructions."""
+    return -fake.flatten(1).mean(1)

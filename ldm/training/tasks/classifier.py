@@ -1,8 +1,15 @@
-"""Training the classifier of noisy latents: -log p(y | x_t, t) at uniform t (Dhariwal & Nichol 2021, section 4.3)."""
+"""Training the classifier of noisy latents: -log p(y | x_t, t) at uniform t (Dhariwal & Nichol 2021, section 4.3).
+
+It reads the config of the U-Net's training: the same pictures, VAE and noise schedule, so that it sees what the U-Net
+sees. Its gradient guides sampling (ldm.diffusion.guidance).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +18,6 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ldm.data.batches import evenly, load_pixels, pixel_batches
 from ldm.data.cache.latents import LatentCache
@@ -20,20 +26,25 @@ from ldm.data.labels import Labels
 from ldm.diffusion.guidance import classifier_loss
 from ldm.diffusion.timesteps import at_share
 from ldm.evaluation.validation import LabeledValidationSet, classifier_accuracy
-from ldm.models.classifier import NoisyClassifier
-from ldm.models.vae import Posterior, encode
-from ldm.system.files import put_in_place, temporary_beside
-from ldm.training.config import ClassifierTrainingConfig, Config, DataConfig
-from ldm.training.plain_loop import PlainTraining
+from ldm.models.classifier import NoisyClassifier, build_classifier
+from ldm.models.vae import Posterior, encode, latent_shape
+from ldm.training.config import Config, DataConfig
+from ldm.training.distributed import Tick, encoding_dtype
+from ldm.training.encoders import Encoders
+from ldm.training.export import check_weights, export, loadable
+from ldm.training.latent_cache import build_cache
+from ldm.training.normalization import check_scale, load_normalized, measure_pretrained
+from ldm.training.objective import build_schedule
 from ldm.training.randomness import generator, row_of
+from ldm.training.task import Recipe, Task
 from ldm.training.train_state import whole_weights
 
-ASKED = 1024  # held-out pictures, at most: an accuracy is then known to 0.02
+VALIDATED = 1024  # held-out pictures, at most: an accuracy is then known to 0.02
 
 
 @dataclass(frozen=True)
-class LabelledSamples(Dataset[dict[str, Any]]):
-    """Sample n of a classifier's run: a picture's posterior (its pixels, if there is none yet), label, t and noise.
+class LabeledSamples:
+    """Sample n: a picture's posterior (its pixels, if there is no cache), label, t and noise.
 
     Attributes:
         ids: the label of each picture.
@@ -49,6 +60,11 @@ class LabelledSamples(Dataset[dict[str, Any]]):
     T: int
     latent_shape: tuple[int, int, int]
     cache: LatentCache | None
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of a batch, as DataLoader reads them."""
+        with self.cache.reading() if self.cache else nullcontext():
+            return [self[n] for n in numbers]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         number = row_of(self.seed, n, len(self.pictures))
@@ -69,77 +85,126 @@ class LabelledSamples(Dataset[dict[str, Any]]):
 
 
 @dataclass
-class ClassifierTraining(PlainTraining):
-    """A classifier, and the frozen VAE for samples that are still pixels."""
+class Classifier(Task):
+    """A classifier of noisy latents, behind a frozen VAE."""
 
     name = "classifier"
-    vae: Any = None
+    title = "classifier"
+    optim_section = loop_section = "classifier_training"
+    result = "classifier"
+
+    pictures: CaptionedPictures
+    labels: Labels
+    encoders: Encoders
+    samples: LabeledSamples = field(init=False)
+    heldout: LabeledValidationSet | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        config, ids = self.config, self.labels.ids(self.pictures.train)
+        self.latent_shape = latent_shape(self.encoders.vae_outline, config.data.size)
+        self.schedule = build_schedule(config.diffusion)
+        self.samples = LabeledSamples(
+            self.pictures.train, ids, config.data, config.seed, self.schedule.T, self.latent_shape, None
+        )
+        self.workers = config.data.workers
+        self.details = f", latents {list(self.latent_shape)}"
 
     @classmethod
-    def prepare(
-        cls, config: Config, accelerator: Accelerator, classifier: NoisyClassifier, vae: Any
-    ) -> ClassifierTraining:
-        """Hand the classifier over to accelerate and make its optimizer."""
-        training = cls(config, accelerator, vae=vae)
-        training.add("classifier", classifier, config.classifier_training.weight_decay)
-        return training
+    def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Classifier:
+        column = config.data.label_column
+        if column is None:
+            raise ValueError("data.label_column: the classifier needs to know which column holds the classes; set it")
+        labels = Labels.read(pictures, column)
+        per_label = np.bincount(labels.ids(pictures.train), minlength=len(labels.names))
+        accelerator.print(
+            f"{labels.column}: {len(labels.names)} classes, the most frequent {labels.names[per_label.argmax()]} with "
+            f"{per_label.max() / len(pictures.train):.1%} of the pictures"
+        )
+        device, dtype = accelerator.device, encoding_dtype(accelerator)
+        measure_pretrained(config, pictures.train, device, dtype)
+        encoders = Encoders(lambda: load_normalized(config, device), None, dtype)
+        check_scale(encoders.vae, pictures.train, config.data.size)
+        return cls(config, accelerator, pictures, labels, encoders)
 
-    @property
-    def recipe(self) -> ClassifierTrainingConfig:
-        return self.config.classifier_training
+    @cached_property
+    def recipe(self) -> Recipe:
+        every = self.config.classifier_training.checkpoint_every
+        return Recipe.of(self.config.classifier_training, evaluate_every=every, sample_every=0)
+
+    def build(self) -> None:
+        torch.manual_seed(self.config.seed)
+        self.add("classifier", self.fresh())
+
+    def fresh(self) -> NoisyClassifier:
+        """A classifier with random weights."""
+        return build_classifier(
+            self.config.classifier, latent_shape=self.latent_shape, names=self.labels.names, schedule=self.schedule
+        )
+
+    def prepare(self) -> None:
+        self.heldout = self.validation_set()
+        folder = self.config.cache_folder()
+        if folder is not None:
+            rows = self.pictures.train
+            cache = build_cache(self.config, folder, rows, self.encoders, self.latent_shape, "classifier")
+            self.samples, self.workers = replace(self.samples, cache=cache), 0
+        self.free()
+
+    def free(self) -> None:
+        self.encoders.free()
+
+    @torch.no_grad()
+    def validation_set(self) -> LabeledValidationSet | None:
+        """Held-out pictures' latents and labels at fixed (t, eps); None if there are none."""
+        rows, config, vae = evenly(self.pictures.heldout, VALIDATED), self.config, self.encoders.vae
+        if not len(rows):
+            return None
+        mean = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "encoding")])
+        ids = torch.from_numpy(self.labels.ids(rows)).to(vae.device)
+        return LabeledValidationSet.fixed(mean, ids, config.diffusion.timesteps, generator(config.seed, "held out"))
 
     @property
     def classifier(self) -> NoisyClassifier:
         """The classifier itself, out of what accelerate wraps it in."""
-        return self.accelerator.unwrap_model(self.trainees["classifier"].module)  # type: ignore[no-any-return]
+        return self.accelerator.unwrap_model(self.train_state["classifier"].module)  # type: ignore[no-any-return]
 
-    def step(self, step: int, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """One step on a batch of `LabelledSamples`; the loss is in nats."""
+    def batch(self, collated: dict[str, Any]) -> dict[str, Tensor]:
         device = self.accelerator.device
-        x0 = self.latents(batch).sample(batch["posterior_noise"].to(device))
-        trainee, labels = self.trainees["classifier"], batch["label"].to(device)
+        on_device = {name: value.to(device, non_blocking=True) for name, value in collated.items() if name != "t"}
+        if "pixels" in on_device:
+            with torch.no_grad():
+                posterior = encode(self.encoders.vae, on_device.pop("pixels"))
+        else:
+            posterior = Posterior(on_device["mean"], on_device["std"])
+        return on_device | {"x0": posterior.sample(on_device["posterior_noise"]), "t": collated["t"]}
+
+    def loss(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        module = self.train_state["classifier"].module
         with self.accelerator.autocast():
-            loss = classifier_loss(
-                trainee.module, self.classifier.schedule, x0, batch["t"], batch["eps"].to(device), labels
-            ).mean()
-        skipped = self.update(trainee, loss, step)
-        return loss.detach(), skipped
+            loss = classifier_loss(module, self.schedule, batch["x0"], batch["t"], batch["eps"], batch["label"])
+        return {"classifier": loss}
 
-    def latents(self, batch: dict[str, Tensor]) -> Posterior:
-        """The posterior of each sample, on the device."""
-        device = self.accelerator.device
-        if "pixels" not in batch:
-            return Posterior(batch["mean"].to(device), batch["std"].to(device))
-        with torch.no_grad():
-            return encode(self.vae, batch["pixels"].to(device))
-
-    def accuracy(self, questions: LabeledValidationSet) -> dict[str, float]:
-        """How often the classifier is right on held-out pictures."""
+    def validate(self) -> dict[str, float]:
+        """Accuracy on held-out pictures, in total and by quarter of t, and the loss in nats."""
+        if self.heldout is None:
+            return {}
         classifier = self.classifier.eval()
-        answers = classifier_accuracy(classifier, classifier.schedule, questions)
+        found = classifier_accuracy(classifier, self.schedule, self.heldout)
         classifier.train()
-        return answers
+        return {f"heldout/{name}": value for name, value in found.items()}
 
-    def export(self) -> None:
-        """Save RUN/classifier. Every rank must call it."""
-        weights = whole_weights(self.trainees["classifier"].module)
-        if self.accelerator.is_main_process:
-            final = Path(self.config.run) / "classifier"
-            temporary = temporary_beside(final)
-            self.classifier.save(temporary, weights)
-            put_in_place(temporary, final)
-        self.accelerator.wait_for_everyone()
+    def export(self, step: int) -> Path | None:
+        """Save RUN/classifier."""
+        weights = whole_weights(self.train_state["classifier"].module)
 
+        def write(folder: Path, _: Tick) -> None:
+            self.classifier.save(folder, weights)
+            with loadable():
+                found = NoisyClassifier.load(folder)
+            check_weights("classifier", weights, found.state_dict())
 
-@torch.no_grad()
-def labelled_questions(
-    config: Config, heldout: CaptionedPictures, labels: Labels, vae: Any
-) -> LabeledValidationSet | None:
-    """The held-out pictures' latents and labels with their fixed (t, eps); None if there are none to ask."""
-    rows = evenly(heldout, ASKED)
-    if not len(rows):
-        return None
-    mean = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "asking")])
-    ids = torch.from_numpy(labels.ids(rows)).to(vae.device)
-    rng = generator(config.seed, "held out")
-    return LabeledValidationSet.fixed(mean, ids, config.diffusion.timesteps, rng)
+        return export(Path(self.config.run) / "classifier", step, write, must=step == self.recipe.steps)
+
+    def summary(self) -> str:
+        example = f"--classifier {Path(self.config.run) / 'classifier'} --class-label {self.labels.names[0]}"
+        return f"classifier: done; guide with it: ldm sample MODEL PROMPT {example}"

@@ -14,10 +14,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from ldm.models.fingerprint import weights_fingerprint
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.errors import RunError
 from ldm.system.hashing import sha256
-from ldm.training.selfcheck import Frozen, PipelineMismatch, check_frozen, check_unet, known
+from ldm.training.export import ExportMismatch, Frozen, check_frozen, check_unet
 from train.train_ldm import main as train_ldm
 
 
@@ -71,8 +72,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> LDMPipeline:
 
 def check_pipeline(folder: Path, pipeline: LDMPipeline, expected: float) -> None:
     """What a run does at its start, and what it does at every export."""
-    networks = {"vae": known(pipeline.vae), "text_encoder": known(pipeline.text_encoder)}
-    check_frozen(folder, Frozen.of(pipeline, networks))
+    networks = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    known = {name: (type(network), weights_fingerprint(network)) for name, network in networks.items()}
+    check_frozen(folder, Frozen.of(pipeline, known))
     check_unet(folder, pipeline.unet, expected, loss_of, "no")
 
 
@@ -86,14 +88,14 @@ def test_each_damage_is_found(pipeline: LDMPipeline, tmp_path: Path, name: str) 
     damage, told = DAMAGES[name]
     pipeline.save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(PipelineMismatch, match=told):
+    with pytest.raises(ExportMismatch, match=told):
         check_pipeline(tmp_path, pipeline, loss_of(pipeline.unet))
 
 
 def test_an_export_of_other_weights_than_the_average_is_found(pipeline: LDMPipeline, tmp_path: Path) -> None:
     """What is in memory and on the disk agree with each other, but not with what was trained."""
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(PipelineMismatch, match="unet: loss"):
+    with pytest.raises(ExportMismatch, match="unet: loss"):
         check_pipeline(tmp_path, pipeline, 1.01 * loss_of(pipeline.unet))
 
 

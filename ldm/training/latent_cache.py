@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ldm.data.cache.latents import Builder, LatentCache, context_kind, posterior_kind
+from ldm.data.cache.store import Kind
+from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import Row
 from ldm.models.vae import encode
 from ldm.training.config import Config
-from ldm.training.distributed import while_others_wait
+from ldm.training.distributed import Tick, on_rank_0
 from ldm.training.encoders import Encoders
 
 
@@ -27,17 +29,13 @@ def build_cache(
     """Encode what `folder` lacks of these pictures and captions, and open it. Every rank must call it.
 
     Args:
-        name: of the table that says where in the stores each picture is; one for each sequence of pictures.
+        name: of the table with the place of each picture in the stores; one for each sequence of pictures.
     Raises:
         NoSpaceError: if it doesn't fit on the disk.
         BadDataError: if a picture can't be read.
     """
-    text, told = encoders.text_outline, encoders.fingerprints
     data, table = config.data, Path(config.run) / "cache" / f"{name}.npy"
-    posteriors = posterior_kind(told["vae"], latent_shape, data.size, data.background)
-    contexts = None
-    if text is not None:
-        contexts = context_kind(told["text"], (text.tokenizer.model_max_length, text.dim))
+    posteriors, contexts = kinds(config, encoders, latent_shape)
 
     @torch.no_grad()
     def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +46,33 @@ def build_cache(
         assert encoders.text is not None
         return encoders.text.encode(captions)
 
-    def build(tick: Callable[[], None]) -> None:
+    def build(tick: Tick) -> None:
         builder = Builder(folder, tick=tick)
         captions = (contexts, encode_captions) if contexts is not None else None
         builder.build(pictures, table, (posteriors, encode_pixels), captions, size=data.size, flip=data.flip)
 
-    while_others_wait(build)
+    on_rank_0(build)
     return LatentCache.open(folder, table, posteriors, contexts)
+
+
+def kinds(config: Config, encoders: Encoders, latent_shape: tuple[int, int, int]) -> tuple[Kind, Kind | None]:
+    """The stores of posteriors and, with a text encoder, of contexts."""
+    text, prints, data = encoders.text_outline, encoders.fingerprints, config.data
+    posteriors = posterior_kind(prints["vae"], latent_shape, data.size, data.background)
+    if text is None:
+        return posteriors, None
+    return posteriors, context_kind(prints["text"], (text.tokenizer.model_max_length, text.dim))
+
+
+def cache_bytes(
+    config: Config, source: ConditionedPictures, encoders: Encoders, latent_shape: tuple[int, int, int]
+) -> int:
+    """Bytes that the cache of these pictures and captions takes; 0 without one."""
+    if config.data.cache == "off":
+        return 0
+    posteriors, contexts = kinds(config, encoders, latent_shape)
+    size = len(source.all_pictures) * posteriors.disk_size * (2 if config.data.flip else 1)
+    if contexts is not None:
+        captions = {caption for row in source.pictures for caption in row.captions}
+        size += len(captions) * contexts.disk_size
+    return size

@@ -1,0 +1,313 @@
+"""Training the U-Net: the diffusion loss on cached latents, conditioned on captions, classes or pictures.
+
+    x_t = alpha_t x0 + sigma_t eps,   loss = |prediction(x_t, t, conditioning) - target|**2   (ldm.diffusion.losses)
+
+What is trained and how is the config's `unet` and `diffusion` sections; what it is conditioned on follows from the data
+(`text.encoder`, `data.label_column`, `data.condition_column`). The averaged weights are validated, exported and used
+for previews. The latents of half the size in the first `loop.half_size_steps` are progressive resizing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from ldm.data.conditioned import ConditionedPictures
+from ldm.data.dataset import CaptionedPictures
+from ldm.diffusion.losses import diffusion_loss
+from ldm.diffusion.schedule import beside, scheduler_config
+from ldm.diffusion.timesteps import LossSecondMoment, at_share
+from ldm.evaluation.validation import CaptionedValidationSet, by_quarter, caption_losses
+from ldm.models.conditioning import Conditioning, denoise
+from ldm.models.ema import averaged
+from ldm.models.text_encoder import TextEncoder
+from ldm.models.unet import build_unet, choose_attention, without_variance
+from ldm.models.vae import latent_shape
+from ldm.pipelines.inputs import check_prompts
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.system.memory import give_back
+from ldm.training.config import Config
+from ldm.training.distributed import Tick, encoding_dtype
+from ldm.training.encoder_report import report_captions, report_reconstruction
+from ldm.training.encoders import Encoders
+from ldm.training.export import export, quiet, save_frozen, write_pipeline
+from ldm.training.latent_cache import build_cache, cache_bytes
+from ldm.training.normalization import check_scale, load_normalized, load_text, measure_pretrained, measure_text
+from ldm.training.objective import build_objective, build_schedule, build_timesteps
+from ldm.training.previews import Prompt, build_prompt_set, generate_grid
+from ldm.training.samples import Batch, LatentSamples, to_device, validation_set, with_context, with_latents
+from ldm.training.task import Recipe, Task, float32_bytes
+from ldm.training.train_state import TrainState, whole_weights
+
+STORED = 8  # samples in the batch that exported pipelines are checked with
+
+
+@dataclass
+class Diffusion(Task):
+    """A U-Net and its average, behind frozen encoders.
+
+    Attributes:
+        source: pictures, captions, classes; without them (and the encoders) the task has a step and no samples.
+        encoders: VAE and text encoder.
+    """
+
+    name = "ldm"
+    title = "U-Net"
+    optim_section, loop_section, result = "optim", "loop", "pipeline"
+
+    source: ConditionedPictures | None = None
+    encoders: Encoders | None = None
+    heldout: CaptionedValidationSet | None = field(default=None, init=False)
+    prompts: Sequence[Prompt] = field(default=(), init=False)
+    exported: Path | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.schedule = build_schedule(config.diffusion)
+        self.timesteps = build_timesteps(config.diffusion)
+        self.objective = build_objective(config.diffusion, self.schedule)
+        if self.encoders is not None and self.source is not None:
+            self.latent_shape = latent_shape(self.encoders.vae_outline, config.data.size)
+            self.samples = LatentSamples.of(config, self.source.train, self.latent_shape)
+            self.workers = config.data.workers
+
+    @classmethod
+    def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
+        data, device, dtype = config.data, accelerator.device, encoding_dtype(accelerator)
+        main, facts = accelerator.is_main_process, config.facts_folder()
+        source = ConditionedPictures.read(
+            pictures, data.label_column, data.condition_column, facts=facts, progress=main
+        )
+        measure_pretrained(config, pictures.train, device, dtype)
+        measure_text(config, pictures.train, device, dtype)
+        encoders = Encoders(
+            lambda: load_normalized(config, device),
+            (lambda: load_text(config, device)) if config.text.encoder else None,
+            dtype,
+            together=config.cache_folder() is None,
+        )
+        text = encoders.text_outline
+        if text:
+            accelerator.print(report_captions(text, pictures))
+            check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not hours later
+        check_scale(encoders.vae, pictures.train, data.size)
+        accelerator.print(report_reconstruction(encoders.vae, pictures, data.size)[1])
+        return cls(config, accelerator, source, encoders)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe.of(self.config.optim, self.config.loop)
+
+    # --- networks ---------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        torch.manual_seed(self.config.seed)
+        unet = self.fresh_unet(learned_variance=self.config.diffusion.variance == "learned")
+        kernel = choose_attention(unet, self.accelerator.device)
+        self.details = f", latents {list(self.latent_shape)}, attention by {kernel}"
+        self.train(unet)
+
+    def fresh_unet(self, *, learned_variance: bool = False) -> UNet2DConditionModel:
+        """A U-Net with random weights.
+
+        Raises:
+            ValueError: if the latents are too small for its levels, or for steps at half the size.
+        """
+        config, source, encoders = self.config, self.source, self.encoders
+        assert source is not None and encoders is not None
+        levels, size = len(config.unet.channels), self.latent_shape[1]
+        if config.loop.half_size_steps and size % 2**levels:
+            raise ValueError(
+                f"loop.half_size_steps: {levels} levels need latents divisible by {2**levels} to learn at half the "
+                f"size, but they are {size} x {size}; set it to 0"
+            )
+        text = encoders.text_outline
+        return build_unet(
+            config.unet,
+            latent_shape=self.latent_shape,
+            context_dim=text.dim if text else None,
+            classes=len(source.labels.names) + 1 if source.labels else 0,
+            condition_channels=self.latent_shape[0] if source.condition_column else 0,
+            learned_variance=learned_variance,
+        )
+
+    def train(self, unet: Any) -> None:
+        """Train this U-Net."""
+        if self.config.loop.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.add("unet", cast(nn.Module, torch.compile(unet)) if self.config.loop.compile else unet)
+        if isinstance(self.timesteps, LossSecondMoment):
+            self.train_state["timesteps"] = TrainState(self.timesteps)
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def unet(self) -> TrainState:
+        """The U-Net's weights, optimizer and average."""
+        return self.train_state["unet"]
+
+    # --- samples ----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        config, source, encoders = self.config, self.source, self.encoders
+        assert source is not None and encoders is not None
+        self.heldout = validation_set(config, source.heldout, encoders)
+        self.prompts = build_prompt_set(config, source, encoders.text_outline)
+        folder = config.cache_folder()
+        if folder is not None:
+            cache = build_cache(config, folder, source.train.all_pictures, encoders, self.latent_shape)
+            self.samples, self.workers = LatentSamples.of(config, source.train, self.latent_shape, cache), 0
+        encoders.free()  # pipelines have them in float32
+        save_frozen(Path(config.run) / "frozen", encoders.load_vae, encoders.load_text, self.weightless_pipeline)
+        (self.stored,) = self.batches([range(STORED)])
+
+    def batch(self, collated: dict[str, Any]) -> Batch:
+        collated = to_device(collated, self.accelerator.device)
+        if "pixels" in collated:
+            assert self.encoders is not None
+            collated = with_context(with_latents(collated, self.encoders.vae), self.encoders.text)
+        return Batch.of(collated)
+
+    def batches(self, numbers: Sequence[Sequence[int]]) -> list[Batch]:
+        """A few batches; all pictures are encoded, then all captions: the encoders take turns in memory."""
+        device, encoders = self.accelerator.device, self.encoders
+        collated = [to_device(default_collate([self.samples[n] for n in part]), device) for part in numbers]
+        if "pixels" in collated[0]:
+            assert encoders is not None
+            collated = [with_latents(batch, encoders.vae) for batch in collated]
+            collated = [with_context(batch, encoders.text) for batch in collated]
+        return [Batch.of(batch) for batch in collated]
+
+    def free(self) -> None:
+        if self.encoders is not None:
+            self.encoders.free()
+
+    def other_needs(self) -> dict[str, int]:
+        source, encoders = self.source, self.encoders
+        assert source is not None and encoders is not None
+        networks = [encoders.vae_outline, *([encoders.text_outline.model] if encoders.text_outline else [])]
+        cache = cache_bytes(self.config, source.train, encoders, self.latent_shape)
+        return {"pipeline": sum(float32_bytes(network) for network in networks), **({"cache": cache} if cache else {})}
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def output(self, unet: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """A U-Net's whole output, [B,C,h,w] or, with learned variance, [B,2C,h,w]; t may lie on the CPU."""
+        with self.accelerator.autocast():
+            return denoise(unet, x_t, t, conditioning)
+
+    def loss(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        if step < self.config.loop.half_size_steps:
+            batch = batch.halved()
+
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.output(self.unet.module, x_t, t, batch.conditioning)
+
+        t, weight = self.timesteps(batch.u)
+        losses = self.objective(network, batch.x0, t, batch.eps)  # (B,)
+        self.seen.append((t, losses.detach()))
+        return {"unet": beside(weight, losses) * losses}  # the weight corrects for the choice of t
+
+    def after_step(self, skipped: Tensor) -> None:
+        seen, self.seen = self.seen, []
+        if isinstance(self.timesteps, LossSecondMoment) and not skipped.item():
+            t, losses = (torch.cat(each).to(self.accelerator.device) for each in zip(*seen, strict=True))
+            everyone = self.accelerator.gather((t, losses))
+            self.timesteps.update(*(tensor.cpu() for tensor in everyone))
+
+    # --- validation, export, preview --------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """Inside, the U-Net has its averaged weights. Every rank must enter."""
+        module, ema = self.unet.module, self.unet.ema
+        assert ema is not None
+        module.eval()
+        with torch.no_grad(), averaged(module, ema):
+            yield module
+        module.train()
+
+    def validate(self) -> dict[str, float]:
+        """The held-out loss by quarter of t, and by how much shuffled captions and none raise it."""
+        if self.heldout is None:
+            return {}
+        with self.evaluating() as unet:
+
+            def prediction(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+                return self.output(unet, x_t, t, conditioning)[:, : x_t.shape[1]]
+
+            use = caption_losses(prediction, self.schedule, self.config.diffusion.prediction, self.heldout)
+        names = {"shuffled": "text_gap", "null": "null_gap"}
+        gaps = {names[name]: float(gap.mean()) for name, gap in use.gaps().items()}
+        return {f"heldout/{name}": value for name, value in {**by_quarter(use.true), **gaps}.items()}
+
+    @torch.no_grad()
+    def error(self, unet: nn.Module) -> float:
+        """The squared error of a U-Net's prediction on the stored batch, whatever loss it is trained with."""
+        batch, kind = self.stored, self.config.diffusion.prediction
+
+        def prediction(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.output(unet, x_t, t, batch.conditioning)[:, : x_t.shape[1]]
+
+        t = at_share(batch.u, self.schedule.T)
+        return float(diffusion_loss(prediction, self.schedule, batch.x0, t, batch.eps, prediction=kind).mean())
+
+    def export(self, step: int) -> Path | None:
+        """Save RUN/pipeline with the averaged weights."""
+        run, precision = Path(self.config.run), self.accelerator.mixed_precision
+        give_back()  # what steps have freed: the pipeline's U-Net is in memory beside the one in training
+        with self.evaluating() as unet:
+            weights = {name: tensor.clone() for name, tensor in whole_weights(unet).items()}
+            expected = self.error(unet)
+
+        def write(folder: Path, _: Tick) -> None:
+            averaged = self.weightless_unet()
+            averaged.load_state_dict(without_variance(weights, self.latent_shape[0]), assign=True)
+
+            def error(loaded: Any) -> float:
+                return self.error(loaded.to(self.accelerator.device).eval())
+
+            write_pipeline(folder, run / "frozen", averaged, expected, error, precision)
+
+        self.exported = export(run / "pipeline", step, write, must=step == self.recipe.steps)
+        return self.exported
+
+    def weightless_unet(self) -> UNet2DConditionModel:
+        """The U-Net of pipelines, its weights on the meta device."""
+        with torch.device("meta"):
+            return self.fresh_unet().eval()
+
+    def weightless_pipeline(self, vae: Any, text: TextEncoder | None) -> LDMPipeline:
+        """A pipeline of these encoders, with all but the U-Net's weights."""
+        assert self.source is not None
+        scheduler = scheduler_config(self.schedule, self.config.diffusion.prediction)
+        pipeline = LDMPipeline.from_components(vae, text, self.weightless_unet(), scheduler)
+        pipeline.example_prompts = tuple(prompt.prompt for prompt in self.prompts if prompt.prompt)
+        pipeline.labels = self.source.labels
+        return pipeline
+
+    def preview(self, step: int, interrupted: Callable[[], bool]) -> Image.Image | None:
+        """The prompt set, generated by RUN/pipeline as it was just saved."""
+        if self.exported is None or not self.prompts:
+            return None
+        with quiet():
+            pipeline = LDMPipeline.from_pretrained(self.exported).to(self.accelerator.device)
+        grid = generate_grid(pipeline, self.prompts, self.config, interrupted)
+        del pipeline
+        give_back()
+        return grid
+
+    def summary(self) -> str:
+        folder, labels = Path(self.config.run) / "pipeline", self.source.labels if self.source else None
+        prompt = ' "a prompt"' if self.config.text.encoder else f" --class-label {labels.names[0]}" if labels else ""
+        return f"U-Net: done; {folder} can be loaded; sample it with: ldm sample {folder}{prompt}"

@@ -1,0 +1,141 @@
+"""What the loop does is the same for every task: signals, resume, names in the log, folders of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import road
+import tiny
+from safetensors.torch import load_file
+
+from ldm.training.config import Config
+from ldm.training.run import train
+from ldm.training.signals import EXIT_CODES, Stopped
+from ldm.training.trainer import Trainer
+
+STEPS = 6
+RECIPES: dict[str, dict[str, Any]] = {
+    "vae": {"vae_training__adversarial": 0.1, "vae_training__adversarial_start": 2},
+    "ldm": {"loop__sample_every": 0},
+    "classifier": {"data__label_column": "color", "classifier__channels": [8, 16], "data__flip": True},
+}
+#: What each task leaves in its run.
+EXPORTED = {"vae": "vae/config.json", "ldm": "pipeline/model_index.json", "classifier": "classifier/config.json"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, a text encoder, and a VAE of random weights (normalized as soon as it is used)."""
+    folder = tmp_path_factory.mktemp("trainer")
+    road.draw_folder(folder / "data")
+    tiny.save_text_encoder(folder / "text", "bert")
+    tiny.pipeline(folder / "pipeline").vae.save_pretrained(folder / "vae")
+    return folder
+
+
+def recipe(home: Path, run: Path, task: str, **words: Any) -> Config:
+    settings: dict[str, Any] = {"vae": str(home / "vae"), "run": str(run), "loop__evaluate_every": 0}
+    for section in ("loop", "vae_training", "classifier_training"):
+        settings |= {f"{section}__steps": STEPS, f"{section}__batch_size": 8, f"{section}__log_every": 1}
+        settings |= {f"{section}__checkpoint_every": 3}
+    return road.recipe(home, **settings | RECIPES[task] | words)
+
+
+@pytest.fixture(scope="module")
+def straight(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[float]]]:
+    """For each task a run that nothing happened to, and its losses."""
+    folder = tmp_path_factory.mktemp("straight")
+    return {task: (folder / task, train(task, recipe(home, folder / task, task))) for task in RECIPES}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """Let a signal come while this step is taken, counted from 1."""
+    real = Trainer.step
+
+    def taken(self: Trainer, n: int, parts: Any) -> Any:
+        if n + 1 == step:
+            os.kill(os.getpid(), number)
+        return real(self, n, parts)
+
+    monkeypatch.setattr(Trainer, "step", taken)
+
+
+@pytest.mark.parametrize("number", EXIT_CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize("task", RECIPES)
+def test_any_signal_at_any_step_saves_it_and_the_rest_is_exact(
+    home: Path, tmp_path: Path, straight: dict[str, tuple[Path, list[float]]], monkeypatch: pytest.MonkeyPatch,
+    task: str, number: signal.Signals,
+) -> None:  # fmt: skip
+    """Stopped at the first step, in the middle, and at the last, of one run."""
+    config, (whole, losses) = recipe(home, tmp_path, task), straight[task]
+    for step in {signal.SIGINT: (2, 6), signal.SIGTERM: (1, 4), signal.SIGUSR1: (3,)}[number]:
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+            stop_at(patch, step, number)
+            train(task, config)
+        assert stopped.value.code == EXIT_CODES[number] and stopped.value.signal == number
+        assert stopped.value.saved == f"step {step} of {STEPS} is saved in {tmp_path / 'checkpoints' / task}"
+        assert (tmp_path / f"checkpoints/{task}/step_{step:07d}/manifest.json").exists()
+    assert train(task, config) == losses[step:]
+    assert list(road.logged(tmp_path, f"{task}/loss").values()) == losses
+    for file in (whole / f"checkpoints/{task}/step_{STEPS:07d}").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / f"checkpoints/{task}" / file.parent.name / file.name).read_bytes()
+    assert (tmp_path / EXPORTED[task]).exists()
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_every_task_logs_under_its_name_and_validates_exports_and_previews(
+    straight: dict[str, tuple[Path, list[float]]], task: str
+) -> None:
+    run, losses = straight[task]
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+    names = {name for row in rows for name in row} - {"step", "time"}
+    assert all(name.startswith(f"{task}/") for name in names)
+    assert {f"{task}/{name}" for name in ("loss", "lr", "images_per_second")} <= names
+    assert list(road.logged(run, f"{task}/loss").values()) == losses
+    metric = {"vae": "vae/heldout/psnr", "ldm": None, "classifier": "classifier/heldout/q1"}[task]
+    assert metric is None or list(road.logged(run, metric)) == [3, 6]
+    previews = {"vae": ["step_0000003.png", "step_0000006.png"], "ldm": [], "classifier": []}[task]
+    assert sorted(path.name for path in run.glob("*/step_*.png")) == previews
+    assert [path.name for path in run.iterdir() if path.name.endswith("checkpoints")] == ["checkpoints"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [task]
+
+
+def test_a_vae_is_left_in_its_run_only_once_it_is_trained(home: Path, tmp_path: Path) -> None:
+    """A U-Net's training that finds RUN/vae relies on it."""
+    config = recipe(home, tmp_path, "vae")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 4, signal.SIGTERM)
+        train("vae", config)
+    assert (tmp_path / "reconstructions/step_0000003.png").exists() and not (tmp_path / "vae").exists()
+    train("vae", config)
+    trained = load_file(tmp_path / "checkpoints/vae/step_0000006/vae.safetensors")
+    left = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    folded = {name for name in left if "quant_conv" in name}  # the latents' mean and std
+    assert folded and {f"vae.{name}" for name in left} == trained.keys()
+    assert all((left[name] == trained[f"vae.{name}"]).all() != (name in folded) for name in left)
+
+
+def test_checkpoints_of_earlier_versions_are_resumed(
+    home: Path, tmp_path: Path, straight: dict[str, tuple[Path, list[float]]]
+) -> None:
+    """The U-Net's used to be in RUN/checkpoints itself."""
+    whole, losses = straight["ldm"]
+    shutil.copytree(whole, tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    (folder / "ldm/step_0000003").rename(folder / "step_0000003")
+    shutil.rmtree(folder / "ldm")
+    config = recipe(home, tmp_path / "run", "ldm", resume__allow=["vae"])
+    assert train("ldm", config) == losses[3:]
+    assert [path.name for path in folder.rglob("step_*")] == ["step_0000003", "step_0000006"]
+    assert (folder / "ldm/step_0000006").exists()
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="task: expected one of vae, ldm, classifier, got 'unet'"):
+        train("unet", Config())
