@@ -12,7 +12,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -103,11 +103,11 @@ class Found:
 Finding: TypeAlias = Found | Problem
 
 
-def file_stamp(path: str) -> Stamp:
+def file_stamp(path: str, status: os.stat_result | None = None) -> Stamp:
     """A file's name and inode, size, and times of the last change of content and of anything (which nobody can set)."""
-    status = os.stat(path)
-    told = f"{path}\0{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    return told, max(status.st_mtime, status.st_ctime)
+    status = status or os.stat(path)
+    text = f"{path}\0{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return text, max(status.st_mtime, status.st_ctime)
 
 
 def split_of(caption: str, holdout: float) -> Split:
@@ -159,7 +159,8 @@ def clean(caption: object) -> str:
         raise BadCaptionError("caption is empty")
     if not isinstance(caption, str):
         raise BadCaptionError(f"caption is not text but {type(caption).__name__} ({str(caption)[:40]})")
-    text = " ".join(line for part in caption.splitlines() if (line := part.strip()))
+    lines = caption.splitlines()
+    text = lines[0].strip() if len(lines) == 1 else " ".join(line for part in lines if (line := part.strip()))
     if not text:
         raise BadCaptionError("caption is empty")
     if garbled := _GARBLED.search(text):
@@ -169,10 +170,9 @@ def clean(caption: object) -> str:
     return text
 
 
-def plain(row: dict[str, Any], besides: Iterable[str]) -> dict[str, Any]:
+def plain(row: dict[str, Any], besides: Collection[str]) -> dict[str, Any]:
     """The text, number and truth values of a row, besides some columns."""
-    left_out = set(besides)
-    return {key: v for key, v in row.items() if isinstance(v, (str, int, float, bool)) and key not in left_out}
+    return {key: v for key, v in row.items() if key not in besides and isinstance(v, (str, int, float, bool))}
 
 
 def require_columns(wanted: Sequence[str], columns: Iterable[str], where: str, fix: str) -> None:

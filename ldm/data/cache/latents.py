@@ -194,7 +194,7 @@ class Builder:
         self._report_old()
         flips = (False, True) if flip else (False,)
         kind, encode_pixels = posteriors
-        hashes = self._hashes(pictures)
+        hashes = self.hashes(pictures)
         keys = to_keys(b"".join(picture_key(kind, content, f) for content in hashes for f in flips))
 
         def pixels(number: int) -> Tensor:
@@ -220,7 +220,7 @@ class Builder:
             self.posteriors(pixel_writer, keys, pixels, encode_pixels)
             save_table(table, keys.reshape(-1, len(flips)))
 
-    def _hashes(self, pictures: Sequence[Row]) -> list[bytes]:
+    def hashes(self, pictures: Sequence[Row]) -> list[bytes]:
         """The hash of each picture's content; pictures that were not looked at yet are read."""
         hashes = []
         for row in tqdm(pictures, "hashing pictures", unit="picture", disable=not self.progress, delay=2, leave=False):

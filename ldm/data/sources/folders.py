@@ -42,6 +42,7 @@ PICTURES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif"}
     | {".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd"}
 )
+_ENDINGS = tuple(PICTURES)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 MAX_FILE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 20
@@ -67,14 +68,14 @@ class Listing:
     def split_folders(self) -> dict[str, Split]:
         """The folders that name a split, relative to the root: those that stand beside one of the other split."""
         named: dict[str, Split] = {}
-        for name in [*self.pictures, *self.metadata]:
-            for above in PurePosixPath(name).parents:
+        for folder in {os.path.dirname(name) for name in [*self.pictures, *self.metadata]}:
+            for above in PurePosixPath(folder, "x").parents:
                 if above.name.lower() in SPLITS:
                     named[str(above)] = SPLITS[above.name.lower()]
         splits: dict[str, set[Split]] = {}
-        for folder, split in named.items():
-            splits.setdefault(os.path.dirname(folder), set()).add(split)
-        return {folder: split for folder, split in named.items() if len(splits[os.path.dirname(folder)]) == 2}
+        for name, split in named.items():
+            splits.setdefault(os.path.dirname(name), set()).add(split)
+        return {name: split for name, split in named.items() if len(splits[os.path.dirname(name)]) == 2}
 
     def split_of(self, name: str) -> Split | None:
         """The split that the folders above a file name; the highest decides."""
@@ -113,7 +114,9 @@ class FolderStore:
         self.root = os.path.realpath(root)
         parent = PurePosixPath(self.root).parent
         # A snapshot in the Hugging Face cache is a folder of links to ../../blobs.
-        self._allowed = [self.root, str(parent.parent / "blobs")] if parent.name == "snapshots" else [self.root]
+        allowed = [self.root, str(parent.parent / "blobs")] if parent.name == "snapshots" else [self.root]
+        self._allowed = tuple(os.path.join(folder, "") for folder in allowed)
+        self._real: dict[str, str] = {}  # folders below the root, without links
 
     def locate(self, name: object) -> str:
         """A `file_name` cell => the normal path below the folder. Raises BadPictureError if no file is there."""
@@ -129,36 +132,46 @@ class FolderStore:
     def read(self, locator: str) -> bytes:
         """The bytes of a file. Raises BadPictureError if it is missing, no file, outside the folder or too large."""
         try:
-            with open(self._resolve(locator), "rb") as file:
+            with open(self._resolve(locator)[0], "rb") as file:
                 return file.read()
         except OSError as error:
             raise BadPictureError(f"picture cannot be read ({error.strerror})") from None
 
     def stamp(self, locator: str) -> Stamp:
         """What changes when the file does. Raises BadPictureError like `read`."""
-        return file_stamp(self._resolve(locator))
+        return file_stamp(*self._resolve(locator))
 
     def holds(self, path: str) -> bool:
         """Whether an absolute path without links lies in the folder."""
-        return any(os.path.commonpath([path, folder]) == folder for folder in self._allowed)
+        return path.startswith(self._allowed) or os.path.join(path, "") in self._allowed
 
-    def _resolve(self, name: str) -> str:
+    def _resolve(self, name: str) -> tuple[str, os.stat_result]:
+        """The path of a file without links, and its status."""
         try:
-            path = os.path.realpath(os.path.join(self.root, name))
-            inside = self.holds(path)
-            status = os.stat(path) if inside else None
+            folder, base = os.path.split(name)
+            real = self._real.get(folder)
+            if real is None:
+                real = self._real[folder] = os.path.realpath(os.path.join(self.root, folder))
+            path = real + os.sep + base
+            status = os.lstat(path)
+            if base in ("", ".", "..") or stat.S_ISLNK(status.st_mode):
+                path = os.path.realpath(path)
+            if not self.holds(path):
+                raise BadPictureError("path leads out of the data folder")
+            if stat.S_ISLNK(status.st_mode):
+                status = os.stat(path)
         except FileNotFoundError:
             raise BadPictureError("picture is missing") from None
+        except BadPictureError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise BadPictureError(f"picture cannot be read ({getattr(error, 'strerror', None) or error})") from None
-        if status is None:
-            raise BadPictureError("path leads out of the data folder")
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             kind = "folder" if stat.S_ISDIR(status.st_mode) else "special file"
             raise BadPictureError(f"picture is a {kind}; expected a plain file")
         if status.st_size > MAX_FILE_BYTES:
             raise BadPictureError(f"file is too large ({status.st_size / 2**30:.1f} GiB)")
-        return path
+        return path, status
 
 
 def metadata_rows(listing: Listing, store: FolderStore, caption_columns: Sequence[str]) -> Iterator[Finding]:
@@ -169,31 +182,29 @@ def metadata_rows(listing: Listing, store: FolderStore, caption_columns: Sequenc
             files = " and ".join(name for name in listing.metadata if os.path.dirname(name) == folder)
             raise BadDataError(f"several metadata files in one folder: {listing.root} has {files}; keep one of them")
     claimed: set[str] = set()
-    pictures = set(listing.pictures)
     for name in listing.metadata:
         columns: set[str] = set()
         rows = problems = 0
-        for number, row in read_table(listing.shown(name), columns):
+        shown, folder = listing.shown(name), os.path.dirname(name)
+        for number, row in read_table(shown, columns):
             rows += 1
-            where = f"{listing.shown(name)} row {number}"
-            finding, claims = _metadata_row(where, os.path.dirname(name), row, store, caption_columns)
-            if isinstance(finding, Found) and (is_null(finding.split) or finding.split == ""):
+            finding, claims = _metadata_row(f"{shown} row {number}", folder, row, store, caption_columns)
+            if listing.split_folders and isinstance(finding, Found) and (is_null(finding.split) or not finding.split):
                 split = listing.split_of(str(finding.locator)) or listing.split_of(name)
                 finding = replace(finding, split=split)
             problems += isinstance(row, BadRow)
             if claims:
                 claimed.add(claims)
             if isinstance(row, dict):  # a picture that another column names has a purpose, too
-                claimed |= {
-                    os.path.normpath(cell) for cell in row.values() if isinstance(cell, str) and cell
-                } & pictures
+                named = (cell for cell in row.values() if isinstance(cell, str) and cell.lower().endswith(_ENDINGS))
+                claimed.update(os.path.normpath(cell) for cell in named)
             yield finding
         if not rows:
-            raise BadDataError(f"metadata has no rows: {listing.shown(name)}; expected one a picture")
+            raise BadDataError(f"metadata has no rows: {shown}; expected one a picture")
         if problems < rows:
-            require_columns(["file_name"], columns, listing.shown(name), "rename it to file_name")
+            require_columns(["file_name"], columns, shown, "rename it to file_name")
             texts = columns - {"file_name", "split"}
-            require_columns(caption_columns, texts, listing.shown(name), "set data.caption_columns")
+            require_columns(caption_columns, texts, shown, "set data.caption_columns")
     for picture in listing.pictures:
         if picture not in claimed:
             yield Problem("picture has no metadata row", listing.shown(picture))

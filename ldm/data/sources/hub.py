@@ -6,6 +6,7 @@ Rows are counted as `datasets` counts them, from 0, so that `row 17` is `dataset
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,11 +53,13 @@ class HubStore:
 
 
 def _stamp(pictures: Any, column: str) -> Stamp | None:
+    """That of all files of a data set."""
     files = [file_stamp(os.path.realpath(file["filename"])) for file in pictures.cache_files]
     chunks = pictures.data.column(column).chunks
     if not files or any(chunk.field("bytes").null_count for chunk in chunks):
         return None
-    return "\0".join([pictures._fingerprint, *(told for told, _ in files)]), max(changed for _, changed in files)
+    texts = "\0".join([pictures._fingerprint, *(text for text, _ in files)])
+    return hashlib.blake2b(texts.encode(), digest_size=16).hexdigest(), max(changed for _, changed in files)
 
 
 def load(source: str, config: str | None, split: str) -> Any:

@@ -24,7 +24,7 @@ class ShardStore:
     """Pictures in tar files, read by (number of the shard, offset, size), in bytes."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = list(paths)
+        self.paths = [os.path.realpath(path) for path in paths]
 
     def read(self, locator: Sequence[int]) -> bytes:
         """The bytes of a member. Raises BadPictureError if the shard has become shorter, or is gone."""
@@ -43,10 +43,10 @@ class ShardStore:
         """What changes when the shard does. Raises BadPictureError if it is gone."""
         shard, offset, size = locator
         try:
-            told, changed = file_stamp(os.path.realpath(self.paths[shard]))
+            text, changed = file_stamp(self.paths[shard])
         except OSError as error:
             raise BadPictureError(f"shard cannot be read ({error.strerror})") from None
-        return f"{told} {offset} {size}", changed
+        return f"{text} {offset} {size}", changed
 
 
 def is_pattern(source: str) -> bool:

@@ -56,30 +56,35 @@ def _jsonl(data: bytes, columns: set[str]) -> Iterator[tuple[int, Row]]:
         yield number, row
 
 
+class _RepeatedKey(ValueError):
+    pass
+
+
+def _unique(items: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(items)
+    if len(result) < len(items):
+        names = [name for name, _ in items]
+        raise _RepeatedKey(f"key {next(name for name in names if names.count(name) > 1)!r} appears twice")
+    return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def json_row(line: bytes) -> Row:
     """A JSON object, in UTF-8, that has no key twice; anything else is a BadRow."""
-    repeated: list[str] = []
-
-    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(items)
-        if len(result) < len(items):
-            names = [name for name, _ in items]
-            repeated.extend(name for name in result if names.count(name) > 1)
-        return result
-
-    found = re.search(rb'"file_name"\s*:\s*"([^"\\]+)"', line)
-    name = found.group(1).decode(errors="replace") if found else None
     try:
-        row = json.loads(line.decode(), object_pairs_hook=pairs)
+        row = _DECODER.decode(line.decode())
     except UnicodeDecodeError:
-        return BadRow("row is not UTF-8", name)
+        what = "row is not UTF-8"
+    except _RepeatedKey as error:
+        what = str(error)
     except (ValueError, RecursionError) as error:
-        return BadRow(f"row is not JSON ({str(error)[:80]})", name)
-    if not isinstance(row, dict):
-        return BadRow(f"row is not a JSON object but {type(row).__name__}")
-    if repeated:
-        return BadRow(f"key {repeated[0]!r} appears twice", name)
-    return row
+        what = f"row is not JSON ({str(error)[:80]})"
+    else:
+        return row if isinstance(row, dict) else BadRow(f"row is not a JSON object but {type(row).__name__}")
+    found = re.search(rb'"file_name"\s*:\s*"([^"\\]+)"', line)
+    return BadRow(what, found.group(1).decode(errors="replace") if found else None)
 
 
 def _csv(data: bytes, path: str, columns: set[str]) -> Iterator[tuple[int, Row]]:
