@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 
 from benchmarks.counters import latent_shape
 from benchmarks.harness import ROOT, Comparison, Measured, arguments, compare, report
-from benchmarks.settings import SETTINGS, SIZE, UNET
+from benchmarks.settings import SETTINGS, SIZE
 from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNetConfig, build_unet, choose_attention
 from ldm.training.config import Config, LoopConfig
@@ -51,7 +51,7 @@ def shape_of(name: str) -> Shape:
     """Of a setting, or of configs/NAME.yaml with a VAE and a text encoder of the Hub's sizes."""
     if name in SETTINGS:
         setting = SETTINGS[name]
-        return Shape(UNET, latent_shape(setting), setting.tokens, setting.width)
+        return Shape(setting.unet_config, latent_shape(setting), setting.tokens, setting.width)
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text("utf-8"))
     unet: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in config["unet"].items()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.counters import latent_shape, unet_flops
 from benchmarks.harness import Comparison, Measured, Target, arguments, compare, report
-from benchmarks.settings import SETTINGS, UNET, Setting
+from benchmarks.settings import SETTINGS, Setting
 from ldm.models.conditioning import Conditioning
 from ldm.models.unet import choose_attention
 from ldm.training.config import Config, LoopConfig
@@ -60,7 +60,7 @@ def build_step(setting: Setting, batch_size: int, threads: int) -> Callable[[], 
     """One training step on random latents and contexts, with the trainer of train_ldm.py."""
     diffusion = DiffusionConfig(prediction="v", weighting="min_snr")
     loop = LoopConfig(batch_size=batch_size, threads=threads)
-    config = Config(unet=UNET, diffusion=diffusion, loop=loop)
+    config = Config(unet=setting.unet_config, diffusion=diffusion, loop=loop)
     accelerator = build_accelerator(loop)
     shape = latent_shape(setting)
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ SD_WIDTHS = (128, 256, 512, 512)
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of the frozen networks.
+    """Sizes of the networks.
 
     Attributes:
         sd_vae: whether the VAE has Stable Diffusion's size, or ours.
@@ -54,6 +54,7 @@ class Setting:
     heads: int
     vocabulary: int
     tokens: int
+    unet_config: UNetConfig = UNET
 
     def text_config(self) -> Any:
         """The text encoder's configuration."""
@@ -90,7 +91,7 @@ class Setting:
 
     def unet(self, latent_shape: tuple[int, int, int]) -> Any:
         """The U-Net, with random weights."""
-        return build_unet(UNET, latent_shape=latent_shape, context_dim=self.width)
+        return build_unet(self.unet_config, latent_shape=latent_shape, context_dim=self.width)
 
 
 SETTINGS = {
@@ -126,9 +127,9 @@ class Folders:
             "data.holdout": 0,
             "text.encoder": self.text,
             "text.max_length": self.setting.tokens,
-            "unet.channels": list(UNET.channels),
-            "unet.attention": json.dumps(UNET.attention),
-            "unet.layers": UNET.layers,
+            "unet.channels": list(self.setting.unet_config.channels),
+            "unet.attention": json.dumps(self.setting.unet_config.attention),
+            "unet.layers": self.setting.unet_config.layers,
             "diffusion.prediction": "v",
             "diffusion.weighting": "min_snr",
             "loop.steps": steps,

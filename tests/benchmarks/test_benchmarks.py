@@ -1,4 +1,4 @@
-"""The benchmarks' machinery: turns, ratios, intervals, and a script that is watched without being changed."""
+"""The method of the benchmarks: turns, ratios, intervals, and the recording of unchanged scripts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from benchmarks.snapshot_quality import SnapshotEvaluator, as_good
 from benchmarks.time_to_quality import reached
 from benchmarks.training_runs import OURS_TRIALS, TrainingRuns
 from ldm.data.dataset import read_captioned
+from ldm.models.unet import UNetConfig
 
 SCRIPT = """
 import sys, pathlib, torch
@@ -47,7 +48,7 @@ def test_arms_take_turns_with_a_canary_between() -> None:
     assert comparison.ratios == [3.0] * 4
 
 
-def test_a_ratio_of_seconds_says_how_many_times_as_fast() -> None:
+def test_a_ratio_of_seconds_is_the_ratio_of_speeds() -> None:
     comparison = Comparison("start", "s", "peer/ours")
     compare(comparison, lambda: {"value": 2.0}, lambda: {"value": 6.0}, 1, canary=lambda: 1.0)
     assert comparison.ratios == [3.0]
@@ -66,55 +67,55 @@ def test_a_steady_drift_favors_neither_arm() -> None:
     assert math.exp(sum(map(math.log, comparison.ratios)) / 40) == pytest.approx(1.0)
 
 
-def test_the_interval_of_a_median_covers_it_nineteen_times_in_twenty() -> None:
+def test_the_interval_of_a_median_covers_it_in_95_percent() -> None:
     import random
 
-    chance = random.Random(1)
+    rng = random.Random(1)
     hits = 0
     for trial in range(200):
-        low, high = median_interval([chance.gauss(5.0, 1.0) for _ in range(15)], seed=trial, resamples=400)
+        low, high = median_interval([rng.gauss(5.0, 1.0) for _ in range(15)], seed=trial, resamples=400)
         hits += low <= 5.0 <= high
     assert 0.90 <= hits / 200 <= 0.99
 
 
-def test_the_report_keeps_every_pair_and_tells_disturbed_ones(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_report_keeps_every_pair_and_counts_disturbed_ones(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     canaries = iter([10.0, 10.0, 10.0, 10.0, 10.0, 4.0])
     comparison = Comparison("speed", "1/s", target=Target(1.5, 3))
     values = iter([3.0, 5.0])
     compare(comparison, lambda: {"value": next(values)}, lambda: {"value": 1.0}, 2, canary=lambda: next(canaries))
-    told = json.loads(report("speed", [comparison], tmp_path, 1, fact="kept").read_text("utf-8"))
-    assert told["fact"] == "kept"
-    assert told["comparisons"][0]["ratio"] == 4.0
-    assert told["comparisons"][0]["disturbed"] == 1
-    assert [pair["ours"]["value"] for pair in told["comparisons"][0]["raw"]] == [3.0, 5.0]
-    assert {"torch", "diffusers"} <= set(told["versions"])
+    found = json.loads(report("speed", [comparison], tmp_path, 1, fact="kept").read_text("utf-8"))
+    assert found["fact"] == "kept"
+    assert found["comparisons"][0]["ratio"] == 4.0
+    assert found["comparisons"][0]["disturbed"] == 1
+    assert [pair["ours"]["value"] for pair in found["comparisons"][0]["raw"]] == [3.0, 5.0]
+    assert {"torch", "diffusers"} <= set(found["versions"])
     assert "| speed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("leave_after", "steps"), [(3, 3), (0, 5)])
-def test_a_script_is_watched_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave_after: int, steps: int
+@pytest.mark.parametrize(("stop_after", "steps"), [(3, 3), (0, 5)])
+def test_recording_does_not_change_a_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, steps: int
 ) -> None:
     script, out, end = tmp_path / "script.py", tmp_path / "out.json", tmp_path / "end.txt"
     script.write_text(SCRIPT, "utf-8")
-    words = [sys.executable, "-m", "benchmarks.record_steps", out, str(leave_after), script, end]
+    words = [sys.executable, "-m", "benchmarks.record_steps", out, str(stop_after), script, end]
     subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
-    told = json.loads(out.read_text("utf-8"))
-    assert len(told["steps"]) == steps
-    assert sorted(told["steps"]) == told["steps"]
-    assert told["started"] < told["steps"][0]
-    assert len(told["cpu"]) == steps and sorted(told["cpu"]) == told["cpu"]
-    assert told["peak_bytes"] >= told["steps_peak_bytes"] > 2**20
-    assert end.exists() == (leave_after == 0)
-    if end.exists():  # what it computed is what it computes by itself
-        watched, alone = end.read_text("utf-8"), tmp_path / "alone.txt"
+    found = json.loads(out.read_text("utf-8"))
+    assert len(found["steps"]) == steps
+    assert sorted(found["steps"]) == found["steps"]
+    assert found["started"] < found["steps"][0]
+    assert len(found["cpu"]) == steps and sorted(found["cpu"]) == found["cpu"]
+    assert found["peak_bytes"] >= found["steps_peak_bytes"] > 2**20
+    assert end.exists() == (stop_after == 0)
+    if end.exists():  # it computes the same without recording
+        recorded, alone = end.read_text("utf-8"), tmp_path / "alone.txt"
         monkeypatch.setattr(sys, "argv", [str(script), str(alone)])
         runpy.run_path(str(script), run_name="__main__")
-        assert alone.read_text("utf-8") == watched
+        assert alone.read_text("utf-8") == recorded
 
 
-def test_the_steps_that_are_timed_on_our_side_are_the_runs_and_not_its_trials(tmp_path: Path) -> None:
-    """A run tries four steps, and thirty of four pictures each, before its first: they say nothing of its speed."""
+def test_the_recorded_steps_of_ours_are_those_of_the_run_and_not_of_its_check(tmp_path: Path) -> None:
+    """Before its first step a run times some steps and overfits a batch, with optimizers of their own."""
     folders = tiny_folders(tmp_path)
     runs = TrainingRuns(
         folders, tmp_path / "work", Path("unused"), batch_size=2, threads=1, warmup=1, steps=2, whole=True
@@ -131,7 +132,7 @@ def test_the_steps_that_are_timed_on_our_side_are_the_runs_and_not_its_trials(tm
 
 
 def tiny_folders(folder: Path) -> Folders:
-    """What both sides are given in setting C, of six pictures and with a tiny text encoder."""
+    """The inputs of both trainings, with six pictures and small networks."""
     from PIL import Image
 
     rows = [{"file_name": f"{i}.png", "text": f"drawing {i}"} for i in range(6)]
@@ -139,10 +140,12 @@ def tiny_folders(folder: Path) -> Folders:
     for row in rows:
         Image.new("RGB", (64, 64), (255, 0, 0)).save(folder / "source" / row["file_name"])
     (folder / "source/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return build(SETTINGS["C"], str(folder / "source"), folder / "given")
+    small = UNetConfig(channels=(64, 64), attention=(False, True), layers=1)
+    setting = replace(SETTINGS["C"], layers=1, width=64, heads=2, unet_config=small)
+    return build(setting, str(folder / "source"), folder / "given")
 
 
-def test_both_sides_are_given_the_same_networks_and_only_training_pictures(tmp_path: Path) -> None:
+def test_both_trainings_get_the_same_networks_and_only_training_pictures(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from PIL import Image
 
@@ -187,9 +190,9 @@ average(EMAModel(network.parameters()) if sys.argv[2] == "theirs" else build_ema
 
 
 @pytest.mark.parametrize("side", ["ours", "theirs"])
-def test_snapshots_are_of_the_run_and_not_of_the_trial_before_it(tmp_path: Path, side: str) -> None:
+def test_snapshots_are_of_the_run_and_not_of_its_check(tmp_path: Path, side: str) -> None:
     (tmp_path / "averaging.py").write_text(AVERAGING, "utf-8")
-    words = [f"--snapshots={tmp_path}", tmp_path / "told.json", "0", tmp_path / "averaging.py", tmp_path, side]
+    words = [f"--snapshots={tmp_path}", tmp_path / "found.json", "0", tmp_path / "averaging.py", tmp_path, side]
     subprocess.run([sys.executable, "-m", "benchmarks.record_steps", *map(str, words)], cwd=ROOT, check=True)
     (found,) = Runner([], tmp_path, [1.0], 1, tmp_path / "log", turns=[(0.0, math.inf)]).snapshots()
     assert found.step == 2 and found.file.name == "001.safetensors"
@@ -213,7 +216,7 @@ for step in range(1, 100_000):
 """
 
 
-def test_trainings_run_in_turns_and_are_timed_by_their_own(tmp_path: Path) -> None:
+def test_trainings_run_in_turns_and_only_their_own_time_counts(tmp_path: Path) -> None:
     (tmp_path / "training.py").write_text(TRAINING, "utf-8")
 
     def runner(name: str, marks: list[float]) -> Runner:
@@ -227,7 +230,7 @@ def test_trainings_run_in_turns_and_are_timed_by_their_own(tmp_path: Path) -> No
     for mine, theirs in ((a, b), (b, a)):
         assert mine.process is not None and mine.process.poll() is not None
         beats = [float(line) for line in (tmp_path / f"{mine.folder.name}.beats").read_text("utf-8").splitlines()]
-        stopped = 0.05  # a signal takes its time to arrive
+        stopped = 0.05  # a signal needs some time to arrive
         assert not [t for t in beats for begin, end in theirs.turns if begin + stopped < t < end - stopped]
         found = mine.snapshots()
         assert found[-1].seconds >= mine.marks[-1]
@@ -237,13 +240,13 @@ def test_trainings_run_in_turns_and_are_timed_by_their_own(tmp_path: Path) -> No
         assert mine.own_time(math.inf) == pytest.approx(total) and mine.own_time(mine.turns[0][0]) == 0.0
 
 
-def test_a_training_that_ends_too_early_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+def test_a_training_that_ends_too_early_is_an_error_with_its_output(tmp_path: Path) -> None:
     runner = Runner([sys.executable, "-c", "print('no such flag')"], tmp_path / "a", [60.0], 1, tmp_path / "log")
     with pytest.raises(SystemExit, match="no such flag"):
         interleave([runner], seconds=60.0)
 
 
-def test_as_good_means_in_both_figures() -> None:
+def test_as_good_means_in_rank_and_kid() -> None:
     goal = {"rank": 200.0, "kid": 1.0}
     assert as_good({"rank": 200.0, "kid": 1.0}, goal)
     assert not as_good({"rank": 100.0, "kid": 1.1}, goal)
@@ -270,12 +273,14 @@ class Ranks:
     ("ranks", "since", "calls"),
     [
         ([400, 250, 190, 150], 30.0, 3),
-        ([400, 150, 250, 190, 150], 40.0, 3),  # a lucky moment before a worse one doesn't count
+        ([400, 150, 250, 190, 150], 40.0, 3),  # a good snapshot before a worse one doesn't count
         ([190, 180], 10.0, 2),
         ([190, 210], None, 1),
     ],
 )
-def test_a_quality_is_reached_when_it_is_kept_from_then_on(ranks: list[float], since: float | None, calls: int) -> None:
+def test_quality_is_reached_when_all_later_snapshots_keep_it(
+    ranks: list[float], since: float | None, calls: int
+) -> None:
     evaluator = Ranks(*ranks)
     goal = {"rank": 200.0, "kid": 0.0}
     found, results = reached(cast(SnapshotEvaluator, evaluator), evaluator.snapshots, FROZEN, goal)

@@ -1,4 +1,4 @@
-"""What training, caching and drawing cost, counted: whoever makes them dearer has to say so here."""
+"""Costs of training, caching and sampling, counted: a change of a cost must be stated here."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_a_sample_costs_is_what_it_cost_before(name: str) -> None:
+def test_the_costs_of_a_sample_are_unchanged(name: str) -> None:
     assert tuple(counters(SETTINGS[name]).values()) == EXPECTED[name]
 
 
-def test_flops_of_the_unet_are_those_of_its_layers_added_up() -> None:
-    """Counted a second way: every layer's formula, three times (forward, and the gradients of input and weight)."""
+def test_flops_of_the_unet_are_the_sum_over_its_layers() -> None:
+    """Counted independently: every layer's formula, three times (forward, gradients of input and weight)."""
     setting = SETTINGS["C"]
     shape = latent_shape(setting)
     with META:
@@ -44,14 +44,14 @@ def test_flops_of_the_unet_are_those_of_its_layers_added_up() -> None:
         nonlocal total
         assert isinstance(module, nn.Conv2d | nn.Linear)
         once = 2 * output.numel() * module.weight[0].numel()
-        total += 3 * once if inputs[0].requires_grad else 2 * once  # nobody asks for the gradient of what is given
+        total += 3 * once if inputs[0].requires_grad else 2 * once  # no gradient of the network's input
 
     def attention(
         module: nn.Module, inputs: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor | None]
     ) -> None:
         nonlocal total
-        queries, told = inputs[0], keywords.get("encoder_hidden_states")
-        keys = queries if told is None else told
+        queries, context = inputs[0], keywords.get("encoder_hidden_states")
+        keys = queries if context is None else context
         once = 2 * 2 * queries.shape[1] * keys.shape[1] * module.to_q.out_features  # q k^T, and its product with v
         total += 3 * once
 

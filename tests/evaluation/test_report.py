@@ -86,45 +86,45 @@ def report(out: Path) -> dict[str, Any]:
 
 
 def test_the_numbers_are_those_of_the_json(out: Path) -> None:
-    text, told = parsed(out).text, report(out)
+    text, data = parsed(out).text, report(out)
     for set_ in ("train", "heldout"):
         for features in ("pixels", "in-domain CLIP"):
             for top in ("top1", "top5"):
-                found = told["retrieval"][set_]["drawn"][features][top]
+                found = data["retrieval"][set_]["drawn"][features][top]
                 assert f"{found['value']:.1%} {found['low']:.1%} to {found['high']:.1%}" in text
     for kind in ("drawn", "floor"):
-        fid = told["distribution"]["in-domain CLIP"][kind]["fid"]
+        fid = data["distribution"]["in-domain CLIP"][kind]["fid"]
         assert f"{number(fid['value'])} {number(fid['low'])} to {number(fid['high'])}" in text
-    assert "new compositions" in text and told["memorization"]["in-domain CLIP"]["heldout"]["verdict"] in text
-    for known in (told["model"]["sha256"], told["data"]["sha256"], told["spaces"][1]["sha256"], told["command"]):
+    assert "new compositions" in text and data["memorization"]["in-domain CLIP"]["heldout"]["verdict"] in text
+    for known in (data["model"]["sha256"], data["data"]["sha256"], data["spaces"][1]["sha256"], data["command"]):
         assert known in text
-    assert told["command"].startswith("ldm evaluate ") and told["machine"]["processor"] in text
+    assert data["command"].startswith("ldm evaluate ") and data["machine"]["processor"] in text
     assert "optim.lr 0.00125" in text
-    best = told["sweep"]["best"]
+    best = data["sweep"]["best"]
     assert f"guidance {best['guidance_scale']:g}" in text
     assert "1 steps, guidance for t/T in [0.2, 0.8)" in text
 
 
 def test_embedded_pictures_equal_the_files(out: Path) -> None:
-    told = report(out)
+    data = report(out)
     shown = []
     for tag, attributes in parsed(out).tags:
         if tag == "img":
             kind, _, code = str(attributes["src"]).partition(";base64,")
             assert kind == "data:image/webp"
             shown.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(code))).convert("RGB")).tobytes())
-    for picture in told["pictures"]["heldout"]:
+    for picture in data["pictures"]["heldout"]:
         for name in ("drawn", "real"):
             assert np.asarray(Image.open(out / picture[name]).convert("RGB")).tobytes() in shown
-    rebuilt = told["pictures"]["heldout"][0]
+    rebuilt = data["pictures"]["heldout"][0]
     real, back = (np.asarray(Image.open(out / rebuilt[name]), float) for name in ("real", "reconstructed"))
     psnr = 10 * np.log10(255**2 / np.square(real - back).mean())
     assert psnr == pytest.approx(rebuilt["psnr_db"], abs=0.05)  # the file is rounded to whole values
 
 
 def test_best_and_worst_follow_the_stated_rule(out: Path) -> None:
-    told = report(out)
-    ranks = {p["caption"]: (p["rank"]["in-domain CLIP"], p["number"]) for p in told["pictures"]["heldout"]}
+    data = report(out)
+    ranks = {p["caption"]: (p["rank"]["in-domain CLIP"], p["number"]) for p in data["pictures"]["heldout"]}
     expected = sorted(ranks, key=lambda caption: ranks[caption])[:4]
     page = (out / "report.html").read_text("utf-8")
     section = page.split("Best results", 1)[1].split("Worst results", 1)[0]
@@ -158,10 +158,10 @@ def test_every_untrusted_text_is_escaped(out: Path) -> None:
             return [poison(value) for value in tree]
         return EVIL + tree if isinstance(tree, str) else tree
 
-    told, run = report(out), json.loads((out / "run.json").read_text())
-    hostile = copy.deepcopy(told)
+    data, run = report(out), json.loads((out / "run.json").read_text())
+    hostile = copy.deepcopy(data)
     for key in ("command", "made", "machine"):
-        hostile[key] = poison(told[key])
+        hostile[key] = poison(data[key])
     hostile["data"]["source"] = hostile["model"]["folder"] = EVIL
     for pictures in hostile["pictures"].values():
         for picture in pictures:
@@ -181,17 +181,17 @@ def test_it_can_be_made_again_from_the_files_alone(out: Path) -> None:
 
 
 def test_sections_without_data_are_left_out(out: Path) -> None:
-    told = report(out)
+    data = report(out)
     nll = json.loads((out / "nll.json").read_text())
-    assert nll["model"] == told["model"]["sha256"] and "Negative log-likelihood by t" in parsed(out).text
+    assert nll["model"] == data["model"]["sha256"] and "Negative log-likelihood by t" in parsed(out).text
     (out / "nll.json").write_text(json.dumps({**nll, "model": "another"}))
     (out / "run.json").unlink()
-    del told["sweep"]
-    told |= {"memorization": {}, "distribution": {}, "text_fit": {}, "command": None}
-    told["text_use"]["gaps"] = {}
-    told["pictures"] = {"heldout": told["pictures"]["heldout"][:1]}
-    told["retrieval"] = {"heldout": told["retrieval"]["heldout"]}
-    (out / "evaluation.json").write_text(json.dumps(told))
+    del data["sweep"]
+    data |= {"memorization": {}, "distribution": {}, "text_fit": {}, "command": None}
+    data["text_use"]["gaps"] = {}
+    data["pictures"] = {"heldout": data["pictures"]["heldout"][:1]}
+    data["retrieval"] = {"heldout": data["retrieval"]["heldout"]}
+    (out / "evaluation.json").write_text(json.dumps(data))
     text = Parsed(write_report(out).read_text("utf-8")).text
     for absent in ("log-likelihood by t", "Training loss", "sampling steps", "Realism", "CLIP score", "Best results"):
         assert absent not in text

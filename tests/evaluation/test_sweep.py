@@ -108,7 +108,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pipeline"
 
 
-def test_a_pipeline_draws_with_its_own_defaults_unless_told(folder: Path) -> None:
+def test_a_pipeline_generates_with_its_own_defaults(folder: Path) -> None:
     pipe = LDMPipeline.from_pretrained(folder)
     assert pipe.defaults == Defaults(3, 4.5)
     own = np.asarray(pipe("red heart", seed=1).images[0])
@@ -116,22 +116,22 @@ def test_a_pipeline_draws_with_its_own_defaults_unless_told(folder: Path) -> Non
     other = np.asarray(pipe("red heart", seed=1, guidance_scale=1.0).images[0])
     assert (own == same).all()
     assert (own != other).any()
-    stock = StableDiffusionPipeline.from_pretrained(folder)  # which doesn't mind the file
+    stock = StableDiffusionPipeline.from_pretrained(folder)  # which ignores the file
     theirs = stock("red heart", num_inference_steps=3, guidance_scale=4.5, output_type="np")
     ours = pipe("red heart", num_inference_steps=3, guidance_scale=4.5, output_type="np")
     assert theirs.images.shape == ours.images.shape
 
 
-def test_the_command_draws_with_them(folder: Path, tmp_path: Path) -> None:
+def test_the_command_generates_with_them(folder: Path, tmp_path: Path) -> None:
     words = ["sample", str(folder), "cat", "--seed", "2"]
     main([*words, "--out", str(tmp_path / "own.png")])
     main([*words, "--steps", "3", "--guidance-scale", "4.5", "--out", str(tmp_path / "same.png")])
     main([*words, "--steps", "4", "--out", str(tmp_path / "other.png")])
-    drawn = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("own", "same", "other")}
-    assert drawn["own"] == drawn["same"] != drawn["other"]
+    files = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("own", "same", "other")}
+    assert files["own"] == files["same"] != files["other"]
 
 
-def test_what_is_left_out_is_what_it_always_was(folder: Path, tiny_pipeline_folder: Path) -> None:
+def test_missing_settings_have_the_general_defaults(folder: Path, tiny_pipeline_folder: Path) -> None:
     assert LDMPipeline.from_pretrained(tiny_pipeline_folder).defaults == Defaults(20, 3.0)
     assert not (tiny_pipeline_folder / "defaults.json").exists()
     (folder / "defaults.json").write_text('{"guidance_scale": 2}')
@@ -139,7 +139,7 @@ def test_what_is_left_out_is_what_it_always_was(folder: Path, tiny_pipeline_fold
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "expected JSON"),
         ("[1]", "expected an object with num_inference_steps, guidance_scale, guidance_interval"),
@@ -149,7 +149,7 @@ def test_what_is_left_out_is_what_it_always_was(folder: Path, tiny_pipeline_fold
         ('{"guidance_scale": NaN}', "guidance_scale: expected a number"),
     ],
 )
-def test_a_file_that_says_something_else_is_refused(folder: Path, text: str, told: str) -> None:
+def test_a_malformed_file_is_refused(folder: Path, text: str, message: str) -> None:
     (folder / "defaults.json").write_text(text)
-    with pytest.raises(ValueError, match=f"defaults.json: .*{told}|defaults.json: {told}"):
+    with pytest.raises(ValueError, match=f"defaults.json: .*{message}|defaults.json: {message}"):
         LDMPipeline.from_pretrained(folder)
