@@ -20,7 +20,6 @@ import tiny
 from PIL import Image
 
 from ldm.cli.main import main
-from ldm.evaluation.provenance import averaged, copy_run_record, read_curves
 from ldm.evaluation.report.charts import Series, inline_svg, line_chart
 from ldm.evaluation.report.page import write_report
 from ldm.evaluation.report.text import number
@@ -198,23 +197,7 @@ def test_sections_without_data_are_left_out(out: Path) -> None:
     assert "Not measured: the data set has no held-out pictures" in text
 
 
-# --- curves --------------------------------------------------------------------------------------
-
-
-def test_curves_are_the_log_and_the_last_value_of_a_step_counts(tmp_path: Path) -> None:
-    rows = [
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": float("nan")},
-        {"step": 3, "loss": 9.0},
-        {"step": 3, "loss": 2.0},
-    ]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
-    assert read_curves(tmp_path / "log.jsonl") == {"loss": [(1, 3.0), (3, 2.0)]}
-    assert read_curves(tmp_path / "none.jsonl") == {}
-    many = [(step, float(step)) for step in range(1000)]
-    short = averaged(many, 7)
-    assert len(short) == 7 and all(step == value for step, value in short)
-    assert short[0][0] == pytest.approx(np.mean(range(142)))
+# --- charts and numbers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -284,16 +267,3 @@ def test_an_exported_model_has_its_runs_curves_and_no_path(out: Path, home: Path
     assert json.loads((out / "run.json").read_text())["curves"]["loss"]
     assert page.read_bytes() == (out / "report.html").read_bytes()
     assert "Training loss" in parsed(out).text
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{}", '{"step": 1, "config": 3, "curves": {}}', '{"step": "1", "config": null, "curves": {}}',
-     '{"step": 1, "config": null, "curves": []}' + "x", '{"step": 1, "config": null, "curves": {"loss": [[1]]}}',
-     '{"step": 1, "config": null, "curves": {"loss": [["a", "b"]]}}', '{"step": 1, "config": null, "curves": 7}'],
-)  # fmt: skip
-def test_a_malformed_run_record_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json: expected the step, config and curves"):
-        copy_run_record(tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

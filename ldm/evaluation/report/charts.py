@@ -1,4 +1,4 @@
-"""The charts of the report and the model card, drawn by matplotlib.
+"""The charts of the report and the model card, made with matplotlib.
 
 In the report a chart is inline SVG whose colors are the page's CSS variables, so that it follows light and dark mode.
 The same evaluation always gives the same bytes.
@@ -42,11 +42,13 @@ class Series:
         name: in the legend.
         points: (x, y), x ascending.
         errors: half the height of each point's error bar; none if empty.
+        color: an index into COLORS; by default the line's place in the chart.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     errors: Sequence[float] = ()
+    color: int | None = None
 
 
 def line_chart(
@@ -76,9 +78,10 @@ def line_chart(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.subplots()
-        for line, color in zip(series, COLORS * len(series)):
+        for place, line in enumerate(series):
             xs, ys = zip(*line.points)
             dots = "o" if len(xs) <= MAX_DOTS else ""
+            color = COLORS[(place if line.color is None else line.color) % len(COLORS)]
             axes.errorbar(
                 xs, ys, line.errors or None, color=color, label=line.name, linewidth=1.5, elinewidth=1,
                 marker=dots, markersize=4, clip_on=False,
@@ -162,8 +165,12 @@ def report_charts(report: dict[str, Any], run: dict[str, Any] | None, nll: dict[
     """
     curves = run["curves"] if run else {}
 
-    def logged(**names: str) -> list[Series]:
-        return [Series(name, curves[key]) for key, name in names.items() if key in curves]
+    def logged(first_color: int = 0, **names: str) -> list[Series]:
+        return [
+            Series(name, curves[key], (), first_color + i)
+            for i, (key, name) in enumerate(names.items())
+            if key in curves
+        ]
 
     use = report["text_use"]
     gaps = [
@@ -171,6 +178,7 @@ def report_charts(report: dict[str, Any], run: dict[str, Any] | None, nll: dict[
             CAPTIONS[kind],
             [(i, gap[quarter]["value"]) for i, quarter in enumerate(QUARTERS)],
             [(gap[quarter]["high"] - gap[quarter]["low"]) / 2 for quarter in QUARTERS],
+            color=list(CAPTIONS).index(kind),
         )
         for kind, gap in use["gaps"].items()
     ]
@@ -179,7 +187,7 @@ def report_charts(report: dict[str, Any], run: dict[str, Any] | None, nll: dict[
     figures = {
         "loss": line_chart(logged(loss="training loss"), x="step", y="training loss", log_y=True),
         "heldout": line_chart(logged(**by_quarter), x="step", y="validation loss", log_y=True),
-        "gap": line_chart(logged(**caption_gaps), x="step", y="increase of the loss"),
+        "gap": line_chart(logged(1, **caption_gaps), x="step", y="increase of the loss"),
         "by_t": loss_by_t(use),
         "gap_by_t": line_chart(gaps, x="quarter of t", y="increase of the loss", names=list(NOISE.values())),
         "nll": nll_chart(nll) if nll else None,
@@ -212,7 +220,7 @@ def sweep_charts(sweep: dict[str, Any] | None) -> dict[str, Any]:
     for low, high in sorted({tuple(row["guidance_interval"]) for row in rows}, key=lambda each: each[0] - each[1]):
         line = [row for row in rows if row["guidance_scale"] <= 1 or row["guidance_interval"] == [low, high]]
         line.sort(key=lambda row: row["guidance_scale"])
-        name = "guidance at all t" if (low, high) == (0, 1) else f"t/T in {low:g} to {high:g}"
+        name = "guidance at all t" if (low, high) == (0, 1) else f"t/T in [{low:g}, {high:g})"
         for series, found in (
             (recall, [row["retrieval"][sweep["chosen_on"]]["top5"] for row in line]),
             (kid, [row["kid"] for row in line]),
