@@ -165,12 +165,9 @@ def report_charts(report: dict[str, Any], run: dict[str, Any] | None, nll: dict[
     """
     curves = run["curves"] if run else {}
 
-    def logged(first_color: int = 0, **names: str) -> list[Series]:
-        return [
-            Series(name, curves[key], (), first_color + i)
-            for i, (key, name) in enumerate(names.items())
-            if key in curves
-        ]
+    def logged(names: dict[str, str], first_color: int = 0) -> list[Series]:
+        lines = enumerate(names.items(), first_color)
+        return [Series(name, curves[key], (), color) for color, (key, name) in lines if key in curves]
 
     use = report["text_use"]
     gaps = [
@@ -185,9 +182,9 @@ def report_charts(report: dict[str, Any], run: dict[str, Any] | None, nll: dict[
     by_quarter = {f"heldout/{quarter}": name for quarter, name in NOISE.items()}
     caption_gaps = {"heldout/text_gap": CAPTIONS["shuffled"], "heldout/null_gap": CAPTIONS["null"]}
     figures = {
-        "loss": line_chart(logged(loss="training loss"), x="step", y="training loss", log_y=True),
-        "heldout": line_chart(logged(**by_quarter), x="step", y="validation loss", log_y=True),
-        "gap": line_chart(logged(1, **caption_gaps), x="step", y="increase of the loss"),
+        "loss": line_chart(logged({"loss": "training loss"}), x="step", y="training loss", log_y=True),
+        "heldout": line_chart(logged(by_quarter), x="step", y="validation loss", log_y=True),
+        "gap": line_chart(logged(caption_gaps, 1), x="step", y="increase of the loss"),
         "by_t": loss_by_t(use),
         "gap_by_t": line_chart(gaps, x="quarter of t", y="increase of the loss", names=list(NOISE.values())),
         "nll": nll_chart(nll) if nll else None,
