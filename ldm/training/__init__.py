@@ -12,6 +12,7 @@ encoders.py        VAE and text encoder, each in memory only while it encodes
 normalization.py   latents and contexts of unit variance: measured once, folded into the encoders
 encoder_report.py  how much the VAE blurs, how many captions are cut
 latent_cache.py    the cache of a run
+budget.py          loop.minutes: a recipe scaled to a time
 monitor.py         skipped steps, spikes of the loss, signals
 train_state.py     networks, optimizers and averages as plain tensors
 checkpoint.py      atomic save, verified load

@@ -44,6 +44,7 @@ class DataConfig:
         cache: the folder that keeps what VAE and text encoder made of pictures and captions; "auto" is RUN/cache.
             Runs can share one: things are found by their content and by the networks' weights. "off" keeps nothing
             and encodes at every step; random crops need it.
+        limit: train on at most so many pictures, those of `loop.prompts` among them; 0 is all.
         workers: processes that read pictures when the cache is off.
     """
 
@@ -61,6 +62,7 @@ class DataConfig:
     holdout: float = 0.05
     on_bad: Literal["error", "skip"] = "error"
     cache: str | Literal[False] = "auto"  # YAML reads a bare off as false
+    limit: int = 0
     workers: int = 2
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class DataConfig:
         if self.size % 8:
             raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}")
         check("data.holdout", self.holdout, at_least=0, below=1)
+        check("data.limit", self.limit, at_least=0)
         check("data.workers", self.workers, at_least=0)
         if not self.cache:
             object.__setattr__(self, "cache", "off")
@@ -193,6 +196,8 @@ class LoopConfig:
 
     Attributes:
         steps: optimizer steps.
+        minutes: time in place of steps: the run measures its step and scales steps, half-size steps, warm-up and the
+            number of pictures to it (`ldm.training.budget`); 0 takes the numbers as they are.
         half_size_steps: the first so many of them learn from latents of half the edge, in less than half the time
             (progressive resizing).
         batch_size: pictures per step, over all processes and accumulated batches.
@@ -213,6 +218,7 @@ class LoopConfig:
     """
 
     steps: int = 100_000
+    minutes: float = 0.0
     half_size_steps: int = 0
     batch_size: int = 64
     accumulation: int = 1
@@ -236,7 +242,7 @@ class LoopConfig:
         for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "num_inference_steps", "max_skipped"):
             check(f"loop.{name}", getattr(self, name), at_least=1)
         every = ("sample_every", "evaluate_every", "checkpoint_every")
-        for name in ("half_size_steps", "threads", *every, "evaluation_pictures", "spike"):
+        for name in ("minutes", "half_size_steps", "threads", *every, "evaluation_pictures", "spike"):
             check(f"loop.{name}", getattr(self, name), at_least=0)
         check("loop.threads", self.threads, at_most=4096)
         check("loop.guidance_scale", self.guidance_scale, at_least=0, at_most=100)

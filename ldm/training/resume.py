@@ -28,6 +28,7 @@ HARMLESS = (
     "doctor",
     "resume.",
     "data.workers",
+    "loop.minutes",  # what follows from it counts
     "loop.log_every",
     "loop.sample_every",
     "loop.evaluate_every",

@@ -23,8 +23,10 @@ def train(task: str, config: Config) -> list[float]:
     # here, so that a command line is parsed and its --help printed before torch is loaded
     from ldm.data.dataset import read_captioned, require_training
     from ldm.data.rows import count
+    from ldm.training.budget import decide, limited, read_budget
     from ldm.training.distributed import build_accelerator
     from ldm.training.doctor.examine import before_first_step
+    from ldm.training.task import Task
     from ldm.training.tasks.autoencoder import Autoencoder
     from ldm.training.tasks.classifier import Classifier
     from ldm.training.tasks.diffusion import Diffusion
@@ -37,9 +39,20 @@ def train(task: str, config: Config) -> list[float]:
     sizes = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     accelerator.print(f"{data.source}: {sizes}")
 
+    def create(config: Config) -> Task:
+        chosen = limited(pictures, config.data.limit, config.loop.prompts)
+        return kind.create(config, accelerator, chosen)  # pictures => data and frozen networks
+
     kind = {kind.name: kind for kind in (Autoencoder, Diffusion, Classifier)}[task]
-    job = kind.create(config, accelerator, pictures)  # pictures => data and frozen networks
+    timed = task == "ldm" and config.loop.minutes > 0
+    budget = read_budget(config) if timed else None
+    job = create(budget.apply(config) if budget else config)
     before_first_step(job, pictures)
+    if timed and budget is None:
+        budget = decide(job, len(pictures.train))
+        job = create(budget.apply(config))
+    if budget:
+        accelerator.print(budget)
     job.prepare()  # => samples, validation set
     job.build()  # => the network that learns
     module = next(iter(job.train_state.values())).module
