@@ -16,7 +16,7 @@ def add_openmoji(parser: argparse.ArgumentParser) -> None:
         "--subset",
         choices=("all", "demo"),
         default="all",
-        help="all 3,939 drawings, or the few hundred of the demo (default: all)",
+        help="all 3,939 drawings, or the hundreds of the demo (default: all)",
     )
 
 
@@ -107,7 +107,7 @@ COMMANDS = {
 COMMAND = Command(
     "make and check data sets",
     """
-ldm data openmoji data/openmoji-demo --subset demo   (a few hundred drawings with captions, offline)
+ldm data openmoji data/openmoji-demo --subset demo   (some hundreds of drawings with captions, offline)
 ldm data check my_pictures                           (every problem at once, by file and row)
 ldm data cache runs/demo/cache                       (what a run has encoded)""",
     lambda parser: add_commands(parser, COMMANDS),

@@ -63,7 +63,7 @@ class Budget:
         """Scale a recipe to the time.
 
         Args:
-            pictures: of the training split.
+            pictures: of the training split; the recipe's number of them is `data.limit`, or all.
             seconds, half_seconds: of a step at full and at half size.
             left: seconds until the minutes are over.
         Raises:
@@ -81,7 +81,7 @@ class Budget:
                 f"{needed:.0f}"
             )
         share = steps / loop.steps
-        wanted = max(len(loop.prompts), round(share * pictures))
+        wanted = max(len(loop.prompts), round(share * (config.data.limit or pictures)))
         warmup = min(config.optim.warmup, max(1, round(share * config.optim.warmup)))
         return cls(
             loop.minutes, min(pictures, wanted), steps, round(half * steps), warmup, round(seconds, 4),

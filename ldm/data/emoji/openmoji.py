@@ -106,7 +106,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
     Args:
         out: the folder to make; drawings already there are drawn again.
         size: edge in pixels.
-        subset: "all", or "demo": the showcase and a few hundred more simple drawings.
+        subset: "all", or "demo": the showcase and some hundreds more.
     Returns:
         The number of pictures drawn.
     Raises:
@@ -256,7 +256,7 @@ def find_compositions(drawings: list[Drawing]) -> frozenset[str]:
 
 
 def in_demo(drawing: Drawing) -> bool:
-    """Whether the demo has this drawing: the showcase, firefighters of all tones, and a sixth of the toneless rest."""
+    """Whether the demo has this drawing: the showcase, firefighters of all tones, two fifths of the toneless rest."""
     if drawing.caption in SHOWCASE or (drawing.tones and drawing.caption.startswith("woman firefighter")):
         return True
-    return not drawing.tones and split_of(f"demo {drawing.caption}", 0.16) == "heldout"  # another hash than the split's
+    return not drawing.tones and split_of(f"demo {drawing.caption}", 0.4) == "heldout"  # another hash than the split's
