@@ -1,11 +1,11 @@
-"""Seconds that a resumed run takes to know its pictures again, against another checkout of this project.
+"""Seconds that a resumed run takes to read its pictures, against another checkout of this project.
 
     python -m benchmarks.restart --against ../before                # 20,000 unchanged pictures of 64 px
     python -m benchmarks.restart --against ../before --pictures 2000 --edge 256
 
-Measured in fresh processes, imports excluded: reading the metadata, checking every picture, and the hash of each
-picture's content, by which the cache is searched. Both arms have run once before, so that all is known that each
-remembers. The other checkout may be one that decodes every picture at every start (before ldm/data/facts.py).
+Measured in fresh processes, without imports: reading the metadata, checking every picture, and hashing its content, the
+key of the cache. Both arms have run once before, so that each can use what it remembers. The other checkout may be one
+that decodes every picture at every start (before ldm/data/facts.py).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from ldm.evaluation.report.text import SPLITS, number, percent, signed
+from ldm.evaluation.report.text import SPLITS, number, percent, sampling, signed
 
 FEW = 100  # pictures; metrics of fewer are rough
 KINDS = {"drawn": "generated", "floor": "baseline", "ceiling": "upper bound", "heldout": "held-out"}
@@ -92,6 +92,7 @@ def model_card(
         text_encoder=((run["config"] or {}).get("text") or {}).get("encoder"),
         examples=examples,
         defaults=pipeline.defaults,
+        sampling=sampling,
         stock=pipeline.labels is None and not pipeline.condition_channels,
         call=example_call(pipeline),
         nothing="" if pipeline.tokenizer is not None else ", text_encoder=None, tokenizer=None",

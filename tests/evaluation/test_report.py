@@ -22,7 +22,7 @@ from PIL import Image
 from ldm.cli.main import main
 from ldm.evaluation.report.charts import Series, inline_svg, line_chart
 from ldm.evaluation.report.page import write_report
-from ldm.evaluation.report.text import number
+from ldm.evaluation.report.text import number, sampling
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}'
 
@@ -267,3 +267,9 @@ def test_an_exported_model_has_its_runs_curves_and_no_path(out: Path, home: Path
     assert json.loads((out / "run.json").read_text())["curves"]["loss"]
     assert page.read_bytes() == (out / "report.html").read_bytes()
     assert "Training loss" in parsed(out).text
+
+
+def test_an_interval_of_guidance_is_named_where_it_has_an_effect() -> None:
+    assert sampling(8, 3.0, (0.2, 1.0)) == "8 steps, guidance scale 3 for t/T in [0.2, 1)"
+    assert sampling(8, 3.0, (0.0, 1.0)) == "8 steps, guidance scale 3"
+    assert sampling(8, 1.0, [0.2, 1.0]) == "8 steps, guidance scale 1"

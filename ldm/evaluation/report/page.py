@@ -21,7 +21,7 @@ from PIL import Image
 from ldm.data.batches import spread
 from ldm.evaluation.provenance import RUN_FILE
 from ldm.evaluation.report.charts import report_charts
-from ldm.evaluation.report.text import by_guidance, number, percent, signed
+from ldm.evaluation.report.text import by_guidance, number, percent, sampling, signed
 
 FILE = "evaluation.json"
 PAGE = "report.html"
@@ -73,6 +73,7 @@ def view(out: Path, redact: Callable[[Any], Any] = lambda tree: tree) -> dict[st
         "run": run,
         "nll": nll,
         "name": model_name(report["model"]["folder"]),
+        "sampling": sampling(*(report["settings"][key] for key in ("steps", "guidance_scale", "guidance_interval"))),
         "extractor": extractor,
         "split": split,
         "galleries": galleries(report),

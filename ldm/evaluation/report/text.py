@@ -28,6 +28,13 @@ def signed(value: float, digits: int = 4) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
+def sampling(steps: int, guidance_scale: float, guidance_interval: Sequence[float] = EVERYWHERE) -> str:
+    """Settings of the generated pictures: 8 steps, guidance scale 3 for t/T in [0.2, 1)."""
+    low, high = guidance_interval
+    where = f" for t/T in [{low:g}, {high:g})" if guidance_scale > 1 and (low, high) != EVERYWHERE else ""
+    return f"{steps} steps, guidance scale {guidance_scale:g}{where}"
+
+
 def with_interval(estimate: dict[str, Any], write: Any = number) -> str:
     """An estimate and its interval: 46.4 (40.1 to 52.7)."""
     return f"{write(estimate['value'])} ({write(estimate['low'])} to {write(estimate['high'])})"
@@ -77,11 +84,8 @@ def summary(report: dict[str, Any]) -> str:
             )
     if "sweep" in report:
         best = report["sweep"]["best"]
-        low, high = best["guidance_interval"]
-        lines.append(
-            f"best setting of the sweep: {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}"
-            + (f" for {low:g} <= t/T < {high:g}" if best["guidance_scale"] > 1 and (low, high) != EVERYWHERE else "")
-        )
+        settings = (best[key] for key in ("num_inference_steps", "guidance_scale", "guidance_interval"))
+        lines.append(f"best setting of the sweep: {sampling(*settings)}")
     if "timing" in report:
         timing = report["timing"]
         lines.append(
