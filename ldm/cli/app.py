@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import socket
 
 from ldm.cli.find import DEFAULT_MODELS, default_model
-from ldm.cli.parser import Command, place
+from ldm.cli.parser import Command, place, port
 from ldm.inference.defaults import ENGINES
 from ldm.pipelines import import_networks
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a pipeline folder or a Hub id (default: {', else '.join(DEFAULT_MODELS)})",
     )
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    add("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    add("--port", type=port, help="port to listen on (default: the first free one from 7860)")
     add(
         "--engine",
         choices=("auto", *ENGINES),
@@ -34,10 +35,21 @@ def run(arguments: argparse.Namespace) -> None:
     model = arguments.model or default_model()
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError('the page needs gradio; pip install "ldm[app]"')
+    check_host(arguments.host)
     import_networks()
     from ldm.app.page import load, serve
 
     serve(load(model, arguments.engine), host=arguments.host, port=arguments.port, share=arguments.share)
+
+
+def check_host(host: str) -> None:
+    """Raise a ValueError unless this machine can listen there; gradio would try a hundred ports first."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host: {host[:200]!r} is not an address of this machine ({error})") from None
 
 
 COMMAND = Command(

@@ -77,6 +77,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A TCP port."""
+    if not text.isdecimal() or len(text) > 5 or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text[:20]!r}")
+    return int(text)
+
+
 def path(text: str) -> Path:
     """A path that was typed; a shell leaves the ~ of --out=~/heart.png to the program."""
     return Path(os.path.expanduser(text))

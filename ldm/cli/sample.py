@@ -55,7 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, help="of the first picture; picture i has seed + i (default: 0)")
     add("--images-per-prompt", type=positive, metavar="N", help="pictures of each prompt (default: 1)")
-    add("--batch-size", type=positive, metavar="N", help="pictures generated at once, for bounded memory (default: 16)")
+    add(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="pictures generated at once, which bounds memory; in a batch of another size a picture may differ by "
+        "rounding, 1/255 of a channel (default: 16)",
+    )
     add("--columns", type=positive, metavar="N", help="pictures in a row of the grid (default: 4)")
     add(
         "--dtype",
