@@ -138,14 +138,14 @@ def test_cache_is_listed_and_every_record_is_checked(tmp_path: Path, capsys: pyt
             writer.append(to_keys(b"a" * 16 + b"b" * 16), payloads)
     main(["data", "cache", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
-        f"store-{number}: 2 records, 0.0 MiB, all whole; vae abc, size 64" for number in (1, 2)
+        f"store-{number}: 2 records, 0.0 MiB, all whole; size 64, vae abc" for number in (1, 2)
     ]
     file = tmp_path / "store-2.sqlite"
     data = bytearray(file.read_bytes())
     data[data.index(payloads[1].tobytes())] ^= 4
     file.write_bytes(data)
     for said in (
-        "store-2: 2 records, 0.0 MiB, 1 record damaged; vae abc",
+        "store-2: 2 records, 0.0 MiB, 1 record damaged; size 64, vae abc",
         "store-2: 0.0 MiB; store-2.sqlite: a record",
     ):
         with pytest.raises(SystemExit, match="encodes anew what is damaged"):
