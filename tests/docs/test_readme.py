@@ -115,6 +115,16 @@ def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 160
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page: str) -> None:
+    """A path in the text is one of the repository, or below ldm/ or tests/."""
+    folders = "|".join(path.name for top in ("", "ldm", "tests") for path in (road.ROOT / top).glob("[a-z]*/"))
+    named = re.findall(rf"(?<![\w/.])((?:{folders})/[\w/.*-]*\.(?:py|yaml|sh|txt))", PAGES[page])
+    assert not [
+        name for name in set(named) if not any(list((road.ROOT / top).glob(name)) for top in ("", "ldm", "tests"))
+    ]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
 def test_page_opens_with_its_use(page: str) -> None:
     title, _, rest = PAGES[page].partition("\n\n")
