@@ -25,11 +25,13 @@ def build_cache(
     encoders: Encoders,
     latent_shape: tuple[int, int, int],
     name: str = "rows",
+    flip: bool | None = None,
 ) -> LatentCache:
     """Encode what `folder` lacks of these pictures and captions, and open it. Every rank must call it.
 
     Args:
-        name: of the table with the place of each picture in the stores; one for each sequence of pictures.
+        name: of the table with the key of each picture in the stores; one for each sequence of pictures.
+        flip: encode mirrored pictures, too; as the config says, where it is None.
     Raises:
         NoSpaceError: if it doesn't fit on the disk.
         BadDataError: if a picture can't be read.
@@ -46,10 +48,12 @@ def build_cache(
         assert encoders.text is not None
         return encoders.text.encode(captions)
 
+    flipped = data.flip if flip is None else flip
+
     def build(tick: Tick) -> None:
         builder = Builder(folder, tick=tick)
         captions = (contexts, encode_captions) if contexts is not None else None
-        builder.build(pictures, table, (posteriors, encode_pixels), captions, size=data.size, flip=data.flip)
+        builder.build(pictures, table, (posteriors, encode_pixels), captions, size=data.size, flip=flipped)
 
     on_rank_0(build)
     return LatentCache.open(folder, table, posteriors, contexts)

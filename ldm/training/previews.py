@@ -10,6 +10,7 @@ from PIL import Image
 
 from ldm.data.batches import evenly
 from ldm.data.conditioned import ConditionedPictures
+from ldm.data.dataset import Row
 from ldm.data.grid import captioned_grid
 from ldm.models.text_encoder import TextEncoder
 from ldm.training.config import Config
@@ -24,13 +25,14 @@ class Prompt:
 
     Attributes:
         caption: the text under it.
-        prompt, class_label, condition: arguments of LDMPipeline.
+        prompt, class_label: arguments of LDMPipeline.
+        condition: the row that reads the argument `condition`, when a preview needs it.
     """
 
     caption: str
     prompt: str | None = None
     class_label: str | None = None
-    condition: Image.Image | None = None
+    condition: Row | None = None
 
 
 def build_prompt_set(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:
@@ -57,7 +59,7 @@ def prompt_of(config: Config, rows: ConditionedPictures, number: int) -> Prompt:
     row = rows.pictures[number]
     name = rows.labels.names[rows.class_ids[number]] if rows.labels else None
     prompt = row.captions[0] if config.text.encoder is not None else None
-    return Prompt(prompt or name or "", prompt, name, rows.condition(number).image())
+    return Prompt(prompt or name or "", prompt, name, rows.condition(number))
 
 
 def generate_grid(
@@ -78,6 +80,8 @@ def generate_grid(
             for name in ("prompt", "class_label", "condition")
             if getattr(part[0], name) is not None
         }
+        if "condition" in given:
+            given["condition"] = [row.image() for row in given["condition"]]
         output = pipeline(
             **(given or {"num_images_per_prompt": len(part)}),
             num_inference_steps=config.loop.num_inference_steps,

@@ -20,7 +20,7 @@ from torch.nn.functional import avg_pool2d
 from ldm.data.batches import BATCH, choose_caption, evenly, load_pixels, pixel_batches
 from ldm.data.cache.latents import LatentCache
 from ldm.data.conditioned import ConditionedPictures
-from ldm.data.dataset import CaptionedPictures, Row
+from ldm.data.dataset import CaptionedPictures
 from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet
 from ldm.models.conditioning import Conditioning
 from ldm.models.text_encoder import TextEncoder
@@ -125,36 +125,53 @@ class LatentSamples:
         return sample
 
 
-@torch.no_grad()
-def validation_set(config: Config, heldout: ConditionedPictures, encoders: Encoders) -> CaptionedValidationSet | None:
-    """The held-out pictures with their first captions at fixed (t, eps), and the same with other captions.
+def validation_pictures(config: Config, heldout: ConditionedPictures) -> ConditionedPictures:
+    """The held-out pictures whose loss is measured."""
+    return evenly(heldout, config.loop.evaluation_pictures)
 
-    None if no pictures are held out.
+
+@torch.no_grad()
+def validation_set(
+    config: Config,
+    source: ConditionedPictures,
+    encoders: Encoders,
+    device: torch.device,
+    cache: LatentCache | None = None,
+) -> CaptionedValidationSet | None:
+    """The `validation_pictures` with their first captions at fixed (t, eps), and the same with other captions.
+
+    Args:
+        cache: of these pictures; without it they are encoded here.
+    Returns:
+        None if no pictures are held out.
     """
-    source = evenly(heldout, config.loop.evaluation_pictures)
     if not len(source):
         return None
-
-    def latents(rows: Sequence[Row]) -> Tensor:
-        vae = encoders.vae
-        return torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "encoding")])
-
-    context = channels = class_labels = None
-    x0 = latents(source.pictures)
+    context = null_context = channels = class_labels = None
+    first = [row.captions[0] for row in source.pictures if row.captions]
+    if cache is not None:
+        latents = torch.stack([cache.posterior(i, False)[0] for i in range(len(source.all_pictures))]).to(device)
+        if cache.contexts is not None:
+            context = torch.stack([cache.context(caption) for caption in first]).to(device)
+            null_context = cache.context("")[None].to(device)
+    else:
+        batches, vae = pixel_batches(source.all_pictures, config.data.size, "encoding"), encoders.vae
+        latents = torch.cat([encode(vae, pixels).mean for pixels in batches])
+        text = encoders.text
+        if text:
+            context = torch.cat([text.encode(first[i : i + BATCH]) for i in range(0, len(first), BATCH)])
+            null_context = text.encode([""])
+    x0 = latents[: len(source)]
     if source.condition_column:
-        channels = latents([source.condition(i) for i in range(len(source))])
+        channels = latents[len(source) :]
     if source.labels:
         class_labels = torch.from_numpy(source.class_ids).to(x0.device)
-    text = encoders.text
-    if text:
-        first = [row.captions[0] for row in source.pictures]
-        context = torch.cat([text.encode(first[i : i + BATCH]) for i in range(0, len(first), BATCH)])
     rng = generator(config.seed, "held out")
     conditioning = Conditioning(context, class_labels, channels)
     true = ValidationSet.fixed(x0, conditioning, config.diffusion.timesteps, rng)
-    if text is None:
+    if null_context is None:
         return CaptionedValidationSet(true)
-    return CaptionedValidationSet.of(true, [row.captions for row in source.pictures], text.encode([""]), rng)
+    return CaptionedValidationSet.of(true, [row.captions for row in source.pictures], null_context, rng)
 
 
 def to_device(collated: dict[str, Any], device: torch.device) -> dict[str, Any]:

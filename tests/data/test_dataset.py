@@ -179,6 +179,24 @@ def test_metadata_in_folders_below_and_links_inside(tmp_path: Path) -> None:
     ]
 
 
+def test_nothing_is_told_of_files_outside_not_even_whether_they_exist(tmp_path: Path) -> None:
+    (tmp_path / "data/below").mkdir(parents=True)
+    (tmp_path / "there.png").write_bytes(picture())
+    names = ["../there.png", "../none.png", "below/../../there.png", "below/..", "..", "below/../../none.png"]
+    (tmp_path / "data/away.png").symlink_to("../there.png")
+    lines = [json.dumps({"file_name": name, "text": "x"}) for name in [*names, "away.png"]]
+    (tmp_path / "data/metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(BadDataError) as caught:
+        read(tmp_path / "data")
+    kinds = [problem.what for problem in caught.value.problems]
+    assert (
+        kinds
+        == ["path leads out of the data folder"] * 3
+        + ["picture is a folder; expected a plain file"]
+        + ["path leads out of the data folder"] * 3
+    )
+
+
 def test_hugging_face_snapshot_links_are_followed(tmp_path: Path) -> None:
     """What huggingface_hub.snapshot_download leaves: links from snapshots/REVISION into blobs."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"

@@ -26,9 +26,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertModel
 
+from ldm.data import dataset, facts
 from ldm.data.cache.store import DamagedError, Kind, Store
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import read_captioned
+from ldm.data.images import decode as decode_picture
 from ldm.models.conditioning import Conditioning
 from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.vae import build_vae, decode, encode, load_vae
@@ -37,6 +39,7 @@ from ldm.system.errors import RunError
 from ldm.training.config import Config
 from ldm.training.doctor.trial import OVERFIT, TIMED
 from ldm.training.encoders import Encoders
+from ldm.training.run import train
 from ldm.training.samples import Batch, validation_set
 from ldm.training.trainer import Trainer
 from train.train_ldm import main as train_ldm
@@ -78,7 +81,7 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
     assert max(one) / min(one) > 1.02  # and they are not all the same by triviality
     for cache in (run / "cache" for run in run_of.values()):  # encoded once, not once by each
         (posteriors,) = cache.glob("posteriors-*.sqlite")
-        assert len(Store(posteriors, Kind.of(posteriors))) == 18
+        assert len(Store(posteriors, Kind.of(posteriors))) == 24
     weights = [load_file(run / "checkpoints/ldm/step_0000004/unet.safetensors") for run in run_of.values()]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-3)  # Adam: one lr step at most
@@ -238,7 +241,9 @@ def test_the_log_says_what_captions_are_worth(home: Path, tmp_path: Path) -> Non
     pipe = LDMPipeline.from_pretrained(tmp_path / "pipeline")
     text = TextEncoder(pipe.tokenizer, pipe.text_encoder)
     heldout = read_captioned(home / "data", holdout=0.2, progress=False).heldout
-    asked = validation_set(config, ConditionedPictures(heldout), Encoders(lambda: pipe.vae, lambda: text))
+    asked = validation_set(
+        config, ConditionedPictures(heldout), Encoders(lambda: pipe.vae, lambda: text), torch.device("cpu")
+    )
     assert asked is not None and asked.shuffled is not None
     true, schedule = asked.true, pipe.scheduler.alphas_cumprod.double()
 
@@ -375,6 +380,28 @@ def test_a_second_start_encodes_nothing_and_new_rows_only_themselves(
         file.write(json.dumps({"file_name": "images/new.png", "text": "brown cat"}) + "\n")
     train_ldm(road.replace(config, resume={"allow": ("pictures",)}))
     assert "cache: 1 picture and 1 caption to encode" in capsys.readouterr().out
+
+
+def test_a_resumed_run_decodes_no_picture(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+
+    def counted(data: bytes, *arguments: Any) -> Image.Image:
+        decoded.append(data)
+        return decode_picture(data, *arguments)
+
+    for module in (facts, dataset):
+        monkeypatch.setattr(module, "decode", counted)
+    monkeypatch.setattr(facts, "SETTLED", -1.0)  # for this test, files are old as soon as they are made
+    columns = {"data__label_column": "color", "data__condition_column": "outline"}
+    steps = {"loop__steps": 2, "classifier_training__steps": 2, "loop__sample_every": 0}  # previews show pictures
+    config = config_of(home, tmp_path / "run", **steps, **columns)
+    for task, section in (("ldm", "loop"), ("classifier", "classifier_training")):
+        train(task, config)
+        assert decoded
+        decoded.clear()
+        allowed = {"allow": (f"{section}.steps",)}
+        assert len(train(task, road.replace(config, resume=allowed, **{section: {"steps": 4}}))) == 2
+        assert decoded == [], task
 
 
 def test_what_the_unet_is_told_has_mean_0_and_variance_1(home: Path, tmp_path: Path) -> None:

@@ -152,20 +152,17 @@ class FolderStore:
             real = self._real.get(folder)
             if real is None:
                 real = self._real[folder] = os.path.realpath(os.path.join(self.root, folder))
-            path = real + os.sep + base
-            status = os.lstat(path)
-            if base in ("", ".", "..") or stat.S_ISLNK(status.st_mode):
+            path = real + os.sep + base if base not in ("", ".", "..") else os.path.realpath(os.path.join(real, base))
+            status = os.lstat(path) if self.holds(path) else None
+            if status is not None and stat.S_ISLNK(status.st_mode):
                 path = os.path.realpath(path)
-            if not self.holds(path):
-                raise BadPictureError("path leads out of the data folder")
-            if stat.S_ISLNK(status.st_mode):
-                status = os.stat(path)
+                status = os.stat(path) if self.holds(path) else None
         except FileNotFoundError:
             raise BadPictureError("picture is missing") from None
-        except BadPictureError:
-            raise
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise BadPictureError(f"picture cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        if status is None:
+            raise BadPictureError("path leads out of the data folder")
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             kind = "folder" if stat.S_ISDIR(status.st_mode) else "special file"
             raise BadPictureError(f"picture is a {kind}; expected a plain file")

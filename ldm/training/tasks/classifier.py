@@ -28,6 +28,7 @@ from ldm.diffusion.timesteps import at_share
 from ldm.evaluation.validation import LabeledValidationSet, classifier_accuracy
 from ldm.models.classifier import NoisyClassifier, build_classifier
 from ldm.models.vae import Posterior, encode, latent_shape
+from ldm.training.checkpoint import checkpoint_folder, checkpoints
 from ldm.training.config import Config, DataConfig
 from ldm.training.distributed import Tick, encoding_dtype
 from ldm.training.encoders import Encoders
@@ -123,7 +124,8 @@ class Classifier(Task):
         device, dtype = accelerator.device, encoding_dtype(accelerator)
         measure_pretrained(config, pictures.train, device, dtype)
         encoders = Encoders(lambda: load_normalized(config, device), None, dtype)
-        check_scale(encoders.vae, pictures.train, config.data.size)
+        if not checkpoints(checkpoint_folder(config.run, cls.name)):  # else the first start has done it
+            check_scale(encoders.vae, pictures.train, config.data.size)
         return cls(config, accelerator, pictures, labels, encoders)
 
     @cached_property
@@ -143,12 +145,17 @@ class Classifier(Task):
 
     def prepare(self) -> None:
         self.heldout = self.validation_set()
-        folder = self.config.cache_folder()
-        if folder is not None:
-            rows = self.pictures.train
-            cache = build_cache(self.config, folder, rows, self.encoders, self.latent_shape, "classifier")
+        cache = self.cached(self.pictures.train, "classifier")
+        if cache is not None:
             self.samples, self.workers = replace(self.samples, cache=cache), 0
         self.free()
+
+    def cached(self, rows: CaptionedPictures, name: str, flip: bool | None = None) -> LatentCache | None:
+        """The latent cache of these pictures; None without one."""
+        folder = self.config.cache_folder()
+        if folder is None or not len(rows):
+            return None
+        return build_cache(self.config, folder, rows, self.encoders, self.latent_shape, name, flip)
 
     def free(self) -> None:
         self.encoders.free()
@@ -156,11 +163,16 @@ class Classifier(Task):
     @torch.no_grad()
     def validation_set(self) -> LabeledValidationSet | None:
         """Held-out pictures' latents and labels at fixed (t, eps); None if there are none."""
-        rows, config, vae = evenly(self.pictures.heldout, VALIDATED), self.config, self.encoders.vae
+        rows, config, device = evenly(self.pictures.heldout, VALIDATED), self.config, self.accelerator.device
         if not len(rows):
             return None
-        mean = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(rows, config.data.size, "encoding")])
-        ids = torch.from_numpy(self.labels.ids(rows)).to(vae.device)
+        cache = self.cached(rows, "classifier-heldout", flip=False)
+        if cache is not None:
+            mean = torch.stack([cache.posterior(i, False)[0] for i in range(len(rows))]).to(device)
+        else:
+            batches, vae = pixel_batches(rows, config.data.size, "encoding"), self.encoders.vae
+            mean = torch.cat([encode(vae, pixels).mean for pixels in batches])
+        ids = torch.from_numpy(self.labels.ids(rows)).to(device)
         return LabeledValidationSet.fixed(mean, ids, config.diffusion.timesteps, generator(config.seed, "held out"))
 
     @property

@@ -37,6 +37,7 @@ from ldm.models.vae import latent_shape
 from ldm.pipelines.inputs import check_prompts
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.memory import give_back
+from ldm.training.checkpoint import checkpoint_folder, checkpoints
 from ldm.training.config import Config
 from ldm.training.distributed import Tick, encoding_dtype
 from ldm.training.encoder_report import report_captions, report_reconstruction
@@ -46,7 +47,15 @@ from ldm.training.latent_cache import build_cache, cache_bytes
 from ldm.training.normalization import check_scale, load_normalized, load_text, measure_pretrained, measure_text
 from ldm.training.objective import build_objective, build_schedule, build_timesteps
 from ldm.training.previews import Prompt, build_prompt_set, generate_grid
-from ldm.training.samples import Batch, LatentSamples, to_device, validation_set, with_context, with_latents
+from ldm.training.samples import (
+    Batch,
+    LatentSamples,
+    to_device,
+    validation_pictures,
+    validation_set,
+    with_context,
+    with_latents,
+)
 from ldm.training.task import Recipe, Task, float32_bytes
 from ldm.training.train_state import TrainState, whole_weights
 
@@ -101,8 +110,9 @@ class Diffusion(Task):
         if text:
             accelerator.print(report_captions(text, pictures))
             check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not hours later
-        check_scale(encoders.vae, pictures.train, data.size)
-        accelerator.print(report_reconstruction(encoders.vae, pictures, data.size)[1])
+        if not checkpoints(checkpoint_folder(config.run, cls.name)):  # else the first start has done it
+            check_scale(encoders.vae, pictures.train, data.size)
+            accelerator.print(report_reconstruction(encoders.vae, pictures, data.size)[1])
         return cls(config, accelerator, source, encoders)
 
     @cached_property
@@ -161,12 +171,15 @@ class Diffusion(Task):
     def prepare(self) -> None:
         config, source, encoders = self.config, self.source, self.encoders
         assert source is not None and encoders is not None
-        self.heldout = validation_set(config, source.heldout, encoders)
+        folder, heldout, shape = config.cache_folder(), validation_pictures(config, source.heldout), self.latent_shape
+        cached = None
+        if folder is not None and len(heldout):
+            cached = build_cache(config, folder, heldout.all_pictures, encoders, shape, "heldout", flip=False)
+        self.heldout = validation_set(config, heldout, encoders, self.accelerator.device, cached)
         self.prompts = build_prompt_set(config, source, encoders.text_outline)
-        folder = config.cache_folder()
         if folder is not None:
-            cache = build_cache(config, folder, source.train.all_pictures, encoders, self.latent_shape)
-            self.samples, self.workers = LatentSamples.of(config, source.train, self.latent_shape, cache), 0
+            cache = build_cache(config, folder, source.train.all_pictures, encoders, shape)
+            self.samples, self.workers = LatentSamples.of(config, source.train, shape, cache), 0
         encoders.free()  # pipelines have them in float32
         save_frozen(Path(config.run) / "frozen", encoders.load_vae, encoders.load_text, self.weightless_pipeline)
         (self.stored,) = self.batches([range(STORED)])
