@@ -17,7 +17,7 @@ class Draft:
 
     where: str
     captions: tuple[str, ...]
-    named: Split | None  # the split, where a column says it
+    named: Split | None  # the split, if a column or folder names it
     extra: dict[str, Any]
     fact: Fact = UNKNOWN
 

@@ -1,4 +1,4 @@
-"""Pictures with everything that a model may be told of them: captions, a class, a second picture.
+"""Pictures with all that a model can be conditioned on: captions, a class, a conditioning picture.
 
 pictures = ConditionedPictures.read(read_captioned("pictures"), label_column="kind", condition_column="sketch")
 pictures.train.class_ids                     # int64, one a row
@@ -27,13 +27,13 @@ from ldm.data.sources.folders import FolderStore
 
 @dataclass(frozen=True)
 class ConditionedPictures:
-    """Captioned pictures whose classes and second pictures have been checked. `train`, `heldout`, `select` are views.
+    """Captioned pictures with checked classes and conditioning pictures. `train`, `heldout`, `select` are views.
 
     Attributes:
         pictures: the rows.
         labels: the classes, where rows have one.
-        condition_column: which of a row's values names its second picture, relative to the data's folder.
-        condition_facts: what is known of the second pictures, by their locators.
+        condition_column: the column that names a row's conditioning picture, relative to the data's folder.
+        condition_facts: what is known of the conditioning pictures, by their locators.
     """
 
     pictures: CaptionedPictures
@@ -54,9 +54,9 @@ class ConditionedPictures:
         """Check the columns of all rows, training and held-out.
 
         Args:
-            facts: a folder in which what is known of the second pictures is remembered, as for `read_captioned`.
+            facts: a folder in which what is known of the conditioning pictures is remembered, as for `read_captioned`.
         Raises:
-            BadDataError: listing the rows without a class or without a second picture that can be read.
+            BadDataError: listing the rows without a class or without a readable conditioning picture.
         """
         labels = Labels.read(pictures, label_column) if label_column else None
         read = cls(pictures, labels, condition_column)
@@ -95,15 +95,15 @@ class ConditionedPictures:
 
     @property
     def all_pictures(self) -> Sequence[Row]:
-        """What there is to encode: the rows, and after them rows that read their second pictures."""
+        """All pictures to encode: the rows, and after them rows that read their conditioning pictures."""
         return Together(self) if self.condition_column else self.pictures
 
     def condition_number(self, number: int) -> int:
-        """Where the second picture of row `number` stands in `all_pictures`."""
+        """The place of row `number`'s conditioning picture in `all_pictures`."""
         return len(self) + number
 
     def condition(self, number: int) -> Row:
-        """A row without captions that reads the second picture of row `number`.
+        """A row without captions that reads the conditioning picture of row `number`.
 
         Raises:
             BadPictureError: if there is none.
@@ -136,7 +136,7 @@ class ConditionedPictures:
 
 @dataclass(frozen=True)
 class Together(Sequence[Row]):
-    """Rows, and after them rows that read their second pictures; each is made when it is asked for."""
+    """Rows, and after them rows that read their conditioning pictures; each is made at access."""
 
     source: ConditionedPictures
 

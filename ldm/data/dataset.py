@@ -47,10 +47,10 @@ OnBad: TypeAlias = Literal["error", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One picture and what is said of it.
+    """One picture with its captions.
 
     Attributes:
-        captions: one or more, of which each epoch draws one; none where they were not asked for.
+        captions: one or more, of which each epoch samples one; none if no caption columns were named.
         where: file and row, for reports.
         split: "train" or "heldout".
         extra: the plain values of the row's other columns.
@@ -90,12 +90,12 @@ class Row:
 class CaptionedPictures(Sequence[Row]):
     """Rows that have been checked. Slices, `train`, `heldout` and `select` are views of the same rows.
 
-    A row is made when it is asked for. All of them lie in two arrays, about 180 bytes a picture, so that the workers
-    of a DataLoader share them; a list of a million small objects would be copied into each, page by page.
+    A `Row` object is made at access. All rows lie in a few arrays, about 200 bytes a picture, which the workers of a
+    DataLoader share; a list of a million small objects would be copied into each of them, page by page.
 
     Attributes:
-        source: what was read, as it was given.
-        skipped: what is wrong with the rows that were left out (on_bad="skip").
+        source: what was read: a path in its one spelling, or a name on the Hub.
+        skipped: the problems of the rows that were left out (on_bad="skip").
     """
 
     def __init__(self, source: str, store: Store, background: str, packed: _Packed, skipped: Sequence[Problem]) -> None:
@@ -184,7 +184,7 @@ def require_training(pictures: CaptionedPictures) -> None:
     shared = f", captioned {first.pop()[:40]!r}," if len(first) == 1 else ""
     raise BadDataError(
         f"no pictures to train on: all {count(len(pictures), 'picture')} of {pictures.source}{shared} are held out; "
-        "lower data.holdout (data.holdout=0 holds none out), or add a column `split` that says train"
+        "lower data.holdout (data.holdout=0 holds none out), or add a column `split` with the value train"
     )
 
 
@@ -212,7 +212,7 @@ def read_captioned(
         caption_columns: columns (keys of the .json, in shards) that hold captions, each a text or a list of texts.
             With none of them, pictures are read without captions, and need none.
         on_bad: "error" raises on rows that cannot be used, "skip" leaves them out and lists them on stderr.
-        holdout: share of the captions to keep out of training, in [0, 1), where no column `split` says which.
+        holdout: share of the captions to keep out of training, in [0, 1), if no column `split` or folder decides it.
         hub_config, hub_split: which part of a Hub data set.
         background: color behind transparent pixels.
         progress: show progress bars.
@@ -222,7 +222,7 @@ def read_captioned(
     Returns:
         At least one row.
     Raises:
-        BadDataError: listing all rows that cannot be used, or saying in a line why the source cannot be.
+        BadDataError: listing all rows that cannot be used, or the reason in one line why the source cannot be read.
         ValueError: for an argument outside its range.
     """
     if on_bad not in ("error", "skip"):

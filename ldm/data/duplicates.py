@@ -1,12 +1,14 @@
-"""Pictures that are in a data set twice, and held-out pictures that training has seen: a leak.
+"""Pictures that a data set holds twice, and held-out pictures that look like training pictures: a leak.
 
 Pictures are compared as thumbnails of 16 x 16 colors, which another size, format or quality hardly changes. Perceptual
-hashes (pHash, dHash) look at gray shapes, and take drawings for the same that differ in color: flags, skin tones.
+hashes (pHash, dHash) see gray shapes and confuse drawings that differ in color: flags, skin tones.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +36,11 @@ class Pair:
 
 
 def thumbnails(pictures: Sequence[Row]) -> npt.NDArray[np.float32]:
-    """float32 [N, 16 * 16 * 3] in [0, 255], with a progress bar."""
-    rows = tqdm(pictures, desc="looking for duplicates", unit="picture", leave=False)
-    return np.stack([to_square(row.image(), EDGE).reshape(-1) for row in rows]).astype(np.float32)
+    """float32 [N, 16 * 16 * 3] in [0, 255]; decoded in threads, with a progress bar."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        squares = threads.map(lambda row: to_square(row.image(), EDGE).reshape(-1), pictures)
+        bar = tqdm(squares, "looking for duplicates", len(pictures), unit="picture", leave=False)
+        return np.stack(list(bar)).astype(np.float32)
 
 
 def duplicates(pictures: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:

@@ -1,12 +1,11 @@
 """What is known of each picture file, remembered by its stamp: a file is read and decoded once, not at every start.
 
 A stamp is the file's name, inode, size and times (`rows.file_stamp`); while it stays the same, so does the file. A file
-that changed within the last seconds is looked at again: the clock of a file system may be too coarse to tell two
-changes of one moment apart (git's "racy" files).
+that changed within the last seconds is decoded again: the clock of a file system may be too coarse to separate two
+changes of one moment (git's "racy" files).
 
 Several ranks share the work through the store, without waiting for each other: each begins with its own share, then
-takes what nobody has looked at yet, in an order of its own. Where they can't see each other's results, each looks at
-everything.
+takes what is still unknown, in a random order of its own. Ranks that can't see each other's results decode everything.
 """
 
 from __future__ import annotations
@@ -27,14 +26,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm.data.cache import store as records
+from ldm.data.cache.store import Kind
+from ldm.data.cache.store import Store as Records
+from ldm.data.cache.writer import Writer
 from ldm.data.images import BadPictureError, decode
 from ldm.data.rows import Store
 
 SETTLED = 2.0  # seconds; the coarsest clock of a file system in use, FAT's
 CHUNK = 64  # pictures that a rank looks at in one go
 SAVE_SECONDS = 1.0  # how long facts wait to be stored
-KIND = records.Kind("facts", {"decoder": 1})  # raise it when `decode` accepts other files, or gives other sizes
+KIND = Kind("facts", {"decoder": 1})  # raise it when `decode` accepts other files, or gives other sizes
 _HEAD = struct.Struct("<16sII")
 
 
@@ -108,13 +109,13 @@ class _Memory:
         self._keys = keys
         self._new: list[tuple[bytes, bytes]] = []
         self._saved = time.monotonic()
-        self._store: records.Store | None = None
+        self._store: Records | None = None
         if folder is not None:
             with self._optional():
                 path = folder / KIND.file
-                with records.Writer(path, KIND, log=lambda line: None):  # which makes or repairs it
+                with Writer(path, KIND, log=lambda line: None):  # which makes or repairs it
                     pass
-                self._store = records.Store(path, KIND)
+                self._store = Records(path, KIND)
 
     def recall(self, facts: list[Fact | None], numbers: Sequence[int]) -> None:
         """Fill in those facts of `numbers` that are remembered and not known yet."""
@@ -164,7 +165,7 @@ def _look(pictures: Store, locator: Any) -> Fact:
 
 
 def _key(pictures: Store, locator: Any) -> tuple[bytes, float] | None:
-    """A picture's key and when its file changed, None where nothing tells one state of it from another."""
+    """A picture's key and when its file changed, None if it has no stamp."""
     try:
         stamp = pictures.stamp(locator)
     except BadPictureError:

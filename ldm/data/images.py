@@ -67,7 +67,7 @@ _UPRIGHT = {
 
 
 class BadPictureError(ValueError):
-    """A picture that cannot be used; the message says why, not where."""
+    """A picture that cannot be used; the message gives the reason, not the place."""
 
 
 def decode(data: bytes, background: str = "white") -> Image.Image:

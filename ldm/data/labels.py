@@ -1,10 +1,10 @@
-"""Class labels from a column of the data: what a classifier tells apart, what a class-conditional model is told.
+"""Class labels from a column of the data: for classifiers and class-conditional models.
 
     labels = Labels.read(pictures, "group")      # names of all classes, every row checked
     labels.ids(pictures.train)                   # int64, one a row
     labels.id("food-drink")                      # the same numbers, for people
 
-A network knows its classes as numbers, so their order is part of it: the names are saved as JSON beside what uses them.
+A network has numbers for its classes, so their order belongs to its weights: the names are saved as JSON beside them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Labels:
     """The classes of a data set.
 
     Attributes:
-        column: where the rows say theirs.
+        column: the column of the class.
         names: in the order of their ids: whole numbers by size, then texts by the alphabet.
     """
 

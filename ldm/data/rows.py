@@ -27,7 +27,7 @@ SPLITS: dict[str, Split] = {
 }
 # control characters that are not white space, surrogates without a partner, and the mark of a lost character
 _GARBLED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
-# what a stranger's file name must not do to a report: break its line, steer the terminal, fail to be encoded
+# characters of untrusted file names that would break a report's line, steer the terminal or fail to be encoded
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _LISTED = 1000  # problems written into one message; all of them are in `BadDataError.problems`
 _FIX = "Correct them, or leave these rows out with data.on_bad=skip."
@@ -62,7 +62,7 @@ class BadDataError(ValueError):
 
 
 class BadCaptionError(ValueError):
-    """A caption that cannot be used; the message says why, not where."""
+    """A caption that cannot be used; the message gives the reason, not the place."""
 
 
 #: Text that differs if the file does, and when that last changed, in seconds since 1970.
@@ -77,7 +77,7 @@ class Store(Protocol):
         ...
 
     def stamp(self, locator: Any) -> Stamp | None:
-        """What tells without reading it whether a picture has changed, None if nothing does. Raises BadPictureError."""
+        """A stamp that differs if the picture has changed; None if there is none. Raises BadPictureError."""
         ...
 
 
@@ -104,7 +104,7 @@ Finding: TypeAlias = Found | Problem
 
 
 def file_stamp(path: str, status: os.stat_result | None = None) -> Stamp:
-    """A file's name and inode, size, and times of the last change of content and of anything (which nobody can set)."""
+    """A file's name, inode, size, and times of the last change of content and of anything, never set back."""
     status = status or os.stat(path)
     text = f"{path}\0{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     return text, max(status.st_mtime, status.st_ctime)

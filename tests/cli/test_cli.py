@@ -18,7 +18,8 @@ from PIL import Image
 
 import ldm
 from ldm.cli.main import COMMANDS, main
-from ldm.data.cache.store import Kind, Writer, to_keys
+from ldm.data.cache.store import Kind, to_keys
+from ldm.data.cache.writer import Writer
 from ldm.data.grid import captioned_grid
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data.cache import store as store_module
-from ldm.data.cache.store import DamagedError, Keys, Kind, Store, Writer, page_size, to_keys
+from ldm.data.cache import writer as writer_module
+from ldm.data.cache.store import DamagedError, Keys, Kind, Store, page_size, to_keys
+from ldm.data.cache.writer import Writer
 from ldm.system import files as space
 from ldm.system.errors import NoSpaceError
 from ldm.system.files import check_space
@@ -319,16 +320,16 @@ from pathlib import Path
 import numpy as np
 sys.path.insert(0, "tests/data")
 from test_store import KIND, value, keys_of
-from ldm.data.cache import store
-store.COMMIT_SECONDS = float(sys.argv[3])
+from ldm.data.cache import writer
+writer.COMMIT_SECONDS = float(sys.argv[3])
 log = open(sys.argv[2], "a", buffering=1)
 keys = keys_of(*range(300))
-with store.Writer(Path(sys.argv[1]), KIND, print) as writer:
-    missing = writer.missing(keys)
+with writer.Writer(Path(sys.argv[1]), KIND, print) as store:
+    missing = store.missing(keys)
     for batch in np.split(missing, range(3, len(missing), 3)) if len(missing) else []:
         time.sleep(0.01)
         log.write("".join(f"{i}\\n" for i in batch))
-        writer.append(keys[batch], np.stack([value(i) for i in batch]))
+        store.append(keys[batch], np.stack([value(i) for i in batch]))
 print("built")
 """
 
@@ -399,7 +400,7 @@ def test_an_error_in_the_middle_keeps_what_was_done(path: Path) -> None:
 
 
 def test_memory_is_bounded_by_commits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "COMMIT_BYTES", 10 * KIND.size)
+    monkeypatch.setattr(writer_module, "COMMIT_BYTES", 10 * KIND.size)
     with Writer(path, KIND) as writer:
         for i in range(40):
             writer.append(keys_of(i), value(i)[None])

@@ -31,7 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.batches import PIXELS, load_pixels
-from ldm.data.cache.store import Keys, Kind, Log, Numbers, Store, Tick, Writer, to_keys
+from ldm.data.cache.store import Keys, Kind, Numbers, Store, to_keys
+from ldm.data.cache.writer import Log, Tick, Writer
 from ldm.data.dataset import Row
 from ldm.data.facts import hash_content
 from ldm.data.rows import count
@@ -188,7 +189,7 @@ class Builder:
         """Encode what is missing of these pictures and their captions, and write the table of their keys.
 
         Raises:
-            NoSpaceError: before anything is encoded, if it doesn't fit on the disk; says how much is missing.
+            NoSpaceError: before anything is encoded, if it doesn't fit on the disk; states how much is missing.
             BadDataError: if a picture can't be read, naming the row.
         """
         self._report_old()

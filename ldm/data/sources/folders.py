@@ -5,9 +5,8 @@ folders below it, with a column `file_name` relative to its own folder. Where th
 `cat.txt` is a caption of `cat.png`. Nothing is dropped silently: a picture without a caption is a problem, and so is a
 caption without a picture.
 
-Folders named as splits (`train/` beside `test/`, `validation/`, …) say which pictures are held out, as `datasets` reads
-them, unless a column `split` says otherwise. Rows are counted as an editor shows them: from 1, and the header of a csv
-is row 1.
+Folders named as splits (`train/` beside `test/`, `validation/`, …) decide which pictures are held out, as in
+`datasets`, unless a column `split` does. Rows are counted as editors do: from 1, the header of a csv is row 1.
 """
 
 from __future__ import annotations
@@ -264,7 +263,7 @@ def caption_lines(data: bytes, where: str) -> list[str] | Problem:
 def _metadata_row(
     where: str, folder: str, row: dict[str, object] | BadRow, store: FolderStore, caption_columns: Sequence[str]
 ) -> tuple[Finding, str | None]:
-    """A table's row => what it says, and the picture that it thereby accounts for."""
+    """A table's row => its finding, and the picture that it thereby accounts for."""
     name = row.file_name if isinstance(row, BadRow) else row.get("file_name")
     path = _join(folder, name) if isinstance(name, str) and name.strip() and not os.path.isabs(name) else name
     claims = os.path.normpath(path) if isinstance(path, str) else None

@@ -24,7 +24,7 @@ class HubStore:
         from huggingface_hub import constants
 
         self._pictures, self._column = pictures, column
-        # A cell may hold the path of a picture instead of its bytes. It is a stranger's word: only what was
+        # A cell may hold the path of a picture instead of its bytes. Paths are not trusted: only what was
         # downloaded, or lies in the data set's own folder, is opened.
         caches = [config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE, *([folder] if folder else [])]
         self._allowed = [os.path.realpath(cache) for cache in caches]
@@ -63,7 +63,7 @@ def _stamp(pictures: Any, column: str) -> Stamp | None:
 
 
 def load(source: str, config: str | None, split: str) -> Any:
-    """A map-style `datasets.Dataset`. Says on stderr what it downloads before it does.
+    """A map-style `datasets.Dataset`. Prints to stderr what it downloads, before it does.
 
     Raises:
         BadDataError: if there is no such data set, configuration or split, or the Hub cannot be reached.

@@ -20,7 +20,7 @@ def open_source(
     hub_split: str,
     progress: bool,
 ) -> tuple[Store, Iterator[Finding], folders.Listing | None]:
-    """The store and the rows of a source, and what lies in its folder; `is_path` says that it is no name on the Hub."""
+    """The store and the rows of a source, and what lies in its folder. With `is_path` it is no name on the Hub."""
     if os.path.isdir(source):
         listing = folders.list_folder(source)
         if not hub.is_saved(source):

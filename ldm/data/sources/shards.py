@@ -146,7 +146,7 @@ def _index(path: str, samples: dict[str, _Sample]) -> Problem | None:
                 if os.path.basename(key) and not os.path.basename(key).startswith("."):
                     samples.setdefault(key, _Sample())
                     if member.isreg() and member.offset_data + member.size > length:
-                        del samples[key]  # what is wrong with this sample is told by the report on the shard
+                        del samples[key]  # the report on the shard covers this sample
                         return Problem("shard is truncated", f"{path} member {name}")
                     samples[key].add(suffix, member, tar)
             end = tar.offset

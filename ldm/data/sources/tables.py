@@ -1,6 +1,6 @@
 """Metadata files => rows: csv, jsonl and parquet, each row with its number.
 
-A row that cannot be read is handed on as a `BadRow`, so that it is reported together with all the others.
+A row that cannot be read becomes a `BadRow`, so that it is reported together with all others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ldm.data.rows import BadDataError
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be read: why, and the file_name in it as far as it can be told."""
+    """A row that cannot be read: the reason, and the file_name in it if it can be found."""
 
     what: str
     file_name: str | None = None
@@ -32,7 +32,7 @@ def read_table(path: str, columns: set[str]) -> Iterator[tuple[int, Row]]:
     """Yield (row number, row) of a metadata file; the columns met are added to `columns`.
 
     Raises:
-        BadDataError: if the file as a whole is not what its name says.
+        BadDataError: if the file as a whole is not what its name promises.
     """
     if path.endswith(".parquet"):
         return _parquet(path, columns)
