@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils.memory import clear_device_cache
-
 # of malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -45,6 +43,8 @@ def keep_freed_memory() -> None:
 
 def give_back() -> None:
     """Give all that is free now back to the system, a device's cache included: after something large that is over."""
+    from accelerate.utils.memory import clear_device_cache  # torch with it, which `peak_bytes` doesn't need
+
     clear_device_cache(garbage_collection=True)
     library = libc()
     if library is not None:
