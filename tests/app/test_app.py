@@ -135,7 +135,10 @@ def slide(page: Page, name: str, value: str) -> None:
         page.get_by_label(f"number input for {name}").fill(value)
         page.keyboard.press("Tab")
         try:
-            expect(page.get_by_label(f"range slider for {name}")).to_have_value(value, timeout=500 + 250 * attempt)
+            moved = page.get_by_label(f"range slider for {name}")
+            expect(moved).to_have_value(value, timeout=500 + 250 * attempt)
+            page.wait_for_timeout(100)  # one that was set up after that is where it began
+            expect(moved).to_have_value(value, timeout=100)
             return
         except AssertionError:
             continue
@@ -269,6 +272,7 @@ def test_a_model_of_classes_shows_classes_alone(page_of_classes: tuple[Page, LDM
     for unasked in ("Prompt", "Negative prompt"):
         expect(page.get_by_label(unasked, exact=True)).to_have_count(0)
     page.get_by_text("Advanced settings").click()
+    page.wait_for_load_state("networkidle")
     fill(page, steps=3, count=1, seed=2)
     page.get_by_label("Class", exact=True).click()
     page.get_by_role("option", name="flags").click()
