@@ -12,10 +12,12 @@ from ldm.data.cache.latents import Builder, LatentCache, context_kind, posterior
 from ldm.data.cache.store import Kind
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import Row
+from ldm.data.facts import KIND as FACTS
 from ldm.models.vae import encode
 from ldm.training.config import Config
 from ldm.training.distributed import Tick, on_rank_0
 from ldm.training.encoders import Encoders
+from ldm.training.samples import validation_pictures
 
 
 def build_cache(
@@ -71,12 +73,18 @@ def kinds(config: Config, encoders: Encoders, latent_shape: tuple[int, int, int]
 def cache_bytes(
     config: Config, source: ConditionedPictures, encoders: Encoders, latent_shape: tuple[int, int, int]
 ) -> int:
-    """Bytes that the cache of these pictures and captions takes; 0 without one."""
+    """Bytes that the cache of a run's pictures and captions takes; 0 without one.
+
+    Args:
+        source: training and held-out pictures.
+    """
     if config.data.cache == "off":
         return 0
     posteriors, contexts = kinds(config, encoders, latent_shape)
-    size = len(source.all_pictures) * posteriors.disk_size * (2 if config.data.flip else 1)
+    train, heldout = source.train, validation_pictures(config, source.heldout)
+    encoded = len(train.all_pictures) * (2 if config.data.flip else 1) + len(heldout.all_pictures)
+    size = posteriors.disk_bytes(encoded) + FACTS.disk_bytes(len(source.all_pictures))
     if contexts is not None:
-        captions = {caption for row in source.pictures for caption in row.captions}
-        size += len(captions) * contexts.disk_size
+        captions = {caption for part in (train, heldout) for row in part.pictures for caption in row.captions}
+        size += contexts.disk_bytes(1 + len(captions))
     return size

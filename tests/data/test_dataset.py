@@ -179,7 +179,7 @@ def test_metadata_in_folders_below_and_links_inside(tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_is_told_of_files_outside_not_even_whether_they_exist(tmp_path: Path) -> None:
+def test_reports_do_not_reveal_whether_files_outside_exist(tmp_path: Path) -> None:
     (tmp_path / "data/below").mkdir(parents=True)
     (tmp_path / "there.png").write_bytes(picture())
     names = ["../there.png", "../none.png", "below/../../there.png", "below/..", "..", "below/../../none.png"]

@@ -111,6 +111,10 @@ class Kind:
         """Bytes on disk of a record, its entry in the index included."""
         return record_size(self.size, page_size(self.size))
 
+    def disk_bytes(self, records: int) -> int:
+        """Bytes on disk of a store of so many records, with the first page and the roots of two tables and an index."""
+        return records * self.disk_size + 4 * page_size(self.size)
+
     def key(self, *parts: bytes) -> bytes:
         """16 bytes for what a payload is computed from; no other kind makes the same, so no foreign record is found."""
         digest = hashlib.blake2b(digest_size=16, key=self.digest)

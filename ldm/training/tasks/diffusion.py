@@ -209,7 +209,7 @@ class Diffusion(Task):
         source, encoders = self.source, self.encoders
         assert source is not None and encoders is not None
         networks = [encoders.vae_outline, *([encoders.text_outline.model] if encoders.text_outline else [])]
-        cache = cache_bytes(self.config, source.train, encoders, self.latent_shape)
+        cache = cache_bytes(self.config, source, encoders, self.latent_shape)
         return {"pipeline": sum(float32_bytes(network) for network in networks), **({"cache": cache} if cache else {})}
 
     # --- one step ---------------------------------------------------------------------------------
