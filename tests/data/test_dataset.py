@@ -250,8 +250,8 @@ def test_each_kind_of_bad_data_gets_its_report(
     assert rows.skipped == caught.value.problems
     assert len([row for row in rows if row.captions[0].startswith("good")]) == GOOD
     assert all(np.asarray(row.image()).shape == (32, 40, 3) for row in rows)
-    told = capsys.readouterr().err
-    assert f"left out {len(expected)} problems" in told and all(str(problem) in told for problem in rows.skipped)
+    printed = capsys.readouterr().err
+    assert f"left out {len(expected)} problems" in printed and all(str(problem) in printed for problem in rows.skipped)
 
 
 def test_there_are_forty_kinds_in_one_folder_alone(tmp_path: Path) -> None:
