@@ -91,13 +91,21 @@ def processes_of(run: Path) -> set[int]:
     return {json.loads(file.read_text("utf-8"))["processes"] for file in run.glob("checkpoints/*/*/state.json")}
 
 
-def launch(script: str, config: Path, *words: str, processes: int = 1, cpu: bool = True) -> str:
+def launch(script: str, config: Path, *words: str, processes: int = 1, cpu: bool = True, precision: str = "no") -> str:
     """Run a training script through the real `accelerate launch`; returns what it printed.
 
     Args:
         cpu: also where there is a GPU.
+        precision: what accelerate is launched with.
     """
-    command = [Path(sys.executable).with_name("accelerate"), "launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command = [
+        Path(sys.executable).with_name("accelerate"),
+        "launch",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        precision,
+    ]
     command += [
         "--dynamo_backend",
         "no",

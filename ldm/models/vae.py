@@ -104,16 +104,26 @@ def load_vae(name: str | Path) -> Any:
     """
     import diffusers
 
-    folder = find_model(name)
-    if (folder / "vae" / "config.json").exists():
-        folder = folder / "vae"
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"vae: {name} has no config.json; expected a VAE's folder, or a pipeline's")
+    folder = find_vae(name)
     check_model_folder(folder)
     class_name = read_json(folder / "config.json").get("_class_name")
     if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
     return load_network(getattr(diffusers, class_name), folder).eval().requires_grad_(False)
+
+
+def find_vae(name: str | Path) -> Path:
+    """The folder of a VAE: `name` is a folder (a VAE's own, or a pipeline's) or a Hub id.
+
+    Raises:
+        OSError: if there is no such folder or id, or it holds no VAE.
+    """
+    folder = find_model(name)
+    if (folder / "vae" / "config.json").exists():
+        folder = folder / "vae"
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"vae: {name} has no config.json; expected a VAE's folder, or a pipeline's")
+    return folder
 
 
 def downsampling(vae: Any) -> int:

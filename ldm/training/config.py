@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from ldm.models.vae import VAEConfig
 from ldm.system.checks import check
 from ldm.system.files import typed_path
 from ldm.training.objective import DiffusionConfig
+
+PREVIEW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class LoopConfig:
         log_every, sample_every, evaluate_every, checkpoint_every: in steps; 0 is never (log_every excepted).
         keep: checkpoints kept.
         prompts: drawn every `sample_every` steps and at the end; without any, captions of some training pictures.
-        guidance_scale, num_inference_steps: how they are drawn.
+        guidance_scale, num_inference_steps: of these previews; null is 20 steps, or diffusion.timesteps if fewer.
         evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
         max_skipped: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
         spike: a loss so many robust standard deviations above the running median is written to log.jsonl with the
@@ -233,19 +236,21 @@ class LoopConfig:
     keep: int = 2
     prompts: tuple[str, ...] = ()
     guidance_scale: float = 3.0
-    num_inference_steps: int = 20
+    num_inference_steps: int | None = None
     evaluation_pictures: int = 64
     max_skipped: int = 20
     spike: float = 8.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "num_inference_steps", "max_skipped"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "max_skipped"):
             check(f"loop.{name}", getattr(self, name), at_least=1)
         every = ("sample_every", "evaluate_every", "checkpoint_every")
         for name in ("minutes", "half_size_steps", "threads", *every, "evaluation_pictures", "spike"):
             check(f"loop.{name}", getattr(self, name), at_least=0)
         check("loop.threads", self.threads, at_most=4096)
         check("loop.guidance_scale", self.guidance_scale, at_least=0, at_most=100)
+        if self.num_inference_steps is not None:
+            check("loop.num_inference_steps", self.num_inference_steps, at_least=1)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"loop.batch_size: {self.batch_size} can't be divided into loop.accumulation={self.accumulation} parts"
@@ -303,6 +308,17 @@ class Config:
                 "data.caption_columns: a model that knows text needs captions; name their columns, or set "
                 "text.encoder=null"
             )
+        if self.preview_steps > self.diffusion.timesteps:
+            raise ValueError(
+                f"loop.num_inference_steps: expected at most diffusion.timesteps={self.diffusion.timesteps}, got "
+                f"{self.preview_steps}"
+            )
+
+    @property
+    def preview_steps(self) -> int:
+        """Sampling steps of previews."""
+        steps = self.loop.num_inference_steps
+        return min(PREVIEW_STEPS, self.diffusion.timesteps) if steps is None else steps
 
     def cache_folder(self) -> Path | None:
         """Where latents and contexts are kept; None if they aren't."""
@@ -313,6 +329,42 @@ class Config:
     def facts_folder(self) -> Path:
         """Where it is remembered what is known of the pictures, for the run's next start."""
         return self.cache_folder() or Path(self.run)
+
+
+def check_sizes(config: Config, task: str, downsampling: int) -> None:
+    """Check data.size against everything that halves pictures, before anything runs.
+
+    Args:
+        task: "vae", "ldm" or "classifier"; before a VAE is trained its U-Net is checked, too.
+        downsampling: pixels along an edge for one latent.
+    Raises:
+        ValueError: naming each key that data.size does not fit, and sizes that fit all of them.
+    """
+    size, need, problems = config.data.size, downsampling, []
+    if size % need:
+        problems.append(f"the VAE's {downsampling.bit_length()} levels need a multiple of {need} (vae_model.channels)")
+    if task == "classifier":
+        levels = len(config.classifier.channels)
+        least = downsampling * config.classifier.patch_size * 2 ** (levels - 1)
+        if size < least:
+            problems.append(f"the classifier's {levels} levels need at least {least} (classifier.channels)")
+            need = least
+    else:
+        levels = len(config.unet.channels)
+        need *= 2 ** (levels - 1)
+        if size % need:
+            problems.append(f"the U-Net's {levels} levels need a multiple of {need} (unet.channels)")
+        if config.loop.half_size_steps:
+            need *= 2
+            if size % need:
+                problems.append(f"steps at half the size need a multiple of {need} (loop.half_size_steps=0 has none)")
+    if problems:
+        step = math.lcm(8, need)
+        fitting = [str(n) for n in (size // step * step, size // step * step + step) if n]
+        raise ValueError(
+            f"data.size: {size} does not fit: {'; '.join(problems)}. Set data.size to {' or '.join(fitting)}, or take "
+            "fewer levels"
+        )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

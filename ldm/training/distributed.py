@@ -35,7 +35,7 @@ def build_accelerator(config: LoopConfig) -> Accelerator:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         torch.set_num_threads(config.threads or max(1, usable_cores() // processes))
         keep_freed_memory()
-    precision = choose_precision(config.precision, state.device)
+    precision = choose_precision(launched_precision(config.precision), state.device)
     if cpu:  # where it was measured, by processes in each other's way
         [precision] = broadcast_object_list([precision])
     return Accelerator(cpu=cpu, mixed_precision=precision)
@@ -52,6 +52,25 @@ def encoding_dtype(accelerator: Accelerator) -> torch.dtype:
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launched_precision(wanted: str) -> str:
+    """`loop.precision`, or for auto what `accelerate launch --mixed_precision` says.
+
+    accelerate's "no" is what it says by default, and decides nothing.
+
+    Raises:
+        ValueError: if the two contradict each other.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("no", wanted):
+        return wanted
+    if wanted == "auto" and launched in ("bf16", "fp16"):
+        return launched
+    raise ValueError(
+        f"loop.precision: {wanted} contradicts accelerate launch --mixed_precision {launched}; set loop.precision "
+        "(auto, fp32, bf16 or fp16) and launch with --mixed_precision no"
+    )
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from tqdm import tqdm
 from ldm.data.batches import evenly, pixel_batches, spread
 from ldm.data.dataset import CaptionedPictures
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
+from ldm.models.safety import read_json
 from ldm.models.text_encoder import TextEncoder, measure_context
-from ldm.models.vae import Posterior, encode, load_vae, measure, normalize
+from ldm.models.vae import Posterior, encode, find_vae, load_vae, measure, normalize
+from ldm.system.files import typed_path
 from ldm.system.memory import give_back
 from ldm.training.config import Config
 from ldm.training.distributed import Tick, on_rank_0
@@ -57,6 +59,7 @@ class Scale:
         try:
             found = json.loads(self.file.read_text("utf-8"))
             mean, std = (torch.tensor(found.pop(name), dtype=torch.float64) for name in ("mean", "std"))
+            found["source"] = typed_path(found["source"])  # earlier versions kept it as it was typed
         except (OSError, ValueError, KeyError):
             return None
         return (mean, std) if found == dict(self.facts) else None
@@ -105,6 +108,17 @@ def load_normalized(config: Config, device: torch.device) -> Any:
         f"vae: there is none in {trained}; train one with: accelerate launch train/train_vae.py and the same "
         "words as here, or name a pretrained one with vae=<folder or Hub id>"
     )
+
+
+def vae_downsampling(config: Config, task: str) -> int:
+    """Pixels along an edge for one latent of a task's VAE, from its config.json, or from the recipe of one to train."""
+    trained = Path(config.run) / "vae"
+    if task == "vae" or (config.vae is None and not (trained / "config.json").exists()):
+        levels: Sequence[int] = config.vae_model.channels
+    else:
+        facts = read_json(find_vae(config.vae or trained) / "config.json")
+        levels = facts.get("block_out_channels") or facts.get("decoder_block_out_channels") or (1,)
+    return 2 ** (len(levels) - 1)
 
 
 def measure_pretrained(

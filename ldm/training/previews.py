@@ -84,7 +84,7 @@ def generate_grid(
             given["condition"] = [row.image() for row in given["condition"]]
         output = pipeline(
             **(given or {"num_images_per_prompt": len(part)}),
-            num_inference_steps=config.loop.num_inference_steps,
+            num_inference_steps=config.preview_steps,
             guidance_scale=config.loop.guidance_scale,
             seed=config.seed + start,
             callback_on_step_end=check,

@@ -7,6 +7,7 @@ what is learned; ROUNDING keys change the order of floating-point sums and nothi
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from ldm.system.errors import RunError
-from ldm.system.files import hold
+from ldm.system.files import hold, typed_path
 from ldm.training.checkpoint import checkpoints, circumstances, load_checkpoint, newest, step_of
 from ldm.training.config import Config, to_dict
 from ldm.training.distributed import on_rank_0
 from ldm.training.objective import DiffusionConfig
+from ldm.training.task import Samples
 from ldm.training.train_state import TrainState
 
 #: A key, or a section with a dot at its end.
@@ -78,6 +80,9 @@ UNREAD = {
 #: Values that versions before a key had in effect, where that isn't today's default.
 BEFORE = {"text.standardize": False}
 ABSENT = "(absent)"
+PATHS = ("run", "vae", "data.source", "data.cache", "text.encoder")
+#: What a change of something that is not in the config means.
+MEANING = {"data": " (pictures, captions, classes or their order)"}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -86,6 +91,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
+
+
+def one_spelling(values: dict[str, Any]) -> dict[str, Any]:
+    """Flat values with their paths as a Config has them: earlier versions kept them as they were typed."""
+    return {key: typed_path(value) if key in PATHS and value else value for key, value in values.items()}
 
 
 def covers(names: Collection[str], key: str) -> bool:
@@ -103,10 +113,10 @@ def differences(
 
     Args:
         old, new: configs as nested dicts.
-        facts: what is not in the config, name => (old, new): the number of pictures.
+        facts: what is not in the config, name => (old, new), such as the number of pictures.
         done: steps that were trained with the old config.
     """
-    before, after, default = flat(old), flat(new), flat(to_dict(Config())) | BEFORE
+    before, after, default = one_spelling(flat(old)), one_spelling(flat(new)), flat(to_dict(Config())) | BEFORE
     found = dict(facts)
     for key in dict.fromkeys([*before, *after]):
         was = before.get(key, default.get(key, ABSENT))
@@ -134,13 +144,24 @@ def check_changes(
     """
     refused = {key: pair for key, pair in changed.items() if key not in allowed and key not in ROUNDING}
     if refused:
-        listed = "\n".join(f"  {key}: {old!r} => {new!r}" for key, (old, new) in refused.items())
+        listed = "\n".join(f"  {key}: {old!r} => {new!r}{MEANING.get(key, '')}" for key, (old, new) in refused.items())
         raise RunError(
             f"resume: {where} was trained with other settings:\n{listed}\n"
             f"Change them back, name another run=, or allow it: 'resume.allow=[{','.join(refused)}]'"
         )
     lines = {key: f"{key} {old!r} => {new!r}" for key, (old, new) in changed.items()}
     return [lines[key] for key in lines if key in ROUNDING], [lines[key] for key in lines if key not in ROUNDING]
+
+
+def data_facts(samples: Samples) -> dict[str, Any]:
+    """What a checkpoint keeps of the data: the number of pictures, and a hash of all that samples take from each row.
+
+    Pictures enter by the hash of their file, which is known since they were checked; none is read here.
+    """
+    pictures, digest = samples.pictures, hashlib.sha256()
+    for number, row in enumerate(pictures):
+        digest.update(json.dumps([row.content.hex(), samples.row_facts(number, row)]).encode())
+    return {"pictures": len(pictures), "data": digest.hexdigest()[:16]}
 
 
 def resume(
@@ -158,7 +179,7 @@ def resume(
 
     Args:
         config: the run's, as nested dicts; `resume.allow` lists keys that may have changed.
-        facts: what the data are, besides the config.
+        facts: of the data (`data_facts`).
     Raises:
         RunError: if the config or the data differ where it matters, or another process trains in this run.
     """
@@ -173,7 +194,9 @@ def resume(
         return 0
     path = next(path for path in reversed(checkpoints(folder)) if step_of(path) == step)
     state = json.loads((path / "state.json").read_text("utf-8"))
-    known = {name: (state["facts"].get(name), value) for name, value in facts.items()}
+    known = {name: (state["facts"][name], value) for name, value in facts.items() if name in state["facts"]}
+    if known["pictures"][0] != known["pictures"][1]:
+        known.pop("data", None)  # other data by their number already
     changed = differences(state["config"], config, task, known, step)
     rounding, allowed = check_changes(changed, config.get("resume", {}).get("allow", ()), path)
     for name, value in circumstances(accelerator).items():

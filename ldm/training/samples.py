@@ -98,6 +98,14 @@ class LatentSamples:
         """The rows that samples show."""
         return self.source.pictures
 
+    def row_facts(self, number: int, row: Row) -> list[Any]:
+        label = int(self.source.class_ids[number]) if self.source.labels else None
+        return [
+            row.captions,
+            label,
+            self.source.condition(number).content.hex() if self.source.condition_column else "",
+        ]
+
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """The samples of a batch, as DataLoader reads them."""
         with self.cache.reading() if self.cache else nullcontext():

@@ -30,6 +30,8 @@ class Samples(Protocol):
     @property
     def pictures(self) -> Sequence[Row]: ...
     def __getitem__(self, n: int) -> dict[str, Any]: ...
+    def row_facts(self, number: int, row: Row) -> list[Any]:
+        """What samples take from a row besides its picture, as JSON holds it."""
 
 
 @dataclass(frozen=True)

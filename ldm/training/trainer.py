@@ -24,7 +24,7 @@ from ldm.training.logging import Tracker
 from ldm.training.monitor import Monitor, mean_of_finite, samples_of_steps
 from ldm.training.optimizer import update, with_nan_gradients
 from ldm.training.randomness import sample_numbers
-from ldm.training.resume import resume
+from ldm.training.resume import data_facts, resume
 from ldm.training.signals import Received, Stopped, deferred, ignore_in_worker
 from ldm.training.task import Task
 
@@ -91,7 +91,7 @@ class Trainer:
         """
         task, config, recipe, accelerator = self.task, self.config, self.recipe, self.accelerator
         folder, pictures = checkpoint_folder(config.run, task.name), task.samples.pictures
-        facts = {"pictures": len(pictures)}
+        facts = data_facts(task.samples)
         first = resume(folder, task.name, task.train_state, accelerator, recipe.steps, to_dict(config), facts)
         self.tracker = Tracker(Path(config.run), silent=not accelerator.is_main_process)
         self.monitor = Monitor(

@@ -173,3 +173,17 @@ def test_the_gradient_scaler_comes_back(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "step_0000004", {"net": small()}, accelerator)
     assert fresh.state_dict() == scaler.state_dict()
     assert (fresh.get_scale(), fresh.state_dict()["_growth_tracker"]) == (64.0, 1)
+
+
+def test_an_optimizer_that_has_taken_no_step_is_saved_and_loaded_as_such(tmp_path: Path) -> None:
+    """Such as a discriminator's before adversarial_start: torch's own state dict counts a step of zeros for it."""
+    nets = [torch.nn.Linear(3, 2) for _ in range(2)]
+    fresh, other = (TrainState(net, torch.optim.AdamW(net.parameters(), lr=0.1)) for net in nets)
+    save_checkpoint(tmp_path, 7, {}, {"net": fresh}, Accelerator(cpu=True), keep=1)
+    load_checkpoint(tmp_path / "step_0000007", {"net": other})
+    for state in (fresh, other):
+        assert state.optimizer is not None and not state.optimizer.state
+        state.module(torch.ones(1, 3)).sum().backward()
+        state.optimizer.step()
+    assert torch.equal(nets[0].weight, nets[1].weight)
+    assert fresh.optimizer is not None and int(fresh.optimizer.state[nets[0].weight]["step"]) == 1

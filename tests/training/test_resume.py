@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import road
+import tiny
+from PIL import Image
 
 from ldm.cli.config import keys, parse_config
+from ldm.data.conditioned import ConditionedPictures
+from ldm.data.dataset import read_captioned
 from ldm.system.errors import RunError
 from ldm.training.checkpoint import digest
 from ldm.training.config import Config, to_dict
-from ldm.training.resume import HARMLESS, ROUNDING, UNREAD, check_changes, differences, flat
+from ldm.training.resume import HARMLESS, ROUNDING, UNREAD, check_changes, data_facts, differences, flat
+from ldm.training.run import train
+from ldm.training.samples import LatentSamples
+from ldm.training.task import Samples
+from ldm.training.tasks.autoencoder import PixelSamples
+from ldm.training.tasks.classifier import LabeledSamples
 
 
 def changed(*words: str, before: tuple[str, ...] = (), task: str = "ldm", done: int = 0) -> dict[str, tuple[Any, Any]]:
@@ -112,3 +126,93 @@ def test_the_digest_depends_on_values_not_on_order() -> None:
     assert digest(config) == digest(again)
     assert digest(config) != digest({**config, "seed": 1})
     assert flat({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
+
+
+def test_a_path_is_the_same_however_it_is_spelled() -> None:
+    """Checkpoints of earlier versions have paths as they were typed."""
+    old, new = to_dict(Config()), to_dict(Config())
+    old["data"]["source"], new["data"]["source"] = "./data/openmoji/", "data/openmoji"
+    old["vae"], new["vae"] = "~/vae/", str(Path("~/vae").expanduser())
+    assert differences(old, new, "ldm", {}, 0) == {}
+    new["data"]["source"] = "data/openmoji2"
+    assert differences(old, new, "ldm", {}, 0) == {"data.source": ("data/openmoji", "data/openmoji2")}
+
+
+# --- the data ---------------------------------------------------------------------------------------------
+
+
+def edit(home: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    file = home / "data/metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    change(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def permute(column: str) -> Callable[[Path], None]:
+    """Give each of the first rows what the next one had."""
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        values = [row[column] for row in rows[:6]]
+        for row, value in zip(rows[:6], [*values[1:], values[0]], strict=True):
+            row[column] = value
+
+    return lambda home: edit(home, change)
+
+
+def mirror(home: Path) -> None:
+    for path in (home / "data/images").iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+
+
+CHANGES = {
+    "captions": (permute("text"), ("ldm",)),
+    "classes": (permute("color"), ("ldm", "classifier")),
+    "pictures": (mirror, ("ldm", "vae", "classifier")),
+    "second pictures": (permute("outline"), ("ldm",)),
+    "order": (lambda home: edit(home, lambda rows: rows.reverse()), ("ldm", "vae", "classifier")),
+}
+
+
+def facts_of(home: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint of each task would keep of these data."""
+    config, shape = road.recipe(home, data__holdout=0), (4, 8, 8)
+    source = ConditionedPictures.read(read_captioned(home / "data", holdout=0, progress=False), "color", "outline")
+    pictures, ids = source.pictures, source.class_ids
+    samples: dict[str, Samples] = {
+        "vae": PixelSamples(pictures, config.data, 0, shape),
+        "ldm": LatentSamples.of(config, source, shape),
+        "classifier": LabeledSamples(pictures, ids, config.data, 0, 1000, shape, None),
+    }
+    return {task: data_facts(of_task) for task, of_task in samples.items()}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_checkpoint_knows_the_data_that_its_samples_are_made_of(tmp_path: Path, name: str) -> None:
+    """A VAE does not mind other captions; nothing minds where the data are."""
+    road.draw_folder(tmp_path / "home/data")
+    before = facts_of(tmp_path / "home")
+    assert before == facts_of((tmp_path / "home").rename(tmp_path / "moved"))
+    change, minding = CHANGES[name]
+    change(tmp_path / "moved")
+    after = facts_of(tmp_path / "moved")
+    assert {task for task in before if before[task] != after[task]} == set(minding)
+    assert all(before[task]["pictures"] == after[task]["pictures"] == 24 for task in before)
+
+
+def test_other_data_are_refused_until_they_are_allowed(tmp_path: Path) -> None:
+    road.draw_folder(tmp_path / "data")
+    words: dict[str, Any] = {"data__holdout": 0, "vae_training__checkpoint_every": 1}
+    train("vae", road.recipe(tmp_path, vae_training__steps=2, **words))
+    shutil.rmtree(tmp_path / "run/checkpoints/vae/step_0000002")
+    mirror(tmp_path)
+    with pytest.raises(RunError, match=r"(?s)\n  data: '\w+' => '\w+' \(pictures, captions.*'resume\.allow=\[data\]'"):
+        train("vae", road.recipe(tmp_path, vae_training__steps=2, **words))
+    assert len(train("vae", road.recipe(tmp_path, vae_training__steps=2, resume__allow=["data"], **words))) == 1
+    # more pictures are another change, which says so by their number alone
+    shutil.rmtree(tmp_path / "run/checkpoints/vae/step_0000002")
+    Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "data/images/new.png")
+    edit(tmp_path, lambda rows: rows.append({"file_name": "images/new.png", "text": "nothing"}))
+    with pytest.raises(RunError, match=r"\n  pictures: 24 => 25\nChange .*'resume\.allow=\[pictures\]'"):
+        train("vae", road.recipe(tmp_path, vae_training__steps=2, **words))

@@ -23,14 +23,21 @@ from ldm.data.rows import count
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import build_vae, load_vae, normalize
 from ldm.training.checkpoint import checkpoint_folder, checkpoints
-from ldm.training.config import Config
+from ldm.training.config import Config, check_sizes
 from ldm.training.distributed import build_accelerator, encoding_dtype
 from ldm.training.doctor.findings import Finding, tell
 from ldm.training.doctor.resources import disk
 from ldm.training.doctor.trial import FEW, trial_numbers, try_steps
 from ldm.training.encoder_report import report_captions, report_reconstruction
 from ldm.training.encoders import Encoders
-from ldm.training.normalization import MEASURED, check_scale, load_normalized, measure_captions, measure_latents
+from ldm.training.normalization import (
+    MEASURED,
+    check_scale,
+    load_normalized,
+    measure_captions,
+    measure_latents,
+    vae_downsampling,
+)
 from ldm.training.task import Task
 from ldm.training.tasks.autoencoder import Autoencoder
 from ldm.training.tasks.diffusion import Diffusion
@@ -70,9 +77,10 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def _examine(config: Config) -> Iterator[Finding]:
+    check_sizes(config, "ldm", vae_downsampling(config, "ldm"))
     pictures = read_captioned(config.data.source, **config.data.reading())
-    source = ConditionedPictures.read(pictures, config.data.label_column, config.data.condition_column)
     require_training(pictures)
+    source = ConditionedPictures.read(pictures, config.data.label_column, config.data.condition_column)
     told = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     if pictures.skipped:
         named = "".join(f"\n{problem}" for problem in pictures.skipped[:3])

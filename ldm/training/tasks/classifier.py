@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.data.batches import evenly, load_pixels, pixel_batches
 from ldm.data.cache.latents import LatentCache
-from ldm.data.dataset import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures, Row
 from ldm.data.labels import Labels
 from ldm.diffusion.guidance import classifier_loss
 from ldm.diffusion.timesteps import at_share
@@ -61,6 +61,9 @@ class LabeledSamples:
     T: int
     latent_shape: tuple[int, int, int]
     cache: LatentCache | None
+
+    def row_facts(self, number: int, row: Row) -> list[Any]:
+        return [int(self.ids[number])]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """The samples of a batch, as DataLoader reads them."""

@@ -129,19 +129,9 @@ class Diffusion(Task):
         self.train(unet)
 
     def fresh_unet(self, *, learned_variance: bool = False) -> UNet2DConditionModel:
-        """A U-Net with random weights.
-
-        Raises:
-            ValueError: if the latents are too small for its levels, or for steps at half the size.
-        """
+        """A U-Net with random weights."""
         config, source, encoders = self.config, self.source, self.encoders
         assert source is not None and encoders is not None
-        levels, size = len(config.unet.channels), self.latent_shape[1]
-        if config.loop.half_size_steps and size % 2**levels:
-            raise ValueError(
-                f"loop.half_size_steps: {levels} levels need latents divisible by {2**levels} to learn at half the "
-                f"size, but they are {size} x {size}; set it to 0"
-            )
         text = encoders.text_outline
         return build_unet(
             config.unet,
