@@ -70,9 +70,11 @@ class TextEncoder:
         self.model = model
 
     @classmethod
-    def load(cls, config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:
+    def load(cls, config: TextConfig, device: torch.device | str = "cpu", *, weights: bool = True) -> TextEncoder:
         """The encoder that the config names, frozen.
 
+        Args:
+            weights: whether to load them; without, they are on the meta device.
         Raises:
             ValueError: if it is neither CLIP, BERT nor T5, can't take `max_length` tokens, has another's tokenizer, or
                 holds more than data (`ldm.models.safety`).
@@ -82,15 +84,18 @@ class TextEncoder:
 
         if config.encoder is None:
             raise ValueError("text.encoder: there is none to load")
-        folder = minilm_folder() if config.encoder == MINILM else find_model(config.encoder)
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"text.encoder: {config.encoder} has no config.json; expected an encoder's folder")
+        folder = find_text_encoder(config.encoder)
         check_model_folder(folder)
         model_type = read_json(folder / "config.json").get("model_type")
         if model_type not in ENCODERS:
             raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT or T5")
         class_name, masked = ENCODERS[model_type]
-        model = load_network(getattr(transformers, class_name), folder, whole=False)
+        kind = getattr(transformers, class_name)
+        if weights:
+            model = load_network(kind, folder, whole=False)
+        else:
+            with loading(folder), torch.device("meta"):
+                model, device = kind(kind.config_class.from_pretrained(folder)), "meta"
         with loading(folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         longest = getattr(model.config, "max_position_embeddings", None)
@@ -176,6 +181,18 @@ def measure_context(contexts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError("measure_context: no captions to measure")
     mean = total / count
     return mean, (square / count - mean.square()).clamp(min=0).sqrt()
+
+
+def find_text_encoder(name: str) -> Path:
+    """The folder of a text encoder: `name` is a folder, a Hub id or MINILM.
+
+    Raises:
+        OSError: if there is no such folder or id, or it holds no encoder.
+    """
+    folder = minilm_folder() if name == MINILM else find_model(name)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"text.encoder: {name} has no config.json; expected an encoder's folder")
+    return folder
 
 
 def minilm_folder() -> Path:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.models.loading import find_model, load_network
+from ldm.models.loading import find_model, load_network, loading
 from ldm.models.safety import check_model_folder, read_json
 
 if TYPE_CHECKING:
@@ -93,11 +93,12 @@ def build_vae(config: VAEConfig) -> AutoencoderKL:
     return vae
 
 
-def load_vae(name: str | Path) -> Any:
+def load_vae(name: str | Path, *, weights: bool = True) -> Any:
     """A pretrained AutoencoderKL or AutoencoderTiny, frozen.
 
     Args:
         name: a folder (a VAE's own, or a pipeline's that has one in `vae/`) or a Hub id.
+        weights: whether to load them; without, they are on the meta device.
     Raises:
         ValueError: if it holds another class of model, weights of another, or more than data (`ldm.models.safety`).
         OSError: if there is no such folder or id.
@@ -109,7 +110,11 @@ def load_vae(name: str | Path) -> Any:
     class_name = read_json(folder / "config.json").get("_class_name")
     if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ValueError(f"vae: {name} is a {class_name}; expected AutoencoderKL or AutoencoderTiny")
-    return load_network(getattr(diffusers, class_name), folder).eval().requires_grad_(False)
+    kind = getattr(diffusers, class_name)
+    if weights:
+        return load_network(kind, folder).eval().requires_grad_(False)
+    with loading(folder), torch.device("meta"):
+        return kind.from_config(read_json(folder / "config.json")).eval().requires_grad_(False)
 
 
 def find_vae(name: str | Path) -> Path:

@@ -142,6 +142,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def has_begun(run: str | Path, task: str) -> bool:
+    """Whether a run of a task is resumed: its data, networks and settings were checked before its first step."""
+    return bool(checkpoints(checkpoint_folder(run, task)))
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))

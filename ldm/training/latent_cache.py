@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.data.batches import BATCH, pixel_batches
 from ldm.data.cache.latents import Builder, LatentCache, context_kind, posterior_kind
 from ldm.data.cache.store import Kind
 from ldm.data.conditioned import ConditionedPictures
@@ -22,23 +23,25 @@ from ldm.training.samples import validation_pictures
 
 def build_cache(
     config: Config,
-    folder: Path,
     pictures: Sequence[Row],
     encoders: Encoders,
     latent_shape: tuple[int, int, int],
     name: str = "rows",
+    *,
     flip: bool | None = None,
 ) -> LatentCache:
-    """Encode what `folder` lacks of these pictures and captions, and open it. Every rank must call it.
+    """Encode what the cache lacks of these pictures and captions, and open it. Every rank must call it.
 
     Args:
-        name: of the table with the key of each picture in the stores; one for each sequence of pictures.
-        flip: encode mirrored pictures, too; as the config says, where it is None.
+        name: of the table with the keys of these pictures in the stores; one for each sequence of pictures.
+        flip: encode mirror images, too; by default as the config says.
     Raises:
         NoSpaceError: if it doesn't fit on the disk.
         BadDataError: if a picture can't be read.
     """
-    data, table = config.data, Path(config.run) / "cache" / f"{name}.npy"
+    data, folder, table = config.data, config.cache_folder(), Path(config.run) / "cache" / f"{name}.npy"
+    assert folder is not None, "data.cache is off"
+    mirrored = data.flip if flip is None else flip
     posteriors, contexts = kinds(config, encoders, latent_shape)
 
     @torch.no_grad()
@@ -50,15 +53,41 @@ def build_cache(
         assert encoders.text is not None
         return encoders.text.encode(captions)
 
-    flipped = data.flip if flip is None else flip
-
     def build(tick: Tick) -> None:
         builder = Builder(folder, tick=tick)
         captions = (contexts, encode_captions) if contexts is not None else None
-        builder.build(pictures, table, (posteriors, encode_pixels), captions, size=data.size, flip=flipped)
+        builder.build(pictures, table, (posteriors, encode_pixels), captions, size=data.size, flip=mirrored)
 
     on_rank_0(build)
     return LatentCache.open(folder, table, posteriors, contexts)
+
+
+@torch.no_grad()
+def encode_once(
+    config: Config,
+    pictures: Sequence[Row],
+    captions: Sequence[str],
+    encoders: Encoders,
+    latent_shape: tuple[int, int, int],
+    name: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Means of these pictures' posteriors [N,C,h,w], and contexts [M,L,D] of captions, which are theirs or "".
+
+    Both come from the cache, which is filled for it, if there is one. Without a text encoder there are no contexts.
+    Every rank must call it.
+    """
+    if config.cache_folder() is not None:
+        cache = build_cache(config, pictures, encoders, latent_shape, name, flip=False)
+        with cache.reading():
+            means = torch.stack([cache.posterior(number, False)[0] for number in range(len(pictures))])
+            context = torch.stack([cache.context(caption) for caption in captions]) if cache.contexts else None
+        return means, context
+    vae = encoders.vae
+    means = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(pictures, config.data.size, "encoding")])
+    text = encoders.text
+    if text is None:
+        return means, None
+    return means, torch.cat([text.encode(captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)])
 
 
 def kinds(config: Config, encoders: Encoders, latent_shape: tuple[int, int, int]) -> tuple[Kind, Kind | None]:

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,21 @@ class Tracker:
     def __init__(self, run: Path, *, silent: bool = False) -> None:
         self.run = run
         self.silent = silent
-        self.board: Any = None
         self.told = False
         if silent:
             return
         run.mkdir(parents=True, exist_ok=True)
         cut_torn_line(run / "log.jsonl")
+
+    @cached_property
+    def board(self) -> Any:
+        """TensorBoard's writer, made for the first values, since importing it takes a second; None without it."""
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             with self.tolerating("TensorBoard"):
-                self.board = SummaryWriter(str(run / "tensorboard"))
+                return SummaryWriter(str(self.run / "tensorboard"))
+        return None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log named numbers at a step."""
@@ -81,7 +86,7 @@ class Tracker:
         return path
 
     def close(self) -> None:
-        if self.board:
+        if vars(self).get("board"):
             with self.tolerating("TensorBoard"):
                 self.board.close()
 

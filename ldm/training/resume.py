@@ -82,7 +82,10 @@ BEFORE = {"text.standardize": False}
 ABSENT = "(absent)"
 PATHS = ("run", "vae", "data.source", "data.cache", "text.encoder")
 #: What a change of something that is not in the config means.
-MEANING = {"data": " (pictures, captions, classes or their order)"}
+MEANING = {
+    "data": " (pictures, captions, classes or their order)",
+    "encoders": " (weights or scale of the VAE or the text encoder)",
+}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ldm.data.batches import BATCH, choose_caption, evenly, load_pixels, pixel_batches
+from ldm.data.batches import choose_caption, evenly, load_pixels
 from ldm.data.cache.latents import LatentCache
 from ldm.data.conditioned import ConditionedPictures
-from ldm.data.dataset import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures, Row
 from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet
 from ldm.models.conditioning import Conditioning
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.encoders import Encoders
+from ldm.training.latent_cache import encode_once
 from ldm.training.randomness import Draw, draw, generator
 
 
@@ -133,53 +134,31 @@ class LatentSamples:
         return sample
 
 
-def validation_pictures(config: Config, heldout: ConditionedPictures) -> ConditionedPictures:
-    """The held-out pictures whose loss is measured."""
-    return evenly(heldout, config.loop.evaluation_pictures)
-
-
-@torch.no_grad()
 def validation_set(
     config: Config,
-    source: ConditionedPictures,
+    heldout: ConditionedPictures,
     encoders: Encoders,
+    latent_shape: tuple[int, int, int],
     device: torch.device,
-    cache: LatentCache | None = None,
 ) -> CaptionedValidationSet | None:
-    """The `validation_pictures` with their first captions at fixed (t, eps), and the same with other captions.
+    """The held-out pictures with their first captions at fixed (t, eps), and the same with other captions.
 
-    Args:
-        cache: of these pictures; without it they are encoded here.
-    Returns:
-        None if no pictures are held out.
+    None if no pictures are held out. Every rank must call it.
     """
+    source = evenly(heldout, config.loop.evaluation_pictures)
     if not len(source):
         return None
-    context = null_context = channels = class_labels = None
-    first = [row.captions[0] for row in source.pictures if row.captions]
-    if cache is not None:
-        latents = torch.stack([cache.posterior(i, False)[0] for i in range(len(source.all_pictures))]).to(device)
-        if cache.contexts is not None:
-            context = torch.stack([cache.context(caption) for caption in first]).to(device)
-            null_context = cache.context("")[None].to(device)
-    else:
-        batches, vae = pixel_batches(source.all_pictures, config.data.size, "encoding"), encoders.vae
-        latents = torch.cat([encode(vae, pixels).mean for pixels in batches])
-        text = encoders.text
-        if text:
-            context = torch.cat([text.encode(first[i : i + BATCH]) for i in range(0, len(first), BATCH)])
-            null_context = text.encode([""])
-    x0 = latents[: len(source)]
-    if source.condition_column:
-        channels = latents[len(source) :]
-    if source.labels:
-        class_labels = torch.from_numpy(source.class_ids).to(x0.device)
+    captions = [row.captions for row in source.pictures]
+    prompts = [*(each[0] for each in captions), ""] if encoders.load_text else []
+    encoded, context = encode_once(config, source.all_pictures, prompts, encoders, latent_shape, "heldout")
+    x0, second = encoded.to(device).split(len(source)) if source.condition_column else (encoded.to(device), None)
+    classes = torch.from_numpy(source.class_ids).to(device) if source.labels else None
     rng = generator(config.seed, "held out")
-    conditioning = Conditioning(context, class_labels, channels)
+    conditioning = Conditioning(None if context is None else context[:-1].to(device), classes, second)
     true = ValidationSet.fixed(x0, conditioning, config.diffusion.timesteps, rng)
-    if null_context is None:
+    if context is None:
         return CaptionedValidationSet(true)
-    return CaptionedValidationSet.of(true, [row.captions for row in source.pictures], null_context, rng)
+    return CaptionedValidationSet.of(true, captions, context[-1:].to(device), rng)
 
 
 def to_device(collated: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -137,6 +137,10 @@ class Task(ABC):
     def free(self) -> None:  # noqa: B027
         """Free what only encodes: steps on batches that are there don't need it."""
 
+    def frozen_facts(self) -> dict[str, str]:
+        """What of the frozen networks a checkpoint keeps and a resumed run must have, too."""
+        return {}
+
     def other_needs(self) -> dict[str, int]:
         """Bytes that a run writes besides checkpoints and what is exported of the first network, by what for."""
         return {}

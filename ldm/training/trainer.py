@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from ldm.training.checkpoint import checkpoint_folder, save_checkpoint
 from ldm.training.config import to_dict
-from ldm.training.distributed import Peers
+from ldm.training.distributed import Peers, on_rank_0
+from ldm.training.facts import RunFacts
 from ldm.training.logging import Tracker
 from ldm.training.monitor import Monitor, mean_of_finite, samples_of_steps
 from ldm.training.optimizer import update, with_nan_gradients
@@ -91,7 +92,7 @@ class Trainer:
         """
         task, config, recipe, accelerator = self.task, self.config, self.recipe, self.accelerator
         folder, pictures = checkpoint_folder(config.run, task.name), task.samples.pictures
-        facts = data_facts(task.samples)
+        facts = data_facts(task.samples) | task.frozen_facts()
         first = resume(folder, task.name, task.train_state, accelerator, recipe.steps, to_dict(config), facts)
         self.tracker = Tracker(Path(config.run), silent=not accelerator.is_main_process)
         self.monitor = Monitor(
@@ -108,7 +109,7 @@ class Trainer:
         history: list[float] = []
         done, saved = first, f"all {recipe.steps} steps are done"
         with deferred() as received, Peers(accelerator) as peers:
-            if first:  # a run that was killed in what follows a checkpoint does it again
+            if first and not self.followed_up(first):  # the run was killed in what follows a checkpoint
                 self.follow_up(first, received)
             for step in self.bar:
                 loss, skipped = self.step(step, [next(stream) for _ in range(recipe.accumulation)])
@@ -168,6 +169,14 @@ class Trainer:
             if picture is not None:
                 self.tracker.picture(task.preview_folder, done, picture)
             self.accelerator.wait_for_everyone()
+            if due(done, recipe.checkpoint_every, recipe.steps) and not received:
+                RunFacts(self.config.run).keep(f"{task.name}: followed up", str(done), True)
+
+    def followed_up(self, done: int) -> bool:
+        """Whether nothing is left to do of what follows a checkpoint. Every rank must call it."""
+        run, name = Path(self.config.run), f"{self.task.name}: followed up"
+        finished = RunFacts(run).recall(name, str(done)) is True and (run / self.task.result).exists()
+        return on_rank_0(lambda _: int(finished)) == 1
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import road
 import tiny
+import torch
 from safetensors.torch import load_file
 
+from ldm.data.dataset import read_captioned
+from ldm.models.vae import VAEConfig, build_vae
+from ldm.system.errors import RunError
 from ldm.training.config import Config
+from ldm.training.normalization import normalize_on
 from ldm.training.run import train
 from ldm.training.signals import EXIT_CODES, Stopped
 from ldm.training.trainer import Trainer
@@ -134,3 +141,95 @@ def test_checkpoints_of_earlier_versions_are_resumed(
     assert train("ldm", config) == losses[3:]
     assert [path.name for path in folder.rglob("step_*")] == ["step_0000003", "step_0000006"]
     assert (folder / "ldm/step_0000006").exists()
+
+
+# --- what a resumed run does again ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as unchanged however young they are."""
+    monkeypatch.setattr("ldm.data.facts.SETTLED", 0.0)
+    monkeypatch.setattr("ldm.training.facts.SETTLED", 0.0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often pictures are decoded, encoders loaded, weights hashed, folders saved and exported."""
+    counted: Counter[str] = Counter()
+
+    def count(where: str, name: str) -> None:
+        owner, attribute = where.rsplit(".", 1)
+        real = getattr(importlib.import_module(owner), attribute)
+
+        def counting(*arguments: Any, **named: Any) -> Any:
+            counted[name] += 1
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(where, counting)
+
+    for module in ("dataset", "facts"):
+        count(f"ldm.data.{module}.decode", "decoded")
+    for module in ("vae", "text_encoder"):
+        count(f"ldm.models.{module}.load_network", "loaded")
+    count("ldm.models.fingerprint.weights_of", "hashed")
+    count("ldm.training.tasks.diffusion.save_frozen", "frozen")
+    for task in ("autoencoder", "diffusion", "classifier"):
+        count(f"ldm.training.tasks.{task}.export", "exported")
+    return counted
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("task", ["ldm", "classifier"])
+def test_a_resumed_run_decodes_loads_hashes_and_saves_nothing_again(
+    home: Path, tmp_path: Path, calls: Counter[str], task: str
+) -> None:
+    words = {"loop__evaluate_every": 3, "loop__prompts": ["red heart"]}
+    config = recipe(home, tmp_path, task, **words)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 3, signal.SIGTERM)
+        train(task, config)
+    assert calls["decoded"] and calls["loaded"] and calls["hashed"] and calls["frozen"] == (task == "ldm")
+    calls.clear()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = Trainer.step
+        patch.setattr(Trainer, "step", lambda *words: (seen.append(Counter(calls)), real(*words))[1])
+        train(task, config)
+    # the checkpoint of step 3 was saved when the signal came; its export was left to do
+    assert seen[0] == {"exported": 1} and len(seen) == 3
+    calls.clear()
+    assert train(task, config) == [] and not calls
+    # changed prompts are part of what pipelines share
+    assert train(task, recipe(home, tmp_path, task, **words | {"loop__prompts": ["blue cat"]})) == []
+    assert calls["frozen"] == (task == "ldm") and calls["decoded"] == 0
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_export_that_is_gone_is_made_again(home: Path, tmp_path: Path, calls: Counter[str]) -> None:
+    config = recipe(home, tmp_path, "classifier")
+    train("classifier", config)
+    shutil.rmtree(tmp_path / "classifier")
+    calls.clear()
+    assert train("classifier", config) == []
+    assert calls["exported"] == 1 and (tmp_path / EXPORTED["classifier"]).exists()
+
+
+def test_other_encoders_than_before_are_refused(home: Path, tmp_path: Path) -> None:
+    """RUN/vae trained anew under a U-Net: its latents would be others."""
+    torch.manual_seed(1)
+    pictures = read_captioned(home / "data", holdout=0.2, progress=False).train
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        vae = build_vae(VAEConfig(channels=(16, 32), layers=1)).eval()
+        normalize_on(vae, pictures, tiny.SIZE)
+        vae.save_pretrained(tmp_path / "vae")
+        config = recipe(home, tmp_path, "classifier", vae="null", classifier_training__steps=3 * seed,
+                        resume__allow=["classifier_training.steps"])  # fmt: skip
+        if seed == 1:
+            train("classifier", config)
+            continue
+        with pytest.raises(RunError, match=r"(?s)\n  encoders: '\w+' => '\w+' \(weights or scale.*allow=\[encoders\]'"):
+            train("classifier", config)
+        allowed = (*config.resume.allow, "encoders")
+        assert len(train("classifier", road.replace(config, resume={"allow": allowed}))) == 3

@@ -81,7 +81,7 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
     assert max(one) / min(one) > 1.02  # and they are not all the same by triviality
     for cache in (run / "cache" for run in run_of.values()):  # encoded once, not once by each
         (posteriors,) = cache.glob("posteriors-*.sqlite")
-        assert len(Store(posteriors, Kind.of(posteriors))) == 24
+        assert len(Store(posteriors, Kind.of(posteriors))) == 24  # the held-out pictures, too
     weights = [load_file(run / "checkpoints/ldm/step_0000004/unet.safetensors") for run in run_of.values()]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-3)  # Adam: one lr step at most
@@ -241,9 +241,8 @@ def test_the_log_says_what_captions_are_worth(home: Path, tmp_path: Path) -> Non
     pipe = LDMPipeline.from_pretrained(tmp_path / "pipeline")
     text = TextEncoder(pipe.tokenizer, pipe.text_encoder)
     heldout = read_captioned(home / "data", holdout=0.2, progress=False).heldout
-    asked = validation_set(
-        config, ConditionedPictures(heldout), Encoders(lambda: pipe.vae, lambda: text), torch.device("cpu")
-    )
+    encoders = Encoders(lambda: pipe.vae, lambda: text)
+    asked = validation_set(config, ConditionedPictures(heldout), encoders, (4, 8, 8), torch.device("cpu"))
     assert asked is not None and asked.shuffled is not None
     true, schedule = asked.true, pipe.scheduler.alphas_cumprod.double()
 

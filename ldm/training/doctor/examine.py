@@ -21,8 +21,8 @@ from ldm.data.dataset import CaptionedPictures, read_captioned, require_training
 from ldm.data.duplicates import alike, duplicates, named
 from ldm.data.rows import count
 from ldm.models.text_encoder import TextEncoder
-from ldm.models.vae import build_vae, load_vae, normalize
-from ldm.training.checkpoint import checkpoint_folder, checkpoints
+from ldm.models.vae import build_vae, normalize
+from ldm.training.checkpoint import has_begun
 from ldm.training.config import Config, check_sizes
 from ldm.training.distributed import build_accelerator, encoding_dtype
 from ldm.training.doctor.findings import Finding, tell
@@ -32,8 +32,8 @@ from ldm.training.encoder_report import report_captions, report_reconstruction
 from ldm.training.encoders import Encoders
 from ldm.training.normalization import (
     MEASURED,
+    VAESource,
     check_scale,
-    load_normalized,
     measure_captions,
     measure_latents,
     vae_downsampling,
@@ -56,7 +56,7 @@ def before_first_step(task: Task, pictures: CaptionedPictures) -> None:
         ValueError: naming the keys, if a problem was found. doctor=false skips all of it.
     """
     config, accelerator = task.config, task.accelerator
-    if not config.doctor or checkpoints(checkpoint_folder(config.run, task.name)):
+    if not config.doctor or has_begun(config.run, task.name):
         return
     problems = []
     repeats = repeated(pictures) if isinstance(task, Diffusion) and accelerator.is_main_process else ()
@@ -116,7 +116,7 @@ def _examine(config: Config) -> Iterator[Finding]:
             torch.manual_seed(config.seed)
             vae = build_vae(config.vae_model).eval().requires_grad_(False)
         else:
-            vae = load_vae(config.vae) if config.vae is not None else load_normalized(config, device)
+            vae = VAESource(config, device).read()
         if vae_scale is not None:
             normalize(vae, *vae_scale)
         return vae.to(device)

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ldm.data.batches import evenly, load_pixels, pixel_batches
+from ldm.data.batches import evenly, load_pixels
 from ldm.data.cache.latents import LatentCache
 from ldm.data.dataset import CaptionedPictures, Row
 from ldm.data.labels import Labels
@@ -28,13 +28,13 @@ from ldm.diffusion.timesteps import at_share
 from ldm.evaluation.validation import LabeledValidationSet, classifier_accuracy
 from ldm.models.classifier import NoisyClassifier, build_classifier
 from ldm.models.vae import Posterior, encode, latent_shape
-from ldm.training.checkpoint import checkpoint_folder, checkpoints
+from ldm.training.checkpoint import has_begun
 from ldm.training.config import Config, DataConfig
 from ldm.training.distributed import Tick, encoding_dtype
 from ldm.training.encoders import Encoders
 from ldm.training.export import check_weights, export, loadable
-from ldm.training.latent_cache import build_cache
-from ldm.training.normalization import check_scale, load_normalized, measure_pretrained
+from ldm.training.latent_cache import build_cache, encode_once
+from ldm.training.normalization import build_encoders, check_scale
 from ldm.training.objective import build_schedule
 from ldm.training.randomness import generator, row_of
 from ldm.training.task import Recipe, Task
@@ -125,9 +125,8 @@ class Classifier(Task):
             f"{per_label.max() / len(pictures.train):.1%} of the pictures"
         )
         device, dtype = accelerator.device, encoding_dtype(accelerator)
-        measure_pretrained(config, pictures.train, device, dtype)
-        encoders = Encoders(lambda: load_normalized(config, device), None, dtype)
-        if not checkpoints(checkpoint_folder(config.run, cls.name)):  # else the first start has done it
+        encoders = build_encoders(config, pictures.train, device, dtype, text=False)
+        if not has_begun(config.run, cls.name):
             check_scale(encoders.vae, pictures.train, config.data.size)
         return cls(config, accelerator, pictures, labels, encoders)
 
@@ -147,36 +146,23 @@ class Classifier(Task):
         )
 
     def prepare(self) -> None:
-        self.heldout = self.validation_set()
-        cache = self.cached(self.pictures.train, "classifier")
-        if cache is not None:
+        config, rows = self.config, evenly(self.pictures.heldout, VALIDATED)
+        if config.cache_folder() is not None:
+            cache = build_cache(config, self.pictures.train, self.encoders, self.latent_shape, "classifier")
             self.samples, self.workers = replace(self.samples, cache=cache), 0
+        if len(rows):
+            mean, _ = encode_once(config, rows, [], self.encoders, self.latent_shape, "classifier_heldout")
+            x0, ids = mean.to(self.accelerator.device), torch.from_numpy(self.labels.ids(rows))
+            rng = generator(config.seed, "held out")
+            self.heldout = LabeledValidationSet.fixed(x0, ids.to(x0.device), config.diffusion.timesteps, rng)
         self.free()
 
-    def cached(self, rows: CaptionedPictures, name: str, flip: bool | None = None) -> LatentCache | None:
-        """The latent cache of these pictures; None without one."""
-        folder = self.config.cache_folder()
-        if folder is None or not len(rows):
-            return None
-        return build_cache(self.config, folder, rows, self.encoders, self.latent_shape, name, flip)
+    def frozen_facts(self) -> dict[str, str]:
+        identity = self.encoders.identity
+        return {"encoders": identity[:16]} if identity else {}
 
     def free(self) -> None:
         self.encoders.free()
-
-    @torch.no_grad()
-    def validation_set(self) -> LabeledValidationSet | None:
-        """Held-out pictures' latents and labels at fixed (t, eps); None if there are none."""
-        rows, config, device = evenly(self.pictures.heldout, VALIDATED), self.config, self.accelerator.device
-        if not len(rows):
-            return None
-        cache = self.cached(rows, "classifier-heldout", flip=False)
-        if cache is not None:
-            mean = torch.stack([cache.posterior(i, False)[0] for i in range(len(rows))]).to(device)
-        else:
-            batches, vae = pixel_batches(rows, config.data.size, "encoding"), self.encoders.vae
-            mean = torch.cat([encode(vae, pixels).mean for pixels in batches])
-        ids = torch.from_numpy(self.labels.ids(rows)).to(device)
-        return LabeledValidationSet.fixed(mean, ids, config.diffusion.timesteps, generator(config.seed, "held out"))
 
     @property
     def classifier(self) -> NoisyClassifier:

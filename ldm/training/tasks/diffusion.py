@@ -37,27 +37,21 @@ from ldm.models.vae import latent_shape
 from ldm.pipelines.inputs import check_prompts
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.memory import give_back
-from ldm.training.checkpoint import checkpoint_folder, checkpoints
+from ldm.training.checkpoint import has_begun
 from ldm.training.config import Config
-from ldm.training.distributed import Tick, encoding_dtype
+from ldm.training.distributed import Tick, encoding_dtype, on_rank_0
 from ldm.training.encoder_report import report_captions, report_reconstruction
 from ldm.training.encoders import Encoders
 from ldm.training.export import export, quiet, save_frozen, write_pipeline
+from ldm.training.facts import RunFacts, stamp, written_stamp
 from ldm.training.latent_cache import build_cache, cache_bytes
-from ldm.training.normalization import check_scale, load_normalized, load_text, measure_pretrained, measure_text
+from ldm.training.normalization import build_encoders, check_scale
 from ldm.training.objective import build_objective, build_schedule, build_timesteps
 from ldm.training.previews import Prompt, build_prompt_set, generate_grid
-from ldm.training.samples import (
-    Batch,
-    LatentSamples,
-    to_device,
-    validation_pictures,
-    validation_set,
-    with_context,
-    with_latents,
-)
+from ldm.training.samples import Batch, LatentSamples, to_device, validation_set, with_context, with_latents
 from ldm.training.task import Recipe, Task, float32_bytes
 from ldm.training.train_state import TrainState, whole_weights
+from ldm.version import __version__
 
 STORED = 8  # samples in the batch that exported pipelines are checked with
 
@@ -98,19 +92,13 @@ class Diffusion(Task):
         source = ConditionedPictures.read(
             pictures, data.label_column, data.condition_column, facts=facts, progress=main
         )
-        measure_pretrained(config, pictures.train, device, dtype)
-        measure_text(config, pictures.train, device, dtype)
-        encoders = Encoders(
-            lambda: load_normalized(config, device),
-            (lambda: load_text(config, device)) if config.text.encoder else None,
-            dtype,
-            together=config.cache_folder() is None,
-        )
+        encoders = build_encoders(config, pictures.train, device, dtype)
         text = encoders.text_outline
         if text:
-            accelerator.print(report_captions(text, pictures))
             check_prompts("loop.prompts", config.loop.prompts or ("",), text.tokenizer)  # now, not hours later
-        if not checkpoints(checkpoint_folder(config.run, cls.name)):  # else the first start has done it
+        if not has_begun(config.run, cls.name):
+            if text:
+                accelerator.print(report_captions(text, pictures))
             check_scale(encoders.vae, pictures.train, data.size)
             accelerator.print(report_reconstruction(encoders.vae, pictures, data.size)[1])
         return cls(config, accelerator, source, encoders)
@@ -159,20 +147,30 @@ class Diffusion(Task):
     # --- samples ----------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        config, source, encoders = self.config, self.source, self.encoders
+        config, source, encoders, shape = self.config, self.source, self.encoders, self.latent_shape
         assert source is not None and encoders is not None
-        folder, heldout, shape = config.cache_folder(), validation_pictures(config, source.heldout), self.latent_shape
-        cached = None
-        if folder is not None and len(heldout):
-            cached = build_cache(config, folder, heldout.all_pictures, encoders, shape, "heldout", flip=False)
-        self.heldout = validation_set(config, heldout, encoders, self.accelerator.device, cached)
         self.prompts = build_prompt_set(config, source, encoders.text_outline)
-        if folder is not None:
-            cache = build_cache(config, folder, source.train.all_pictures, encoders, shape)
+        if config.cache_folder() is not None:
+            cache = build_cache(config, source.train.all_pictures, encoders, shape)
             self.samples, self.workers = LatentSamples.of(config, source.train, shape, cache), 0
-        encoders.free()  # pipelines have them in float32
-        save_frozen(Path(config.run) / "frozen", encoders.load_vae, encoders.load_text, self.weightless_pipeline)
+        self.heldout = validation_set(config, source.heldout, encoders, shape, self.accelerator.device)
+        self.save_frozen(encoders)
         (self.stored,) = self.batches([range(STORED)])
+
+    def save_frozen(self, encoders: Encoders) -> None:
+        """Save RUN/frozen, unless it is there as it was saved, and of the same."""
+        folder, facts = Path(self.config.run) / "frozen", RunFacts(self.config.run)
+        scheduler = scheduler_config(self.schedule, self.config.diffusion.prediction)
+        labels = self.source.labels.names if self.source and self.source.labels else None
+        made_of = [__version__, encoders.identity, scheduler, [prompt.prompt for prompt in self.prompts], labels]
+
+        def state() -> str:
+            return stamp(made_of, written_stamp(folder))
+
+        if on_rank_0(lambda _: int(encoders.identity is None or not facts.recall("frozen", state()))):
+            encoders.free()  # pipelines have them in float32
+            save_frozen(folder, encoders.load_vae, encoders.load_text, self.weightless_pipeline)
+            facts.keep("frozen", state(), True)
 
     def batch(self, collated: dict[str, Any]) -> Batch:
         collated = to_device(collated, self.accelerator.device)
@@ -190,6 +188,10 @@ class Diffusion(Task):
             collated = [with_latents(batch, encoders.vae) for batch in collated]
             collated = [with_context(batch, encoders.text) for batch in collated]
         return [Batch.of(batch) for batch in collated]
+
+    def frozen_facts(self) -> dict[str, str]:
+        identity = self.encoders.identity if self.encoders else None
+        return {"encoders": identity[:16]} if identity else {}
 
     def free(self) -> None:
         if self.encoders is not None:
