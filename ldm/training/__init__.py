@@ -9,6 +9,7 @@ objective.py       the diffusion section of the config => process, timesteps, lo
 samples.py         (seed, sample) => the tensors of a batch of the U-Net's
 randomness.py      every random number of training, as a function of (seed, sample)
 encoders.py        VAE and text encoder, each in memory only while it encodes
+encoder_sources.py where they come from
 normalization.py   latents and contexts of unit variance: measured once, folded into the encoders
 encoder_report.py  how much the VAE blurs, how many captions are cut
 latent_cache.py    the cache of a run
@@ -17,6 +18,7 @@ monitor.py         skipped steps, spikes of the loss, signals
 train_state.py     networks, optimizers and averages as plain tensors
 checkpoint.py      atomic save, verified load
 resume.py          from the newest checkpoint; which config keys may change
+facts.py           what a run has found out, remembered for its next start
 export.py          RUN/pipeline, RUN/vae, RUN/classifier: verified before they replace the last
 previews.py        what a run generates on the way
 logging.py         scalars and pictures

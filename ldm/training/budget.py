@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 from ldm.data.dataset import CaptionedPictures
 from ldm.system.errors import RunError
 from ldm.system.memory import give_back
-from ldm.training.checkpoint import checkpoint_folder, checkpoints
+from ldm.training.checkpoint import has_begun
 from ldm.training.config import Config
 from ldm.training.doctor.trial import eta
 from ldm.training.randomness import sample_numbers
@@ -71,7 +71,7 @@ class Budget:
         """
         loop = config.loop
         half = loop.half_size_steps / loop.steps
-        rows = len(loop.prompts) * loop.num_inference_steps * 2  # of the U-Net; a training step's row takes three
+        rows = len(loop.prompts) * config.preview_steps * 2  # of the U-Net; a training step's row takes three
         previews = PREVIEWS * rows / (3 * loop.batch_size) * seconds
         steps = int((USABLE * left - previews) / (half * half_seconds + (1 - half) * seconds))
         if steps < FEWEST_STEPS:
@@ -118,7 +118,7 @@ def read_budget(config: Config) -> Budget | None:
         RunError: if it began with other minutes, or without a budget.
     """
     file = Path(config.run) / FILE
-    begun = bool(checkpoints(checkpoint_folder(config.run, "ldm")))
+    begun = has_begun(config.run, "ldm")
     try:
         budget = Budget(**json.loads(file.read_text("utf-8")))
     except FileNotFoundError:

@@ -165,7 +165,7 @@ def load_checkpoint(path: Path, train_state: Mapping[str, TrainState], accelerat
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; broken ones are renamed, with one line each that says why."""
+    """The newest checkpoint that is as it was written; broken ones are renamed, each with a line that says why."""
     for left in folder.glob(".step_*"):  # a killed process was writing or deleting it
         shutil.rmtree(left, ignore_errors=True)
     for path in reversed(checkpoints(folder)):

@@ -1,6 +1,6 @@
 """The whole recipe of a model: one frozen dataclass, one YAML file.
 
-train_vae.py, train_ldm.py and train_classifier.py read the same one; command_line.py makes it from what people type.
+All trainings read the same one; ldm/cli/config.py makes it from a command line.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class DataConfig:
         source: a folder with metadata.csv, .jsonl or .parquet; a folder with a .txt beside each picture;
             WebDataset shards ("shards/{000..007}.tar"); or a Hub data set's name.
         image_column, hub_config, hub_split: where the pictures are, in a Hub data set.
-        caption_columns: where the captions are; a picture may have several, and each epoch draws one. Without any,
+        caption_columns: where the captions are; a picture may have several, and each epoch uses one. Without any,
             for a model that knows no text, pictures need no captions.
-        label_column: the column of a class that the model learns to draw, beside captions or instead of them, and that
-            the classifier learns to tell.
-        condition_column: the column that names a second picture, of the same folder, which the model sees while it
-            draws: its latents are concatenated to x_t.
-        size: edge in pixels that the model learns and draws.
+        label_column: the column of a class that the model is conditioned on, beside captions or instead of them, and
+            that the classifier learns.
+        condition_column: the column that names a second picture, of the same folder, which the model is
+            conditioned on: its latents are concatenated to x_t.
+        size: edge in pixels of the pictures that the model learns and generates.
         crop: which square is taken of a picture that isn't one.
         flip: mirror half of the pictures. Not for letters, flags or anything that has a left and a right.
         background: the color behind transparent pictures.
-        holdout: share kept out of training, by a hash of the caption, where no column `split` says it.
+        holdout: share kept out of training, by a hash of the caption, where no column `split` sets it.
         on_bad: stop at bad pictures and captions, or skip, count and list them.
         cache: the folder that keeps what VAE and text encoder made of pictures and captions; "auto" is RUN/cache.
             Runs can share one: things are found by their content and by the networks' weights. "off" keeps nothing
@@ -72,7 +72,7 @@ class DataConfig:
         object.__setattr__(self, "source", typed_path(self.source))
         check("data.size", self.size, at_least=8, at_most=4096)
         if self.size % 8:
-            raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines draw, got {self.size}")
+            raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines generate, got {self.size}")
         check("data.holdout", self.holdout, at_least=0, below=1)
         check("data.limit", self.limit, at_least=0)
         check("data.workers", self.workers, at_least=0)
@@ -90,7 +90,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class VAETrainingConfig:
-    """How train_vae.py trains the autoencoder.
+    """How the autoencoder is trained.
 
     Attributes:
         steps: optimizer steps.
@@ -100,7 +100,7 @@ class VAETrainingConfig:
         gradient: weight of the L1 error of the picture's differences to its right and lower neighbor (edges).
         kl: weight of KL(posterior || N(0, I)), per pixel value.
         perceptual: weight of LPIPS; above 0 it needs `pip install lpips` and its VGG weights.
-        adversarial: weight of a PatchGAN's verdict, from step `adversarial_start` on.
+        adversarial: weight of a PatchGAN discriminator's loss, from step `adversarial_start` on.
         log_every, checkpoint_every: in steps.
     """
 
@@ -130,14 +130,14 @@ class VAETrainingConfig:
 
 @dataclass(frozen=True)
 class ClassifierTrainingConfig:
-    """How train_classifier.py trains the classifier of noisy latents, on data.label_column.
+    """How the classifier of noisy latents is trained, on data.label_column.
 
     Attributes:
         steps: optimizer steps.
         batch_size: pictures per step, over all processes.
         lr: peak learning rate; it warms up over `warmup` steps and falls to zero along a cosine.
         weight_decay: AdamW's.
-        log_every, checkpoint_every: in steps; the accuracy on held-out pictures is told at every checkpoint.
+        log_every, checkpoint_every: in steps; the accuracy on held-out pictures is logged at every checkpoint.
     """
 
     steps: int = 5000
@@ -168,7 +168,7 @@ class OptimConfig:
             more steps or fewer.
         betas, weight_decay: AdamW's.
         clip: largest global norm of the gradient.
-        ema_decay: of the averaged weights, which are the ones that draw.
+        ema_decay: of the averaged weights, which are exported.
     """
 
     lr: float = 1e-4
@@ -212,8 +212,8 @@ class LoopConfig:
         compile: torch.compile the U-Net; pays on a GPU over long runs.
         log_every, sample_every, evaluate_every, checkpoint_every: in steps; 0 is never (log_every excepted).
         keep: checkpoints kept.
-        prompts: drawn every `sample_every` steps and at the end; without any, captions of some training pictures.
-        guidance_scale, num_inference_steps: of these previews; null is 20 steps, or diffusion.timesteps if fewer.
+        prompts: of the previews, every `sample_every` steps and at the end; without any, some training captions.
+        guidance_scale, num_inference_steps: of the previews; null is 20 steps, or diffusion.timesteps if fewer.
         evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
         max_skipped: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
         spike: a loss so many robust standard deviations above the running median is written to log.jsonl with the
@@ -262,7 +262,8 @@ class ResumeConfig:
     """What a stopped run may be resumed with.
 
     Attributes:
-        allow: keys that may differ from the checkpoint's config although they change what is learned.
+        allow: keys that may differ from the checkpoint's config although they change what is learned; "pictures",
+            "data" and "encoders" are what is not in the config.
     """
 
     allow: tuple[str, ...] = ()
@@ -275,11 +276,11 @@ class Config:
     Attributes:
         run: the folder that everything is written to: vae/, classifier/, checkpoints/, samples/, pipeline/, log.jsonl.
         seed: of every random number.
-        vae: a pretrained VAE, as a folder or a Hub id; null means the one that train_vae.py leaves in RUN/vae.
-        vae_model: the autoencoder that train_vae.py builds.
-        classifier: the classifier that train_classifier.py builds.
-        doctor: before a run's first step, see whether disk and memory are large enough, and take a few steps to see
-            how long they take and whether anything is learned. `ldm doctor` does that and more, and trains nothing.
+        vae: a pretrained VAE, as a folder or a Hub id; null means the one that `ldm train vae` saves in RUN/vae.
+        vae_model: the autoencoder that `ldm train vae` builds.
+        classifier: the classifier that `ldm train classifier` builds.
+        doctor: before a run's first step, check disk and memory, and take a few steps to measure how long they take and
+            whether anything is learned. `ldm doctor` does that and more, and trains nothing.
     """
 
     run: str = "runs/ldm"

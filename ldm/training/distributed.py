@@ -27,7 +27,7 @@ Precision = Literal["no", "bf16", "fp16"]
 
 def build_accelerator(config: LoopConfig) -> Accelerator:
     """An Accelerator for the device it finds, with the config's precision and threads resolved for that device."""
-    # told `cpu`, accelerate makes torchrun's processes a gloo group; not told, each would believe it is alone
+    # with cpu=True accelerate makes torchrun's processes a gloo group; without, each would train alone
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu)
     if cpu:
@@ -55,9 +55,9 @@ def usable_cores() -> int:
 
 
 def launched_precision(wanted: str) -> str:
-    """`loop.precision`, or for auto what `accelerate launch --mixed_precision` says.
+    """`loop.precision`, or for auto what `accelerate launch --mixed_precision` names.
 
-    accelerate's "no" is what it says by default, and decides nothing.
+    accelerate's "no" is its default, and decides nothing.
 
     Raises:
         ValueError: if the two contradict each other.
@@ -80,7 +80,7 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     fp32.
 
     Raises:
-        ValueError: if fp16 is asked for on a CPU, which can't train in it.
+        ValueError: for fp16 on a CPU, which can't train in it.
     """
     if wanted == "fp32":
         return "no"
@@ -135,12 +135,12 @@ def on_rank_0(work: Callable[[Tick], int | None]) -> int:
     while (news := send(WAITING)) == WAITING:
         pass
     if news == FAILED:
-        raise RunError("rank 0 failed at what this process was waiting for; its message says why")
+        raise RunError("rank 0 failed at what this process was waiting for; see its message")
     return news
 
 
 EXIT_CODE = 76
-GRACE = 4.0  # seconds for an error with more to say, or a checkpoint that is nearly written
+GRACE = 4.0  # seconds for a more specific error, or a checkpoint that is nearly written
 
 
 def machine() -> int:

@@ -21,7 +21,7 @@ UNKNOWN_MOST = 0.2  # a share of unknown tokens above this means a broken vocabu
 
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, pictures: CaptionedPictures, size: int, most: int) -> Tensor:
-    """PSNR in dB, float32 [N], of at most so many pictures through the VAE and back: no model can draw better."""
+    """PSNR in dB, float32 [N], of at most so many pictures through the VAE and back: no model can do better."""
     return torch.cat(
         [
             psnr(decode(vae, encode(vae, pixels).mean), pixels).cpu()
@@ -37,7 +37,7 @@ def report_reconstruction(vae: Any, pictures: CaptionedPictures, size: int, most
     mean = float(values.mean())
     return (
         mean,
-        f"VAE: {mean:.2f} dB PSNR on {count(len(values), f'{kind} picture')}, the ceiling of what the model can draw",
+        f"VAE: {mean:.2f} dB PSNR on {count(len(values), f'{kind} picture')}, the ceiling of the model's pictures",
     )
 
 
@@ -46,16 +46,16 @@ def reconstructions(vae: Any, pictures: CaptionedPictures, size: int, most: int 
     """Pictures over their reconstructions, to look at."""
     rows = evenly(pictures, most)
     pixels = torch.stack([load_pixels(row, size) for row in rows]).to(vae.device)
-    drawn = to_pictures(pixels) + to_pictures(decode(vae, encode(vae, pixels).mean))
+    shown = to_pictures(pixels) + to_pictures(decode(vae, encode(vae, pixels).mean))
     captions = [row.captions[0] if row.captions else "" for row in rows] + ["reconstructed"] * len(rows)
-    return captioned_grid(drawn, captions, columns=len(rows))
+    return captioned_grid(shown, captions, columns=len(rows))
 
 
 def report_captions(text: TextEncoder, pictures: CaptionedPictures) -> str:
     """How many captions are longer than the encoder takes, with the longest, and the share of unknown tokens.
 
     Raises:
-        ValueError: if most of what the captions say is unknown to the tokenizer.
+        ValueError: if most of the captions' tokens are unknown to the tokenizer.
     """
     captions = sorted({caption for row in pictures for caption in row.captions})
     most = text.tokenizer.model_max_length
@@ -66,11 +66,11 @@ def report_captions(text: TextEncoder, pictures: CaptionedPictures) -> str:
             f"text.encoder: {unknown:.0%} of the captions' tokens are unknown to its tokenizer; "
             "choose an encoder that was trained on the captions' language"
         )
-    told = f"captions: {count(len(captions), 'different one')}, the longest of {max(lengths)} tokens"
+    line = f"captions: {count(len(captions), 'different one')}, the longest of {max(lengths)} tokens"
     cut = [caption for caption, length in zip(captions, lengths, strict=True) if length > most]
     if cut:
-        told += (
+        line += (
             f"; {len(cut)} are longer than text.max_length={most} and are cut, the first: {cut[0]!r} "
             f"(set text.max_length={max(lengths)} if the encoder takes that many)"
         )
-    return told
+    return line

@@ -34,7 +34,7 @@ def build_cache(
 
     Args:
         name: of the table with the keys of these pictures in the stores; one for each sequence of pictures.
-        flip: encode mirror images, too; by default as the config says.
+        flip: encode mirror images, too; by default as data.flip.
     Raises:
         NoSpaceError: if it doesn't fit on the disk.
         BadDataError: if a picture can't be read.

@@ -1,4 +1,4 @@
-"""What a run says of itself: log.jsonl always, TensorBoard if it is installed, pictures as PNG files."""
+"""The log of a run: log.jsonl always, TensorBoard if it is installed, pictures as PNG files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tracker:
     def __init__(self, run: Path, *, silent: bool = False) -> None:
         self.run = run
         self.silent = silent
-        self.told = False
+        self.warned = False
         if silent:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -65,13 +65,13 @@ class Tracker:
 
     @contextlib.contextmanager
     def tolerating(self, what: object) -> Iterator[None]:
-        """What can't be written for want of room is told once; it is no reason to stop training."""
+        """Inside, a full disk is a warning, once; it is no reason to stop training."""
         try:
             yield
         except OSError as error:
-            if not self.told:
-                print(f"\nwarning: {what} could not be written: {error}; training goes on", file=sys.stderr)
-            self.told = True
+            if not self.warned:
+                print(f"\nwarning: {what} could not be written: {error}; training continues", file=sys.stderr)
+            self.warned = True
 
     def picture(self, name: str, step: int, picture: Image.Image) -> Path | None:
         """Save RUN/<name>/step_<step>.png and show it in TensorBoard; returns its path."""

@@ -66,13 +66,13 @@ class DiffusionConfig:
         check("diffusion.p2_gamma", self.p2_gamma, at_least=0)
         if self.zero_terminal_snr and self.prediction == "eps":
             raise ValueError(
-                "diffusion.prediction: eps says nothing about x0 where there is no signal; "
+                "diffusion.prediction: eps determines no x0 where there is no signal; "
                 "with zero_terminal_snr use v or x0"
             )
         if self.weighting != "none" and self.loss != "l2":
             raise ValueError(f"diffusion.weighting: {self.weighting} weighs the squared error; with it use loss=l2")
         if self.variance == "learned" and self.loss == "l1":
-            raise ValueError("diffusion.loss: l1 says nothing about the variance; to learn it use l2 or vlb")
+            raise ValueError("diffusion.loss: l1 does not train the variance; to learn it use l2 or vlb")
 
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
@@ -81,7 +81,7 @@ def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
 
 
 def build_timesteps(config: DiffusionConfig) -> timesteps.TimestepSampler:
-    """What draws t. LossSecondMoment has a memory, which belongs into checkpoints."""
+    """How t is sampled. LossSecondMoment has a memory, which belongs into checkpoints."""
     if config.timestep_sampling == "loss_second_moment":
         return timesteps.LossSecondMoment(config.timesteps)
     return {"uniform": timesteps.uniform, "logit_normal": timesteps.logit_normal}[config.timestep_sampling](

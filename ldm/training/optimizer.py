@@ -79,8 +79,8 @@ def update(
 def fused_step(optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor | None) -> None:
     """A step of a fused kernel that divides its gradients and leaves all as it is where `skip` is 1.0.
 
-    Fused optimizers take both from two attributes that torch.amp.GradScaler sets around each step. No public argument
-    does the same without waiting for the device (tests/training/test_optimizer.py fails where torch changes that).
+    Fused optimizers take both from two attributes that torch.amp.GradScaler sets around each step; the scaler itself
+    takes another pass over the gradients. tests/training/test_optimizer.py fails when torch changes that.
     """
     inner: Any = plain(optimizer)
     inner.found_inf, inner.grad_scale = skip, divisor

@@ -1,8 +1,8 @@
 """Every random number of training, as a function of (seed, n).
 
 n numbers the samples of a run: step s of a run with batches of B is samples s*B ... s*B + B - 1. Nothing
-depends on what was drawn before, by whom or in which process. So a resumed run goes on exactly where it
-stopped, and two processes that share a batch see the very samples that one process would have seen.
+depends on earlier random numbers or on the process. So a resumed run continues exactly where it stopped, and two
+processes that share a batch see the very samples that one process would have seen.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.data.dataset import read_captioned, require_training
     from ldm.data.rows import count
     from ldm.training.budget import decide, limited, read_budget
+    from ldm.training.checkpoint import has_begun
     from ldm.training.distributed import build_accelerator
     from ldm.training.doctor.examine import before_first_step
-    from ldm.training.normalization import vae_downsampling
+    from ldm.training.encoder_sources import vae_downsampling
     from ldm.training.task import Task
     from ldm.training.tasks.autoencoder import Autoencoder
     from ldm.training.tasks.classifier import Classifier
@@ -40,6 +41,9 @@ def train(task: str, config: Config) -> list[float]:
     require_training(pictures)
     sizes = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     accelerator.print(f"{data.source}: {sizes}")
+    if not has_begun(config.run, task):
+        for warning in pictures.unfit(data.size):
+            accelerator.print(f"warning: {warning}")
 
     def create(config: Config) -> Task:
         chosen = limited(pictures, config.data.limit, config.loop.prompts)

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: by a signal, with everything saved, or by an error that says what to do.
+"""How a run ends before its last step: by a signal, with everything saved, or by an error that names the remedy.
 
 Inside the training loop a signal is received and the loop, at its next step, agrees on it with the other ranks, saves
 and exits. Elsewhere (reading pictures, building the cache) nothing is newer than the last checkpoint, and the program

@@ -64,7 +64,7 @@ class Recipe:
 
     @classmethod
     def of(cls, *sections: Any, **values: Any) -> Recipe:
-        """What these sections of a config say of it, and these values."""
+        """The values of these sections of a config, and these."""
         named = {item.name for item in fields(cls)}
         found = {name: value for section in sections for name, value in vars(section).items() if name in named}
         return cls(**found | values)

@@ -69,7 +69,7 @@ def test_a_good_recipe_passes_and_nothing_is_written(home: Path) -> None:
     findings = look(home)
     assert not problems(findings)
     assert list(findings) == ["data", "leak", "captions", "VAE", *UNET]
-    first, last = map(float, re.findall(r"from ([\d.]+) to ([\d.]+)", findings["U-Net learning"].told)[0])
+    first, last = map(float, re.findall(r"from ([\d.]+) to ([\d.]+)", findings["U-Net learning"].message)[0])
     assert last < 0.9 * first
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
 
@@ -77,7 +77,7 @@ def test_a_good_recipe_passes_and_nothing_is_written(home: Path) -> None:
 def test_a_rate_that_cannot_learn_is_named(home: Path) -> None:
     findings = look(home, optim__lr=1e-12)
     assert problems(findings) == ["U-Net learning"]
-    assert "set optim.lr higher than 1e-12" in findings["U-Net learning"].told
+    assert "set optim.lr higher than 1e-12" in findings["U-Net learning"].message
 
 
 def test_a_picture_in_both_splits_is_named_with_its_rows(home: Path) -> None:
@@ -86,20 +86,20 @@ def test_a_picture_in_both_splits_is_named_with_its_rows(home: Path) -> None:
     shutil.copy(home / "data" / str(there.locator), home / "data" / str(here.locator))
     findings = look(home, until="leak")
     assert findings["leak"].state == "warning"  # it spoils figures, not the model
-    assert there.where in findings["leak"].told and here.where in findings["leak"].told
+    assert there.where in findings["leak"].message and here.where in findings["leak"].message
 
 
 def test_a_disk_that_is_too_small_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     findings = look(home, until="U-Net disk")
     assert problems(findings) == ["U-Net disk"]
-    assert all(word in findings["U-Net disk"].told for word in ("data.cache", "checkpoints", "loop.keep"))
+    assert all(word in findings["U-Net disk"].message for word in ("data.cache", "checkpoints", "loop.keep"))
 
 
 def test_what_it_says_a_run_writes_is_what_a_run_writes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "gib", lambda size: f"{size} bytes")
     findings = look(home, until="U-Net disk", loop__keep=1)
-    sizes = {name: int(size) for size, name in re.findall(r"(\d+) bytes for (\w+)", findings["U-Net disk"].told)}
+    sizes = {name: int(size) for size, name in re.findall(r"(\d+) bytes for (\w+)", findings["U-Net disk"].message)}
     train_ldm(road.recipe(home, vae=str(home / "vae"), loop__keep=1))
     run = home / "run"
     written = {
@@ -116,16 +116,16 @@ def test_captions_that_are_cut_are_counted(home: Path) -> None:
     edit_rows(home, lambda row: {**row, "text": row["text"] + " with red blue green heart pizza rocket cat face house"})
     found = look(home, until="captions")["captions"]
     assert found.state == "warning"
-    assert "100.0% are cut" in found.told and "text.max_length" in found.told
+    assert "100.0% are cut" in found.message and "text.max_length" in found.message
 
 
 def test_bad_rows_and_unknown_languages_end_it(home: Path) -> None:
     edit_rows(home, lambda row: {**row, "text": "красное сердце " + row["text"][:1]})
     found = look(home)
-    assert problems(found) == ["stopped"] and found["stopped"].told.startswith("text.encoder: ")
+    assert problems(found) == ["stopped"] and found["stopped"].message.startswith("text.encoder: ")
     edit_rows(home, lambda row: {**row, "text": ""})
     findings = look(home)
-    assert list(findings) == ["stopped"] and "metadata.jsonl row 1" in findings["stopped"].told
+    assert list(findings) == ["stopped"] and "metadata.jsonl row 1" in findings["stopped"].message
 
 
 def test_near_duplicates_are_those_of_another_format_not_of_another_color(tmp_path: Path) -> None:
@@ -164,14 +164,14 @@ def test_rows_left_out_are_named(home: Path) -> None:
     (home / "data/images/red_cat.png").write_bytes(b"no picture")
     found = look(home, until="data", data__on_bad="skip")["data"]
     assert found.state == "warning"
-    assert "1 left out" in found.told and "red_cat.png" in found.told
+    assert "1 left out" in found.message and "red_cat.png" in found.message
 
 
 def test_before_there_is_a_vae_both_trainings_are_tried(home: Path) -> None:
     findings = {found.check: found for found in examine(road.recipe(home))}
     assert not problems(findings)
     assert list(findings) == ["data", "leak", "captions", "VAE", *VAE, *UNET]
-    assert "train_vae.py comes first" in findings["VAE"].told
+    assert "train_vae.py comes first" in findings["VAE"].message
     assert not (home / "run").exists()
 
 
@@ -227,4 +227,4 @@ def test_without_memory_for_a_step_it_says_what_takes_less(home: Path, monkeypat
     monkeypatch.setattr(Trainer, "step", step)
     found = look(home)["U-Net memory"]
     assert found.state == "problem"
-    assert "loop.accumulation" in found.told and "20 GiB" in found.told
+    assert "loop.accumulation" in found.message and "20 GiB" in found.message

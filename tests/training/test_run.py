@@ -22,7 +22,7 @@ def doctor(config: Config) -> None:
     """`ldm doctor`, whose last finding is raised as the trainings raise theirs."""
     *_, last = examine(config)
     assert last.state == "problem"
-    raise ValueError(last.told)
+    raise ValueError(last.message)
 
 
 ENTRIES: dict[str, Callable[[Config], object]] = {

@@ -1,8 +1,8 @@
 """A minute before a run of hours: can this machine, this data and this recipe train a model at all?
 
 It measures rather than guesses: real pictures through the real VAE, real steps (trial.py) on real batches. `examine`
-is `ldm doctor`, which looks at everything and writes nothing. `before_first_step` is what a run looks at; what it has
-read and checked itself by then isn't looked at again.
+is `ldm doctor`, which checks everything and writes nothing. `before_first_step` is what a run checks by itself, besides
+what it has read and checked by then.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from ldm.models.vae import build_vae, normalize
 from ldm.training.checkpoint import has_begun
 from ldm.training.config import Config, check_sizes
 from ldm.training.distributed import build_accelerator, encoding_dtype
-from ldm.training.doctor.findings import Finding, tell
+from ldm.training.doctor.findings import Finding, report
 from ldm.training.doctor.resources import disk
 from ldm.training.doctor.trial import FEW, trial_numbers, try_steps
 from ldm.training.encoder_report import report_captions, report_reconstruction
+from ldm.training.encoder_sources import VAESource, vae_downsampling
 from ldm.training.encoders import Encoders
 from ldm.training.normalization import (
     MEASURED,
-    VAESource,
     check_scale,
     measure_captions,
     measure_latents,
-    vae_downsampling,
 )
 from ldm.training.task import Task
 from ldm.training.tasks.autoencoder import Autoencoder
@@ -44,11 +43,11 @@ from ldm.training.tasks.diffusion import Diffusion
 
 BLURRED = 20.0  # dB; below it a reconstruction is no longer its picture
 CUT = 0.05  # share of captions
-LOOKED_AT = 8192  # pictures compared with each other: a minute for photographs
+COMPARED = 8192  # pictures compared with each other: a minute for photographs
 
 
 def before_first_step(task: Task, pictures: CaptionedPictures) -> None:
-    """Look before a run's first step and print what was found; a run that has checkpoints isn't looked at.
+    """Check a task before its first step and print what was found; a resumed run is not checked again.
 
     Every rank must call it.
 
@@ -62,14 +61,14 @@ def before_first_step(task: Task, pictures: CaptionedPictures) -> None:
     repeats = repeated(pictures) if isinstance(task, Diffusion) and accelerator.is_main_process else ()
     for found in chain(repeats, try_out(task)):
         accelerator.print(found)
-        problems += [found.told] if found.state == "problem" else []
+        problems += [found.message] if found.state == "problem" else []
     if float(accelerator.reduce(torch.tensor(float(len(problems)), device=accelerator.device))):
-        told = "; ".join(problems) or "rank 0 says why"
-        raise ValueError(f"{told}. Nothing was trained; doctor=false trains without looking first")
+        listed = "; ".join(problems) or "see the message of rank 0"
+        raise ValueError(f"{listed}. Nothing was trained; doctor=false trains without these checks")
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """Look at everything, in the order of a run; an error that leaves nothing to go on with is the last finding."""
+    """Check everything, in the order of a run; an error that ends it is the last finding."""
     try:
         yield from _examine(config)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -81,12 +80,12 @@ def _examine(config: Config) -> Iterator[Finding]:
     pictures = read_captioned(config.data.source, **config.data.reading())
     require_training(pictures)
     source = ConditionedPictures.read(pictures, config.data.label_column, config.data.condition_column)
-    told = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
+    message = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     if pictures.skipped:
         named = "".join(f"\n{problem}" for problem in pictures.skipped[:3])
-        yield Finding("warning", "data", f"{told}, {len(pictures.skipped)} left out (data.on_bad=skip):{named}")
+        yield Finding("warning", "data", f"{message}, {len(pictures.skipped)} left out (data.on_bad=skip):{named}")
     else:
-        yield Finding("ok", "data", told)
+        yield Finding("ok", "data", message)
     for warning in pictures.unfit(config.data.size):
         yield Finding("warning", "sizes", warning)
     yield from repeated(pictures)
@@ -131,9 +130,9 @@ def _examine(config: Config) -> Iterator[Finding]:
         normalize(vae, *vae_scale)
     if not unlearned:
         check_scale(vae, pictures.train, size)
-        mean, told = report_reconstruction(vae, pictures, size)
+        mean, message = report_reconstruction(vae, pictures, size)
         far = "; that is low: raise vae_training.steps or vae_model.latent_channels"
-        yield Finding("ok", "VAE", told) if mean >= BLURRED else Finding("warning", "VAE", told + far)
+        yield Finding("ok", "VAE", message) if mean >= BLURRED else Finding("warning", "VAE", message + far)
     del vae
     encoders = Encoders(load_the_vae, load_text if config.text.encoder else None, encoding_dtype(accelerator))
     yield from try_out(Diffusion(config, accelerator, source, encoders))
@@ -141,8 +140,8 @@ def _examine(config: Config) -> Iterator[Finding]:
 
 def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:
     """Pictures that are there twice, in one split or in both."""
-    within, across = duplicates(evenly(pictures, LOOKED_AT))
-    looked = f" ({LOOKED_AT:,} of {len(pictures):,} looked at)" if len(pictures) > LOOKED_AT else ""
+    within, across = duplicates(evenly(pictures, COMPARED))
+    looked = f" ({COMPARED:,} of {len(pictures):,} looked at)" if len(pictures) > COMPARED else ""
     if across:
         yield Finding("warning", "leak", f"{count(len(across), 'pair')} of a training and a held-out picture "
                       f"{alike(across)}{looked}: held-out figures will look too good; give both one `split`, or delete "
@@ -156,10 +155,10 @@ def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:
 
 def captions(text: TextEncoder, pictures: CaptionedPictures) -> Finding:
     """What the text encoder makes of the captions. Raises ValueError if most of it is unknown to it."""
-    said = sorted({caption for row in pictures for caption in row.captions})
-    cut = sum(length > text.tokenizer.model_max_length for length in text.lengths(said)) / len(said)
-    told = f"{cut:.1%} are cut, {text.unknown_rate(said):.1%} of tokens unknown; {report_captions(text, pictures)}"
-    return Finding("warning" if cut > CUT else "ok", "captions", told)
+    texts = sorted({caption for row in pictures for caption in row.captions})
+    cut = sum(length > text.tokenizer.model_max_length for length in text.lengths(texts)) / len(texts)
+    message = f"{cut:.1%} are cut, {text.unknown_rate(texts):.1%} of tokens unknown; {report_captions(text, pictures)}"
+    return Finding("warning" if cut > CUT else "ok", "captions", message)
 
 
 def try_out(task: Task) -> Iterator[Finding]:
@@ -174,4 +173,4 @@ def try_out(task: Task) -> Iterator[Finding]:
 
 def run(config: Config) -> bool:
     """`ldm doctor`: print what was found; returns whether there is no problem."""
-    return not any(found.state == "problem" for found in tell(examine(config)))
+    return not any(found.state == "problem" for found in report(examine(config)))

@@ -1,4 +1,4 @@
-"""What was found out before a run, and how it is told."""
+"""What checks found before a run, and how it is reported."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ldm.data.rows import count
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; `told` names the key or file to change where it isn't ok."""
+    """What one check found; `message` names the key or file to change where it isn't ok."""
 
     state: Literal["ok", "warning", "problem"]
     check: str
-    told: str
+    message: str
 
     def __str__(self) -> str:
-        lines = self.told.splitlines() or [""]
+        lines = self.message.splitlines() or [""]
         return f"\n{'':30}".join([f"{self.state:8} {self.check:21}{lines[0]}", *lines[1:]])
 
 
-def tell(findings: Iterable[Finding]) -> list[Finding]:
+def report(findings: Iterable[Finding]) -> list[Finding]:
     """Print each finding as it is made and the verdict at the end."""
-    told = []
+    reported = []
     for found in findings:
-        told.append(found)
+        reported.append(found)
         print(found, flush=True)
-    states = [found.state for found in told]
+    states = [found.state for found in reported]
     problems, warnings = states.count("problem"), states.count("warning")
     print(f"{count(problems, 'problem')}, {count(warnings, 'warning')}", flush=True)
-    return told
+    return reported

@@ -39,16 +39,16 @@ def disk(task: Task) -> Finding:
     shares: dict[Path, dict[str, int]] = {run: {}, cache: {}} if run.stat().st_dev != cache.stat().st_dev else {run: {}}
     for what, size in needs(task).items():
         shares[cache if what == "cache" and cache in shares else run][what] = size
-    told, fits = [], True
+    message, fits = [], True
     for folder, sizes in shares.items():
         free = shutil.disk_usage(folder).free
         each = ", ".join(f"{gib(size)} for {what}" for what, size in sizes.items())
-        told.append(f"{gib(sum(sizes.values()))} ({each}); {gib(free)} are free in {folder}")
+        message.append(f"{gib(sum(sizes.values()))} ({each}); {gib(free)} are free in {folder}")
         fits = fits and sum(sizes.values()) <= free
-    said = f"a run writes {' and '.join(told)}"
+    written = f"a run writes {' and '.join(message)}"
     if fits:
-        return Finding("ok", check, said)
-    return Finding("problem", check, f"{said}; name a folder on a larger disk as run, or as data.cache, or set "
+        return Finding("ok", check, written)
+    return Finding("problem", check, f"{written}; name a folder on a larger disk as run, or as data.cache, or set "
                    "loop.keep lower")  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def memory(device: torch.device, check: str, smaller: str) -> Finding:
-    """The most that this process, which has taken real steps, has held; `smaller` says how to need less."""
+    """The peak memory of this process, which has taken real steps; `smaller` is how to need less."""
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         held = torch.cuda.max_memory_allocated(device)
@@ -73,7 +73,7 @@ def memory(device: torch.device, check: str, smaller: str) -> Finding:
 
 
 def _fits(held: int, there: int, where: str, check: str, smaller: str) -> Finding:
-    told = f"{gib(held)} at most, {gib(there)} are there {where}"
+    message = f"{gib(held)} at most, {gib(there)} are there {where}"
     if held <= FULL * there:
-        return Finding("ok", check, told)
-    return Finding("warning", check, f"{told}; {smaller}")
+        return Finding("ok", check, message)
+    return Finding("warning", check, f"{message}; {smaller}")

@@ -66,14 +66,17 @@ def try_steps(task: Task, batches: list[list[Any]], few: list[Any]) -> list[Find
     try:
         taken = [seconds for _, seconds in losses_and_seconds(plain, batches)][1:]
         each = sorted(taken)[len(taken) // 2]
-        told = f"{each:.2f} s a step, {eta(each * steps)} for {steps:,} of them, previews and saving not counted"
-        found += [Finding("ok", f"{name} time", told), memory(accelerator.device, f"{name} memory", _smaller(section))]
+        message = f"{each:.2f} s a step, {eta(each * steps)} for {steps:,} of them, previews and saving not counted"
+        found += [
+            Finding("ok", f"{name} time", message),
+            memory(accelerator.device, f"{name} memory", _smaller(section)),
+        ]
         accelerator.free_memory()
         losses = [loss for loss, _ in losses_and_seconds(at_peak(plain, section), [few] * OVERFIT)]
         found.append(learning(losses, f"{name} learning", f"{section}.lr", task.recipe.lr))
     except torch.OutOfMemoryError as error:
-        told = f"{str(error).splitlines()[0]}; {_smaller(section)}"
-        found.append(Finding("problem", f"{name} memory", told))
+        message = f"{str(error).splitlines()[0]}; {_smaller(section)}"
+        found.append(Finding("problem", f"{name} memory", message))
     finally:
         bar.close()
         accelerator.free_memory()
@@ -92,18 +95,18 @@ def at_peak(config: Config, section: str) -> Config:
 
 
 def learning(losses: list[float], check: str, key: str, rate: float) -> Finding:
-    """What the losses of one batch, taken again and again, say."""
+    """Whether the losses of one batch, taken again and again, fall."""
     first, last = losses[0], min(losses[-5:])
-    told = f"on one batch the loss goes from {first:.3g} to {last:.3g} in {len(losses)} steps"
+    message = f"on one batch the loss goes from {first:.3g} to {last:.3g} in {len(losses)} steps"
     if last <= FALLS * first:
-        return Finding("ok", check, told)
+        return Finding("ok", check, message)
     way_out = "higher" if last <= 1.05 * first else "lower"
-    return Finding("problem", check, f"{told}; expected at most {FALLS:.0%} of the first: set {key} {way_out} than "
+    return Finding("problem", check, f"{message}; expected at most {FALLS:.0%} of the first: set {key} {way_out} than "
                    f"{rate:g}")  # fmt: skip
 
 
 def eta(seconds: float) -> str:
-    """Seconds, as people say them."""
+    """A duration in words."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     if seconds < 5400:

@@ -31,10 +31,11 @@ from ldm.models.vae import Posterior, encode, latent_shape
 from ldm.training.checkpoint import has_begun
 from ldm.training.config import Config, DataConfig
 from ldm.training.distributed import Tick, encoding_dtype
+from ldm.training.encoder_sources import build_encoders
 from ldm.training.encoders import Encoders
 from ldm.training.export import check_weights, export, loadable
 from ldm.training.latent_cache import build_cache, encode_once
-from ldm.training.normalization import build_encoders, check_scale
+from ldm.training.normalization import check_scale
 from ldm.training.objective import build_schedule
 from ldm.training.randomness import generator, row_of
 from ldm.training.task import Recipe, Task

@@ -41,11 +41,12 @@ from ldm.training.checkpoint import has_begun
 from ldm.training.config import Config
 from ldm.training.distributed import Tick, encoding_dtype, on_rank_0
 from ldm.training.encoder_report import report_captions, report_reconstruction
+from ldm.training.encoder_sources import build_encoders
 from ldm.training.encoders import Encoders
 from ldm.training.export import export, quiet, save_frozen, write_pipeline
 from ldm.training.facts import RunFacts, stamp, written_stamp
 from ldm.training.latent_cache import build_cache, cache_bytes
-from ldm.training.normalization import build_encoders, check_scale
+from ldm.training.normalization import check_scale
 from ldm.training.objective import build_objective, build_schedule, build_timesteps
 from ldm.training.previews import Prompt, build_prompt_set, generate_grid
 from ldm.training.samples import Batch, LatentSamples, to_device, validation_set, with_context, with_latents
@@ -154,6 +155,8 @@ class Diffusion(Task):
             cache = build_cache(config, source.train.all_pictures, encoders, shape)
             self.samples, self.workers = LatentSamples.of(config, source.train, shape, cache), 0
         self.heldout = validation_set(config, source.heldout, encoders, shape, self.accelerator.device)
+        if config.cache_folder() is not None:
+            encoders.free()
         self.save_frozen(encoders)
         (self.stored,) = self.batches([range(STORED)])
 
