@@ -208,8 +208,7 @@ def test_class_and_caption_are_dropped_together(home: Path, tmp_path: Path, cach
     )
     source = ConditionedPictures.read(read_captioned(home / "data", holdout=0, progress=False), "color", progress=False)
     encoders = Encoders(lambda: load_vae(home / "vae"), lambda: TextEncoder.load(config.text))
-    folder = config.cache_folder()
-    stored = build_cache(config, folder, source.pictures, encoders, (4, 8, 8)) if folder else None
+    stored = build_cache(config, source.pictures, encoders, (4, 8, 8)) if config.cache_folder() else None
     samples = LatentSamples.of(config, source, (4, 8, 8), stored)
     null_context = TextEncoder.load(config.text).encode([""])[0]
     dropped = []
