@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.batches import BATCH, pixel_batches
+from ldm.data.batches import BATCH, evenly, pixel_batches
 from ldm.data.cache.latents import Builder, LatentCache, context_kind, posterior_kind
 from ldm.data.cache.store import Kind
 from ldm.data.conditioned import ConditionedPictures
@@ -18,7 +18,6 @@ from ldm.models.vae import encode
 from ldm.training.config import Config
 from ldm.training.distributed import Tick, on_rank_0
 from ldm.training.encoders import Encoders
-from ldm.training.samples import validation_pictures
 
 
 def build_cache(
@@ -97,6 +96,11 @@ def kinds(config: Config, encoders: Encoders, latent_shape: tuple[int, int, int]
     if text is None:
         return posteriors, None
     return posteriors, context_kind(prints["text"], (text.tokenizer.model_max_length, text.dim))
+
+
+def validation_pictures(config: Config, heldout: ConditionedPictures) -> ConditionedPictures:
+    """The held-out pictures whose loss is measured."""
+    return evenly(heldout, config.loop.evaluation_pictures)
 
 
 def cache_bytes(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ldm.data.batches import choose_caption, evenly, load_pixels
+from ldm.data.batches import choose_caption, load_pixels
 from ldm.data.cache.latents import LatentCache
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import CaptionedPictures, Row
@@ -27,7 +27,7 @@ from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.encoders import Encoders
-from ldm.training.latent_cache import encode_once
+from ldm.training.latent_cache import encode_once, validation_pictures
 from ldm.training.randomness import Draw, draw, generator
 
 
@@ -145,7 +145,7 @@ def validation_set(
 
     None if no pictures are held out. Every rank must call it.
     """
-    source = evenly(heldout, config.loop.evaluation_pictures)
+    source = validation_pictures(config, heldout)
     if not len(source):
         return None
     captions = [row.captions for row in source.pictures]
