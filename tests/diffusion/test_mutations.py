@@ -142,7 +142,7 @@ FAULTS = [
           "math.inf, (x + half", "(x + half - mean) / std, (x + half",
           test_likelihood.test_bins_against_scipy, (0.5,)),
     Fault("nats called bits", "likelihood.bits_per_dim", " / math.log(2)", "", test_likelihood.test_units),
-    Fault("a drawn step counted once", "evaluation/metrics/nll.nll", " / p[drawn]", "",
+    Fault("a drawn step counted once", "evaluation/metrics/nll.nll", " / p[sampled]", "",
           test_nll.test_a_subset_of_steps_is_unbiased, (8,)),
     Fault("weights of the steps after", "evaluation/metrics/nll.nll",
           "weights[run.start : run.stop] / weights", "weights.roll(-1)[run.start : run.stop] / weights",

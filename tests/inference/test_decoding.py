@@ -178,7 +178,7 @@ def test_interval_and_dtype_go_through_the_recipe(tiny_pipeline_folder: Path, tm
     said = {name: recipe.read(tmp_path / f"{name}.png") for name in drawn}
     assert [said[name].guidance_interval for name in drawn] == [None, [0.2, 0.7], None]
     assert [said[name].dtype for name in drawn] == [None, None, "bfloat16"]
-    with pytest.raises(SystemExit, match="--dtype: with --like the picture's recipe says it"):
+    with pytest.raises(SystemExit, match="--dtype: with --like it is that of .*; leave it out"):
         main(["sample", "--like", str(tmp_path / "plain.png"), "--dtype", "float32"])
 
 

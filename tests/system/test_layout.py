@@ -23,3 +23,9 @@ def test_a_package_says_what_each_of_its_files_is_for(room: Path) -> None:
 def test_the_root_is_empty_but_for_packages() -> None:
     root = road.ROOT / "ldm"
     assert {path.name for path in root.iterdir() if path.is_file()} == {"__init__.py", "version.py", "py.typed"}
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by their base names, and stops at the second of a name."""
+    names = [path.name for path in (road.ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
