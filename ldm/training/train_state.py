@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ldm.models.ema import averaged
+from ldm.models.ema import averaged, is_sharded
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the other ranks get nothing
 EVERYWHERE = StateDictOptions(full_state_dict=True)
@@ -82,15 +83,24 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
-    if not tensors:
-        optimizer.state.clear()
-        return
-    optimizer.zero_grad()  # torch allocates the moments by a step without gradients
-    state: Any = get_optimizer_state_dict(module, optimizer, options=EVERYWHERE)
+    by_weight: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         weight, key = name.rsplit(":", 1)
-        state["state"].setdefault(weight, {})[key] = tensor
-    set_optimizer_state_dict(module, optimizer, state, options=EVERYWHERE)
+        by_weight.setdefault(weight, {})[key] = tensor
+    if is_sharded(module) and tensors:
+        optimizer.zero_grad()  # torch allocates the moments by a step without gradients
+        state: Any = get_optimizer_state_dict(module, optimizer, options=EVERYWHERE)
+        state["state"].update(by_weight)
+        set_optimizer_state_dict(module, optimizer, state, options=EVERYWHERE)
+        return
+    # without that step, which takes longer than all else of a resumed start
+    names = [name for name, _ in extract_model_from_parallel(module, keep_torch_compile=False).named_parameters()]
+    numbers = {name: number for number, name in enumerate(names)}
+    numbered = {
+        numbers[name]: {key: tensor.clone() for key, tensor in values.items()}  # out of the mapped file
+        for name, values in by_weight.items()
+    }
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def plain(optimizer: Any) -> torch.optim.Optimizer:
