@@ -120,7 +120,7 @@ def test_a_gpu_learns_what_a_cpu_learns(home: Path, tmp_path: Path) -> None:
     assert of_gpu != of_cpu
 
 
-def test_a_gpu_draws_what_a_cpu_draws(tiny_pipeline_folder: Path) -> None:
+def test_a_gpu_generates_what_a_cpu_generates(tiny_pipeline_folder: Path) -> None:
     pipeline = LDMPipeline.from_pretrained(tiny_pipeline_folder)
     pipeline.set_progress_bar_config(disable=True)
     drawn = []

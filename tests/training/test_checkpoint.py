@@ -129,7 +129,7 @@ def test_loading_restores_weights_moments_and_average(tmp_path: Path) -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_the_average_is_lent_and_taken_back() -> None:
+def test_the_averaged_weights_are_swapped_in_and_out_again() -> None:
     state = small()
     assert state.ema is not None
     state.module.weight.data += 1  # type: ignore[union-attr, operator]

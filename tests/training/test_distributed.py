@@ -46,7 +46,7 @@ def test_what_accelerate_is_launched_with_is_obeyed_or_refused(
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_the_launcher_itself_says_it(tmp_path: Path) -> None:
+def test_the_launcher_passes_it_on(tmp_path: Path) -> None:
     """The real `accelerate launch --mixed_precision bf16` with precision=auto, on a CPU that is slower in it, too."""
     road.draw_folder(tmp_path / "data")
     config = road.recipe(tmp_path, vae_training__steps=1, loop__precision="auto")

@@ -96,7 +96,7 @@ def test_a_disk_that_is_too_small_is_named(home: Path, monkeypatch: pytest.Monke
     assert all(word in findings["U-Net disk"].message for word in ("data.cache", "checkpoints", "loop.keep"))
 
 
-def test_what_it_says_a_run_writes_is_what_a_run_writes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_needs_are_what_a_run_writes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "gib", lambda size: f"{size} bytes")
     findings = look(home, until="U-Net disk", loop__keep=1)
     sizes = {name: int(size) for size, name in re.findall(r"(\d+) bytes for (\w+)", findings["U-Net disk"].message)}
@@ -144,7 +144,7 @@ def test_near_duplicates_are_those_of_another_format_not_of_another_color(tmp_pa
     assert [(str(pair.first.locator), str(pair.second.locator)) for pair in within] == [("a.png", "b.jpg")]
 
 
-def test_the_command_prints_a_table_and_its_status_says_the_verdict(
+def test_the_command_prints_a_table_and_exits_with_1_on_problems(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = road.save_recipe(road.recipe(home, vae=str(home / "vae")), home / "recipe.yaml")
@@ -201,7 +201,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_run_is_looked_at_before_its_first_step_and_not_again(
+def test_every_run_is_checked_before_its_first_step_and_not_again(
     name: str, home: Path, steps_taken: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, words, rate = RUNS[name]
@@ -220,7 +220,7 @@ def test_every_run_is_looked_at_before_its_first_step_and_not_again(
     assert "learning" not in capsys.readouterr().out
 
 
-def test_without_memory_for_a_step_it_says_what_takes_less(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_for_a_step_the_remedy_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 

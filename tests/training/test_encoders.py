@@ -40,7 +40,7 @@ def encoders(home: Path, dtype: torch.dtype) -> Encoders:
     return Encoders(lambda: load_vae(home / "vae"), lambda: TextEncoder.load(config), dtype)
 
 
-def test_bf16_says_nearly_what_float32_says_and_the_same_in_any_batch(home: Path) -> None:
+def test_bf16_is_near_float32_and_the_same_in_any_batch(home: Path) -> None:
     pixels = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     rough, exact = encoders(home, torch.bfloat16), encoders(home, torch.float32)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_for_steps_that_encode_both_stay_and_the_larger_one_is_loaded_first(home
     assert loaded == ["text", "vae"] * 2
 
 
-def test_what_is_known_of_them_stays_when_they_are_gone(home: Path) -> None:
+def test_outlines_and_fingerprints_stay_when_the_encoders_are_freed(home: Path) -> None:
     loaded: list[str] = []
     both = logging(home, loaded)
     vae, text = both.vae_outline, both.text_outline
@@ -183,7 +183,7 @@ def test_what_pipelines_share_is_saved_network_by_network_as_a_pipeline_saves_it
     assert files(tmp_path / "run/frozen") == expected
 
 
-def test_an_encoder_that_is_gone_is_not_taken_for_a_full_disk(home: Path, tmp_path: Path) -> None:
+def test_a_missing_encoder_is_not_reported_as_a_full_disk(home: Path, tmp_path: Path) -> None:
     both = encoders(home, torch.float32)
 
     def gone() -> TextEncoder | None:

@@ -83,7 +83,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_trains_all_of_its_weights_and_draws(home: Path, tmp_path: Path, name: str) -> None:
+def test_every_option_trains_all_of_its_weights_and_generates(home: Path, tmp_path: Path, name: str) -> None:
     losses = train_ldm(config_of(home, tmp_path, loop__steps=6, **OPTIONS[name]))
     assert np.isfinite(losses).all()
     assert all(moved(tmp_path).values())
@@ -351,7 +351,7 @@ def test_the_config_names_what_is_minimized(name: str) -> None:
     assert torch.equal(found, expected)
 
 
-def test_the_config_names_the_process_and_the_draw_of_t() -> None:
+def test_the_config_names_the_process_and_the_sampling_of_t() -> None:
     for name in ("linear", "scaled_linear", "cosine", "sigmoid"):
         for zero in (False, True):
             config = DiffusionConfig(schedule=name, timesteps=77, zero_terminal_snr=zero, prediction="v")  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def events(tmp_path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "event" in row]
 
 
-def test_a_batch_is_named_as_it_is_drawn() -> None:
+def test_the_samples_of_a_step_are_named_with_their_rows() -> None:
     named = samples_of_steps(7, 2, pictures())(11)
     rows = [draw(7, n, rows=5, latent_shape=(1, 1, 1), caption_dropout=0).row for n in (22, 23)]
     assert named == {"samples": [22, 23], "rows": [f"data row {row}" for row in rows]}

@@ -99,7 +99,7 @@ def test_an_ordinary_step_is_torchs_own(fused: bool) -> None:
     assert all(parameter.grad is None for parameter in one.parameters())
 
 
-def test_a_loss_that_is_not_finite_tells_its_gradients() -> None:
+def test_a_loss_that_is_not_finite_has_nan_gradients() -> None:
     for value in (NAN, INF, -INF):
         x = torch.ones(2, requires_grad=True)
         with_nan_gradients(x.sum() + value).backward()
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_tells_its_gradients() -> None:
     assert torch.equal(told, torch.autograd.grad(loss, x)[0])
 
 
-def test_the_fused_kernel_divides_and_skips_as_it_is_asked_to() -> None:
+def test_the_fused_kernel_reads_grad_scale_and_found_inf() -> None:
     """torch has no public argument for this; it fails where a new torch no longer reads the two attributes."""
     weights, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 4.0, -1.0])
     ours, theirs = (torch.nn.Parameter(weights.clone()) for _ in range(2))

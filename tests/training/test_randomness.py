@@ -19,7 +19,7 @@ def sample(seed: int, n: int) -> Draw:
     return draw(seed, n, rows=10, latent_shape=SHAPE, caption_dropout=0.25)
 
 
-def test_a_sample_is_the_same_whenever_it_is_drawn() -> None:
+def test_a_sample_depends_on_seed_and_number_alone() -> None:
     first = sample(3, 17)
     torch.manual_seed(99)
     for n in (5, 0, 1000):
@@ -32,7 +32,7 @@ def test_a_sample_is_the_same_whenever_it_is_drawn() -> None:
     )  # fmt: skip
 
 
-def test_other_seeds_and_other_samples_are_other_draws() -> None:
+def test_other_seeds_and_other_samples_have_other_noise() -> None:
     noises = [sample(seed, n).eps for seed in (0, 1) for n in (0, 1, 2)]
     noises += [sample(0, 0).posterior_noise]
     for i, a in enumerate(noises):

@@ -91,13 +91,13 @@ def test_a_cooldown_may_be_moved_until_it_has_begun() -> None:
     assert list(changed("loop.steps=95", before=before, done=80)) == ["loop.steps"]  # it should have begun
 
 
-def test_the_vae_does_not_mind_what_it_does_not_read() -> None:
+def test_the_vae_ignores_keys_that_it_does_not_read() -> None:
     assert changed("unet.layers=1", "loop.steps=3", "optim.lr=1", "vae=x", "loop.batch_size=8", task="vae") == {}
     assert list(changed("vae_model.layers=2", task="vae")) == ["vae_model.layers"]
     assert list(changed("data.flip=true", task="vae")) == ["data.flip"]
 
 
-def test_a_key_that_the_older_version_did_not_know_counts_if_it_is_set() -> None:
+def test_a_key_that_the_older_version_lacks_counts_if_it_is_set() -> None:
     old, new = to_dict(Config()), to_dict(Config())
     del old["optim"]["clip"]
     assert differences(old, new, "ldm", {}, 0) == {}
@@ -105,7 +105,7 @@ def test_a_key_that_the_older_version_did_not_know_counts_if_it_is_set() -> None
     assert differences(old, new, "ldm", {}, 0) == {"optim.clip": (1.0, 2.0)}
 
 
-def test_a_run_begun_before_contexts_were_standardized_is_not_gone_on_with_otherwise() -> None:
+def test_a_run_begun_before_contexts_were_standardized_is_not_resumed_with_standardized_ones() -> None:
     old, new = to_dict(Config()), to_dict(Config())
     del old["text"]["standardize"]
     assert differences(old, new, "ldm", {}, 0) == {"text.standardize": (False, True)}
@@ -189,7 +189,7 @@ def facts_of(home: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_checkpoint_knows_the_data_that_its_samples_are_made_of(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_keeps_a_hash_of_what_its_samples_take_from_the_data(tmp_path: Path, name: str) -> None:
     """A VAE does not mind other captions; nothing minds where the data are."""
     road.draw_folder(tmp_path / "home/data")
     before = facts_of(tmp_path / "home")

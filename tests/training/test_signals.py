@@ -90,7 +90,7 @@ def test_an_error_inside_is_not_hidden_by_a_signal() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_codes_are_told_in_the_documents() -> None:
+def test_exit_codes_are_documented() -> None:
     told = (Path(road.ROOT) / "docs/reliability.md").read_text("utf-8")
     for number, code in EXIT_CODES.items():
         assert f"| {number.name} | {code} |" in told

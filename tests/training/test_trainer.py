@@ -206,7 +206,7 @@ def test_a_resumed_run_decodes_loads_hashes_and_saves_nothing_again(
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_export_that_is_gone_is_made_again(home: Path, tmp_path: Path, calls: Counter[str]) -> None:
+def test_a_missing_export_is_made_again(home: Path, tmp_path: Path, calls: Counter[str]) -> None:
     config = recipe(home, tmp_path, "classifier")
     train("classifier", config)
     shutil.rmtree(tmp_path / "classifier")

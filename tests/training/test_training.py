@@ -87,7 +87,7 @@ def test_one_process_and_two_agree_on_the_loss(home: Path, tmp_path: Path) -> No
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-3)  # Adam: one lr step at most
 
 
-def test_the_vae_and_its_judge_agree_in_one_process_and_two(home: Path, tmp_path: Path) -> None:
+def test_vae_and_discriminator_agree_in_one_process_and_two(home: Path, tmp_path: Path) -> None:
     words = [f"vae_training.{word}" for word in ("steps=5", "log_every=1", "adversarial=0.1", "adversarial_start=2")]
     for processes in (1, 2):
         run = f"run={tmp_path / str(processes)}"
@@ -177,7 +177,7 @@ def test_trained_vae_speaks_unit_latents_and_reconstructs(home: Path) -> None:
     assert (home / "run/reconstructions/step_0000040.png").exists()
 
 
-def test_adversarial_term_trains_the_judge_from_its_step_on(home: Path, tmp_path: Path) -> None:
+def test_adversarial_term_trains_the_discriminator_from_its_step_on(home: Path, tmp_path: Path) -> None:
     words = {"vae_training__steps": 4, "vae_training__adversarial": 0.1, "vae_training__adversarial_start": 2}
     plain = train_vae(road.recipe(home, run=str(tmp_path / "plain"), vae_training__steps=4))
     judged = train_vae(road.recipe(home, run=str(tmp_path / "judged"), **words))
@@ -187,7 +187,7 @@ def test_adversarial_term_trains_the_judge_from_its_step_on(home: Path, tmp_path
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-def test_perceptual_loss_says_what_it_lacks(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perceptual_loss_names_the_missing_package(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match=r"vae_training\.perceptual: .*lpips"):
         train_vae(road.recipe(home, run=str(tmp_path), vae_training__perceptual=0.5))
@@ -208,7 +208,7 @@ def test_latents_of_another_scale_are_refused(home: Path, tmp_path: Path, cache:
     assert load_vae(tmp_path / "run/pipeline/vae").config.scaling_factor == 1.0
 
 
-def test_without_a_vae_the_error_says_how_to_make_one(home: Path, tmp_path: Path) -> None:
+def test_without_a_vae_the_error_names_the_command_that_trains_one(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_vae\.py"):
         train_ldm(road.recipe(home, run=str(tmp_path)))
 
@@ -233,7 +233,7 @@ def test_every_objective_learns(home: Path, tmp_path: Path, prediction: str) -> 
     assert quarters[0] > quarters[-1]  # little noise is hard to tell from the picture, much noise is easy
 
 
-def test_the_log_says_what_captions_are_worth(home: Path, tmp_path: Path) -> None:
+def test_logged_caption_gaps_are_those_of_the_exported_pipeline(home: Path, tmp_path: Path) -> None:
     """The logged gaps are those of the pipeline that the run leaves, on its own fixed questions."""
     words = {"loop__steps": 4, "loop__evaluate_every": 4, "loop__sample_every": 0, "optim__ema_decay": 0.9}
     config = config_of(home, tmp_path, **words)
@@ -399,7 +399,7 @@ def test_a_resumed_run_decodes_no_picture(home: Path, tmp_path: Path, monkeypatc
         assert decoded == [], task
 
 
-def test_what_the_unet_is_told_has_mean_0_and_variance_1(home: Path, tmp_path: Path) -> None:
+def test_the_context_has_mean_0_and_variance_1(home: Path, tmp_path: Path) -> None:
     """In the pipeline, that is where pictures are drawn; all of its captions were measured, and nothing else was."""
     pictures = read_captioned(str(home / "data"), holdout=0.2)
     captions = sorted({caption for row in pictures.train for caption in row.captions})
@@ -442,7 +442,7 @@ def test_accumulation_changes_nothing(home: Path, tmp_path: Path) -> None:
     assert np.allclose(whole, parts, rtol=1e-4)
 
 
-def test_resume_goes_on_exactly(home: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_exact(home: Path, tmp_path: Path) -> None:
     """Six steps, against three, a stop, and three more: losses equal to the last digit, weights to the last bit."""
     straight = train_ldm(config_of(home, tmp_path / "straight"))
     first = train_ldm(config_of(home, tmp_path / "stopped", loop__steps=3))
@@ -470,7 +470,7 @@ def test_a_compiled_network_trains_resumes_and_is_saved_as_a_plain_one(
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_exported_pipeline_holds_the_average_and_draws_the_grid(home: Path, tmp_path: Path) -> None:
+def test_exported_pipeline_holds_the_average_and_generates_the_preview(home: Path, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 
     train_ldm(config_of(home, tmp_path, diffusion__prediction="v", optim__ema_decay=0.5))
@@ -486,7 +486,7 @@ def test_exported_pipeline_holds_the_average_and_draws_the_grid(home: Path, tmp_
     assert (tmp_path / "samples/step_0000006.png").exists()
 
 
-def test_long_captions_are_counted_and_told(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_captions_are_counted_and_reported(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of(home, tmp_path, loop__steps=1, loop__sample_every=0, text__max_length=3, loop__prompts=[])
     train_ldm(config)
     said = capsys.readouterr().out
@@ -497,7 +497,7 @@ def test_long_captions_are_counted_and_told(home: Path, tmp_path: Path, capsys: 
     assert f"set text.max_length={longest}" in said
 
 
-def test_without_prompts_it_draws_captions_of_training_pictures(home: Path, tmp_path: Path) -> None:
+def test_without_prompts_previews_show_captions_of_training_pictures(home: Path, tmp_path: Path) -> None:
     train_ldm(config_of(home, tmp_path, loop__steps=1, loop__prompts=[]))
     captions = {row.captions[0] for row in read_captioned(home / "data").train}
     drawn = (tmp_path / "pipeline/prompts.txt").read_text("utf-8").splitlines()
@@ -506,7 +506,7 @@ def test_without_prompts_it_draws_captions_of_training_pictures(home: Path, tmp_
     assert (tmp_path / "samples/step_0000001.png").exists()
 
 
-def test_prompts_too_long_to_draw_are_refused_before_training(home: Path, tmp_path: Path) -> None:
+def test_prompts_that_are_too_long_are_refused_before_training(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"loop\.prompts: expected at most 12 tokens"):
         train_ldm(config_of(home, tmp_path, loop__prompts=["red " * 30]))
     assert not (tmp_path / "checkpoints").exists()
@@ -568,7 +568,7 @@ def test_pipelines_share_what_no_step_changes(
     assert all(torch.equal(loaded.unet.state_dict()[name], weight) for name, weight in average.items())
 
 
-def test_a_run_that_goes_on_in_another_precision_says_so(
+def test_a_run_resumed_in_another_precision_reports_it(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether bf16 is faster is measured at each start, on whatever machine that is."""

@@ -26,7 +26,7 @@ def test_a_value_is_recalled_with_its_own_stamp_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 7}', b"\xff\xfe", None])
-def test_without_a_whole_file_nothing_is_known_and_nothing_fails(tmp_path: Path, content: bytes | None) -> None:
+def test_without_a_whole_file_nothing_is_recalled_and_nothing_fails(tmp_path: Path, content: bytes | None) -> None:
     if content is None:
         (tmp_path / "facts.json").mkdir()
     else:
