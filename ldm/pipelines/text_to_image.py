@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from os import PathLike
@@ -22,9 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines import auto_pipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
@@ -59,6 +58,12 @@ class LDMPipeline(ConditionedPipeline):
     """
 
     engine: OpenVINO | None = None
+
+    @property
+    def config(self) -> Any:
+        """The pipeline's config; AutoPipelines read it before they look for its relatives."""
+        _enter_auto_pipelines()
+        return super().config
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -343,7 +348,14 @@ def _towards(
     return ClassifierGuidance(prediction, classifier.schedule, class_log_prob(classifier, ids), scale)
 
 
-# AutoPipelineForImage2Image.from_pipe(pipe) and its siblings find a pipeline's relatives by its class, in these tables
-auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.setdefault("ldm", LDMPipeline)
-auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.setdefault("ldm", StableDiffusionImg2ImgPipeline)
-auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING.setdefault("ldm", StableDiffusionInpaintPipeline)
+def _enter_auto_pipelines() -> None:
+    """Enter LDMPipeline into the tables in which AutoPipelineForImage2Image.from_pipe and its siblings search by class.
+
+    Only once their module is loaded: it imports every pipeline of diffusers, a seventh of the time to a first picture.
+    """
+    tables = sys.modules.get("diffusers.pipelines.auto_pipeline")
+    if tables is None or "ldm" in tables.AUTO_TEXT2IMAGE_PIPELINES_MAPPING:
+        return
+    tables.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["ldm"] = tables.StableDiffusionImg2ImgPipeline
+    tables.AUTO_INPAINT_PIPELINES_MAPPING["ldm"] = tables.StableDiffusionInpaintPipeline
+    tables.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["ldm"] = LDMPipeline
