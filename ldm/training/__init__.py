@@ -4,6 +4,7 @@ config.py          one frozen dataclass = one YAML file
 run.py             train("vae" | "ldm" | "classifier", config)
 trainer.py         one step, and the loop around it
 task.py            what a kind of training is
+sizes.py           data.size fits everything that halves it
 optimizer.py       AdamW, its learning rate, skipped steps
 objective.py       the diffusion section of the config => process, timesteps, loss
 samples.py         (seed, sample) => the tensors of a batch of the U-Net's

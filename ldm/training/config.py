@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -330,42 +329,6 @@ class Config:
     def facts_folder(self) -> Path:
         """Where it is remembered what is known of the pictures, for the run's next start."""
         return self.cache_folder() or Path(self.run)
-
-
-def check_sizes(config: Config, task: str, downsampling: int) -> None:
-    """Check data.size against everything that halves pictures, before anything runs.
-
-    Args:
-        task: "vae", "ldm" or "classifier"; before a VAE is trained its U-Net is checked, too.
-        downsampling: pixels along an edge for one latent.
-    Raises:
-        ValueError: naming each key that data.size does not fit, and sizes that fit all of them.
-    """
-    size, need, problems = config.data.size, downsampling, []
-    if size % need:
-        problems.append(f"the VAE's {downsampling.bit_length()} levels need a multiple of {need} (vae_model.channels)")
-    if task == "classifier":
-        levels = len(config.classifier.channels)
-        least = downsampling * config.classifier.patch_size * 2 ** (levels - 1)
-        if size < least:
-            problems.append(f"the classifier's {levels} levels need at least {least} (classifier.channels)")
-            need = least
-    else:
-        levels = len(config.unet.channels)
-        need *= 2 ** (levels - 1)
-        if size % need:
-            problems.append(f"the U-Net's {levels} levels need a multiple of {need} (unet.channels)")
-        if config.loop.half_size_steps:
-            need *= 2
-            if size % need:
-                problems.append(f"steps at half the size need a multiple of {need} (loop.half_size_steps=0 has none)")
-    if problems:
-        step = math.lcm(8, need)
-        fitting = [str(n) for n in (size // step * step, size // step * step + step) if n]
-        raise ValueError(
-            f"data.size: {size} does not fit: {'; '.join(problems)}. Set data.size to {' or '.join(fitting)}, or take "
-            "fewer levels"
-        )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

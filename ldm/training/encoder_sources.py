@@ -6,7 +6,6 @@ Hashes of weights are remembered by the stamps of their files (facts.py), so a r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ldm.data.dataset import CaptionedPictures
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
-from ldm.models.safety import read_json
 from ldm.models.text_encoder import TextEncoder, find_text_encoder
 from ldm.models.vae import find_vae, load_vae, normalize
 from ldm.system.memory import give_back
@@ -222,14 +220,3 @@ class TextSource(Source[TextEncoder]):
 
     def rescale(self, encoder: TextEncoder, mean: Tensor, std: Tensor) -> None:
         encoder.standardize(mean, std)
-
-
-def vae_downsampling(config: Config, task: str) -> int:
-    """Pixels along an edge for one latent of a task's VAE, from its config.json, or from the recipe of one to train."""
-    trained = Path(config.run) / "vae"
-    if task == "vae" or (config.vae is None and not (trained / "config.json").exists()):
-        levels: Sequence[int] = config.vae_model.channels
-    else:
-        facts = read_json(find_vae(config.vae or trained) / "config.json")
-        levels = facts.get("block_out_channels") or facts.get("decoder_block_out_channels") or (1,)
-    return 2 ** (len(levels) - 1)

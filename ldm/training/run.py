@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.training.config import Config, check_sizes
+from ldm.training.config import Config
 
 TASKS = ("vae", "ldm", "classifier")
 
@@ -27,14 +27,14 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.checkpoint import has_begun
     from ldm.training.distributed import build_accelerator
     from ldm.training.doctor.examine import before_first_step
-    from ldm.training.encoder_sources import vae_downsampling
+    from ldm.training.sizes import check_sizes
     from ldm.training.task import Task
     from ldm.training.tasks.autoencoder import Autoencoder
     from ldm.training.tasks.classifier import Classifier
     from ldm.training.tasks.diffusion import Diffusion
     from ldm.training.trainer import Trainer
 
-    check_sizes(config, task, vae_downsampling(config, task))
+    check_sizes(config, task)
     accelerator, data = build_accelerator(config.loop), config.data
     main, facts = accelerator.is_main_process, config.facts_folder()
     pictures = read_captioned(data.source, **data.reading(), facts=facts, progress=main)

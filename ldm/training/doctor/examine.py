@@ -23,13 +23,13 @@ from ldm.data.rows import count
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import build_vae, normalize
 from ldm.training.checkpoint import has_begun
-from ldm.training.config import Config, check_sizes
+from ldm.training.config import Config
 from ldm.training.distributed import build_accelerator, encoding_dtype
 from ldm.training.doctor.findings import Finding, report
 from ldm.training.doctor.resources import disk
 from ldm.training.doctor.trial import FEW, trial_numbers, try_steps
 from ldm.training.encoder_report import report_captions, report_reconstruction
-from ldm.training.encoder_sources import VAESource, vae_downsampling
+from ldm.training.encoder_sources import VAESource
 from ldm.training.encoders import Encoders
 from ldm.training.normalization import (
     MEASURED,
@@ -37,6 +37,7 @@ from ldm.training.normalization import (
     measure_captions,
     measure_latents,
 )
+from ldm.training.sizes import check_sizes
 from ldm.training.task import Task
 from ldm.training.tasks.autoencoder import Autoencoder
 from ldm.training.tasks.diffusion import Diffusion
@@ -76,7 +77,7 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def _examine(config: Config) -> Iterator[Finding]:
-    check_sizes(config, "ldm", vae_downsampling(config, "ldm"))
+    check_sizes(config, "ldm")
     pictures = read_captioned(config.data.source, **config.data.reading())
     require_training(pictures)
     source = ConditionedPictures.read(pictures, config.data.label_column, config.data.condition_column)

@@ -1,0 +1,60 @@
+"""data.size against everything that halves pictures: the VAE, the U-Net, steps at half the size, the classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.models.safety import read_json
+from ldm.models.vae import find_vae
+from ldm.training.config import Config
+
+
+def check_sizes(config: Config, task: str) -> None:
+    """Check data.size against everything that halves pictures, before anything runs.
+
+    Args:
+        task: "vae", "ldm" or "classifier"; before a VAE is trained its U-Net is checked, too.
+    Raises:
+        ValueError: naming each key that data.size does not fit, and sizes that fit all of them.
+    """
+    downsampling = vae_downsampling(config, task)
+    size, need, problems = config.data.size, downsampling, []
+    if size % need:
+        key = "vae_model.channels" if task == "vae" or config.vae is None else "vae"
+        problems.append(f"the VAE's {downsampling.bit_length()} levels need a multiple of {need} ({key})")
+    if task == "classifier":
+        levels = len(config.classifier.channels)
+        least = downsampling * config.classifier.patch_size * 2 ** (levels - 1)
+        if size < least:
+            problems.append(f"the classifier's {levels} levels need at least {least} (classifier.channels)")
+            need = least
+    else:
+        levels = len(config.unet.channels)
+        need *= 2 ** (levels - 1)
+        if size % need:
+            problems.append(f"the U-Net's {levels} levels need a multiple of {need} (unet.channels)")
+        if config.loop.half_size_steps:
+            need *= 2
+            if size % need:
+                problems.append(f"steps at half the size need a multiple of {need} (loop.half_size_steps=0 has none)")
+    if problems:
+        step = math.lcm(8, need)
+        fitting = [str(n) for n in (size // step * step, size // step * step + step) if n]
+        raise ValueError(
+            f"data.size: {size} does not fit: {'; '.join(problems)}. Set data.size to {' or '.join(fitting)}, or take "
+            "fewer levels"
+        )
+
+
+def vae_downsampling(config: Config, task: str) -> int:
+    """Pixels along an edge for one latent of a task's VAE, from its config.json, or from the recipe of one to train."""
+    trained = Path(config.run) / "vae"
+    if task == "vae" or (config.vae is None and not (trained / "config.json").exists()):
+        levels: Sequence[int] = config.vae_model.channels
+    else:
+        facts = read_json(find_vae(config.vae or trained) / "config.json")
+        found = facts.get("block_out_channels") or facts.get("decoder_block_out_channels")
+        levels = found if isinstance(found, list) else (1,)  # loading it says what is wrong
+    return 2 ** (len(levels) - 1)
