@@ -147,14 +147,14 @@ def decide(task: Task, pictures: int) -> Budget:
     config, accelerator = task.config, task.accelerator
     seconds, half_seconds = (step_seconds(task, half) for half in (False, True))
     left = 60 * config.loop.minutes - (time.time() - psutil.Process().create_time())
+    # Before the arithmetic: a rank that alone found too little time would leave the others waiting.
+    seconds, half_seconds, left = broadcast_object_list([seconds, half_seconds, left])
     budget = Budget.of(config, pictures, seconds, half_seconds, left)
-    [plain] = broadcast_object_list([asdict(budget)])
-    budget = Budget(**plain)
     if accelerator.is_main_process:
         file = Path(config.run) / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_name(f".{FILE}.new")
-        new.write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
+        new.write_text(json.dumps(asdict(budget), indent=2) + "\n", "utf-8")
         new.rename(file)
     return budget
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import road
@@ -59,6 +60,15 @@ def test_a_recipe_is_scaled_to_its_time(home: Path) -> None:
 def test_too_little_time_is_refused_with_the_least_that_would_do(home: Path) -> None:
     with pytest.raises(ValueError, match=r"loop.minutes: 1 are too few: a step takes 20.0 s here; set at least \d+"):
         Budget.of(recipe(home, loop__minutes=1.0), 400, seconds=20.0, half_seconds=9.0, left=50.0)
+
+
+def test_every_rank_refuses_too_little_time_together(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 measured 20 s, this fast rank 1 ms: rank 0's figures count, so both refuse and neither waits alone."""
+    task = SimpleNamespace(config=recipe(home, loop__minutes=1.0), accelerator=SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(budget, "step_seconds", lambda *_: 0.001)
+    monkeypatch.setattr(budget, "broadcast_object_list", lambda figures: [20.0, 9.0, 50.0][: len(figures)])
+    with pytest.raises(ValueError, match="loop.minutes: 1 are too few: a step takes 20.0 s here"):
+        budget.decide(task, 400)  # type: ignore[arg-type]
 
 
 def test_pictures_of_the_prompts_stay_and_held_out_ones_too(home: Path) -> None:
