@@ -249,9 +249,10 @@ class LDMPipeline(ConditionedPipeline):
     ) -> Tensor:
         """Call a stock callback with the tensors that stock's loop has, and take over what it changed."""
         positive, negative = denoiser.conditions[POSITIVE], denoiser.conditions[NEGATIVE]
-        guided = negative.context is not None
-        both = torch.cat([negative.context, positive.context]) if guided else positive.context  # type: ignore[list-item]
-        tensors = {"latents": x, "prompt_embeds": both, "negative_prompt_embeds": negative.context}
+        tensors = {"latents": x, "negative_prompt_embeds": negative.context, "prompt_embeds": positive.context}
+        if "prompt_embeds" in names and positive.context is not None and negative.context is not None:
+            tensors["prompt_embeds"] = torch.cat([negative.context, positive.context])
+        both = tensors["prompt_embeds"]
         answer = callback(self, i, t, {name: tensors[name] for name in names})
         changed = answer.pop("prompt_embeds", both)
         if changed is not both:
