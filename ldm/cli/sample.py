@@ -140,14 +140,14 @@ class Batch:
     seed: int
 
 
-def batches(asked: int, count: int, seed: int, size: int) -> Iterator[Batch]:
-    """`count` pictures of each of `asked` prompts in batches of at most `size`; picture i of all has seed + i."""
+def batches(prompts: int, count: int, seed: int, size: int) -> Iterator[Batch]:
+    """`count` pictures of each of so many prompts in batches of at most `size`; picture i of all has seed + i."""
     if count > size:
-        for i in range(asked):
+        for i in range(prompts):
             for done in range(0, count, size):
                 yield Batch(slice(i, i + 1), min(size, count - done), seed + i * count + done)
     else:
-        for i in range(0, asked, size // count):
+        for i in range(0, prompts, size // count):
             yield Batch(slice(i, i + size // count), count, seed + i * count)
 
 
@@ -163,20 +163,20 @@ def generate(arguments: argparse.Namespace) -> None:
     pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
     if arguments.engine == "openvino":
         pipeline.enable_openvino()
-    asked, count = max(1, len(arguments.prompts), len(arguments.class_label or ())), arguments.images_per_prompt or 1
-    prompts = one_each("prompts", arguments.prompts or [None], asked)
-    labels = one_each("--class-label", arguments.class_label or [None], asked)
+    inputs, count = max(1, len(arguments.prompts), len(arguments.class_label or ())), arguments.images_per_prompt or 1
+    prompts = one_each("prompts", arguments.prompts or [None], inputs)
+    labels = one_each("--class-label", arguments.class_label or [None], inputs)
     typed = {name: getattr(arguments, option) for option, name in SETTINGS.items()}
     settings = conditions(arguments) | {name: value for name, value in typed.items() if value is not None}
     seed, size = arguments.seed or 0, arguments.batch_size or 16
     model = None
-    if arguments.each is not None or asked * count == 1:  # files that carry their settings, each prompt alone
+    if arguments.each is not None or inputs * count == 1:  # files that carry their settings, each prompt alone
         model, size = model_sha256(pipeline), min(size, count)
     captions = [prompt or label or "" for prompt, label in zip(prompts, labels, strict=True) for _ in range(count)]
-    parts = list(batches(asked, count, seed, size))
+    parts = list(batches(inputs, count, seed, size))
     pipeline.set_progress_bar_config(disable=len(parts) > 1)
     pictures: list[Any] = []
-    with tqdm(total=asked * count, unit="picture", disable=len(parts) == 1) as bar:
+    with tqdm(total=inputs * count, unit="picture", disable=len(parts) == 1) as bar:
         for part in parts:
             given = {**settings, "seed": part.seed}
             for name, values in (("prompt", prompts[part.places]), ("class_label", labels[part.places])):

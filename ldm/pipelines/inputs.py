@@ -74,8 +74,8 @@ def check_inputs(pipe: Any, height: int, width: int, **given: Any) -> Inputs:
     targets = [classifier.class_id(name) for name in names] if classifier is not None else []
     class_ids = known_classes(names if pipe.labels is not None or not targets else [None], pipe.labels)
     conditions = known_conditions(given["condition"], pipe.condition_channels, height, width)
-    asked = (1 if embeds is None else len(embeds), len(prompts), len(class_ids), len(targets), len(conditions))
-    batch = max(1, *asked)
+    lengths = (1 if embeds is None else len(embeds), len(prompts), len(class_ids), len(targets), len(conditions))
+    batch = max(1, *lengths)
     images = batch * given["num_images_per_prompt"]
     latents = given["latents"]
     if latents is not None and (latents.ndim != 4 or len(latents) != images):
@@ -140,11 +140,11 @@ def check_known(given: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(f"{name}: there is no such argument{hint}")
 
 
-def one_each(name: str, values: Sequence[Any], asked: int) -> list[Any]:
+def one_each(name: str, values: Sequence[Any], batch: int) -> list[Any]:
     """One value for all prompts, or one each => one each."""
-    if len(values) not in (1, asked):
-        raise ValueError(f"{name}: expected 1 or {asked}, one for each picture asked for, got {len(values)}")
-    return list(values) * asked if len(values) == 1 else list(values)
+    if len(values) not in (1, batch):
+        raise ValueError(f"{name}: expected 1 or {batch}, one for each picture asked for, got {len(values)}")
+    return list(values) * batch if len(values) == 1 else list(values)
 
 
 def check_prompts(name: str, prompts: Any, tokenizer: Any) -> list[str]:

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.inference.defaults import ENGINES, EVERYWHERE, check_sampler
 
 KEY = "ldm"
-FORMATS: dict[str, dict[str, Any]] = {  # suffix => what Pillow is told
+FORMATS: dict[str, dict[str, Any]] = {  # suffix => arguments of Pillow's save
     ".png": {},
     ".jpg": {"quality": 95},
     ".jpeg": {"quality": 95},

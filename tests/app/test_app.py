@@ -91,8 +91,8 @@ def browser() -> Iterator[Browser]:
         own = playwright.chromium.executable_path
         found = [path for path in (*map(shutil.which, BROWSERS), *MAC_BROWSERS, own) if path and Path(path).exists()]
         if not found:
-            told = f"no browser for app.py's test: run {Path(sys.executable).parent}/playwright install chromium"
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(told)
+            message = f"no browser for app.py's test: run {Path(sys.executable).parent}/playwright install chromium"
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
         yield playwright.chromium.launch(executable_path=found[0], args=FLAGS)
 
 
