@@ -2,6 +2,7 @@
 #   make demo   a text-to-image model in a quarter of an hour (MINUTES=15); leaves grids and runs/demo/pipeline
 #   make test   lint, types, import contracts, tests; CI runs make docs, make wheel and this
 # and   make wheel   install the wheel into a fresh environment; train and sample with it from another folder
+#       make data-emoji  the shipped model's data: OpenMoji, recolored, with three other styles fetched by npm
 #       make docs    the site, into site/, offline and strict
 #       make test-faults   the long form of tests/faults: hundreds of killed, damaged and poisoned trainings
 #       make bench         ratios against peers, in benchmarks/README.md; make bench-quick is a look of five minutes
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 MINUTES ?= 15
+STYLES ?= noto=@iconify-json/noto@1.2.9 twemoji=@iconify-json/twemoji@1.2.5 fluent=@iconify-json/fluent-emoji-flat@1.2.6
 BIN := $(VENV)/bin
 TIME := $(PYTHON) benchmarks/stages.py time
 BENCH ?= .venv-bench
@@ -23,7 +25,7 @@ DRAWN := $(if $(MODEL),--model $(MODEL) --data data/openmoji --net nets/openmoji
 DONE = echo 'the newest grid is in $(RUN)/samples, the model is $(RUN)/pipeline'; echo 'sample:  $(BIN)/ldm sample $(RUN)/pipeline "red heart"      serve:  $(BIN)/ldm app --model $(RUN)/pipeline'
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo demo-with-vae docs test wheel test-faults lint bench bench-quick bench-env clean
+.PHONY: demo demo-with-vae data-emoji docs test wheel test-faults lint bench bench-quick bench-env clean
 
 demo: $(VENV)/installed
 	$(TIME) $(RUN)/stages.tsv data $(BIN)/ldm data openmoji data/openmoji-demo --size 64 --subset demo
@@ -82,6 +84,18 @@ $(BENCH)/installed: pyproject.toml constraints.txt
 	(grep -v '^torch==' constraints.txt; echo torch==2.14.1; echo torchvision==0.29.1) > $(BENCH)/constraints.txt
 	$(BENCH)/bin/python -m pip install --quiet --constraint $(BENCH)/constraints.txt torchvision --editable '.[demo,app,metrics,track]'
 	@touch $@
+
+# with three other designers' emoji, if npm is there: icon packages of 1 to 3 MB
+data-emoji: $(VENV)/installed
+	@for style in $(STYLES); do \
+	  package=$${style#*=}; name=$${style%%=*}; folder=data/icons/$$name; \
+	  if [ -f $$folder/package/icons.json ]; then continue; fi; \
+	  if ! command -v npm > /dev/null; then echo "npm is missing, so $$name's emoji are left out (npm pack $$package)"; continue; fi; \
+	  mkdir -p $$folder; echo "downloading $$package with npm"; \
+	  (cd $$folder && tar xzf "$$(npm pack --silent $$package)") || exit 1; \
+	done
+	$(BIN)/ldm data emoji data/emoji $$(for style in $(STYLES); do name=$${style%%=*}; \
+	  if [ -f data/icons/$$name/package/icons.json ]; then echo --style $$name=data/icons/$$name; fi; done)
 
 data/openmoji/metadata.jsonl:
 	$(BENCH)/bin/ldm data openmoji data/openmoji --size 64

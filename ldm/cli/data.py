@@ -1,4 +1,4 @@
-"""`ldm data openmoji | check | cache`: make a data set, check one, inspect a cache of latents."""
+"""`ldm data openmoji | emoji | check | cache`: make a data set, check one, inspect a cache of latents."""
 
 from __future__ import annotations
 
@@ -26,6 +26,36 @@ def run_openmoji(arguments: argparse.Namespace) -> None:
     out = arguments.out
     made = build(out, arguments.size, arguments.subset)
     print(f"{made} pictures with captions are in {out} (CC BY-SA 4.0, see {out}/ATTRIBUTION.md)")
+
+
+def add_emoji(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("out", type=place, metavar="FOLDER", help="the folder to make")
+    add("--size", type=int, default=256, help="edge in pixels (default: 256); a training shrinks them to its data.size")
+    add(
+        "--style",
+        type=style,
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="another designer's emoji: an unpacked icon package (npm pack @iconify-json/noto); may be repeated",
+    )
+
+
+def style(text: str) -> tuple[str, str]:
+    """NAME=FOLDER => both."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, such as noto=icons/noto, got {text!r}")
+    return name, str(place(folder))
+
+
+def run_emoji(arguments: argparse.Namespace) -> None:
+    from ldm.data.emoji.compositions import build
+
+    out = arguments.out
+    made = build(out, dict(arguments.style), arguments.size)
+    print(f"{made} pictures with captions are in {out} (authors and licenses: {out}/ATTRIBUTION.md)")
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +120,14 @@ COMMANDS = {
         "ldm data openmoji data/openmoji --size 64",
         add_openmoji,
         run_openmoji,
+    ),
+    "emoji": Command(
+        "render nouns x colors x styles x people: OpenMoji, other designers' emoji, recolored drawings, outlines",
+        """
+ldm data emoji data/emoji                              (OpenMoji alone, offline)
+ldm data emoji data/emoji --style noto=icons/noto      (with another style; `make data-emoji` fetches three)""",
+        add_emoji,
+        run_emoji,
     ),
     "check": Command(
         "report every problem of a data set, by file and row; exit status 1 if there is any",

@@ -12,5 +12,5 @@ duplicates.py   pictures that are there twice, in one split or in both
 grid.py         pictures side by side, with captions
 sources/        folders, tables, shards, the Hub
 cache/          latents and contexts, encoded once
-emoji/          the embedded data set
+emoji/          the embedded data sets
 """

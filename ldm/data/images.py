@@ -25,7 +25,7 @@ from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit picture of a quarter of a GiB
-Crop: TypeAlias = Literal["center", "random"]
+Crop: TypeAlias = Literal["center", "random", "detail"]
 
 # PNG chunks that hold text or a color profile. Pillow refuses a whole picture if one of them unpacks to over 1 MiB.
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -129,7 +129,8 @@ def to_square(
     Args:
         image: mode RGB.
         size: side of the result in pixels.
-        crop: where the square lies along the longer side; "random" puts it at `position`.
+        crop: where the square lies along the longer side; "random" puts it at `position`. "detail" also puts it there,
+            but takes `size` pixels as they are, where the picture has so many, instead of shrinking all of it.
         position: (x, y), each uniform in [0, 1); chosen by the caller, who owns the randomness.
         flip: mirror left to right.
     Returns:
@@ -143,9 +144,9 @@ def to_square(
         raise ValueError(f"size is {size}; expected at least 1 pixel")
     if not all(0 <= p < 1 for p in position):
         raise ValueError(f"position is {position}; expected two numbers in [0, 1)")
-    short = min(image.size)
+    short = min(*image.size, size) if crop == "detail" else min(image.size)
     spare = [side - short for side in image.size]
-    if crop == "random":
+    if crop != "center":
         left, top = (int(p * (s + 1)) for p, s in zip(position, spare, strict=True))  # uniform over the s + 1 places
     else:
         left, top = (s // 2 for s in spare)

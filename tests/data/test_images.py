@@ -17,6 +17,17 @@ from ldm.data.images import BadPictureError, decode, to_pixels, to_rgb, to_squar
 RNG = np.random.default_rng(0)
 
 
+def test_detail_takes_pixels_as_they_are_at_a_place() -> None:
+    """Every pixel of this picture has a color of its own, so its place can be read off it."""
+    picture = np.zeros((12, 20, 3), np.uint8)
+    picture[..., 0], picture[..., 1] = np.arange(20), np.arange(12)[:, None]
+    piece = to_square(Image.fromarray(picture), 5, "detail", (0.5, 0.99))
+    assert (piece == picture[7:12, 8:13]).all()  # of 16 and 8 places the ninth and the last
+    small = to_square(Image.fromarray(picture), 12, "detail", (0.0, 0.0))
+    assert (small == picture[:12, :12]).all()
+    assert to_square(Image.fromarray(picture), 24, "detail").shape == (24, 24, 3)  # enlarged: it has no 24 pixels
+
+
 def saved(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)

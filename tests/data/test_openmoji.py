@@ -126,7 +126,9 @@ def test_folder_is_an_ordinary_captioned_folder(tmp_path: Path) -> None:
 def test_drawing_is_on_white_and_the_right_color(drawings: list) -> None:  # type: ignore[type-arg]
     named = {drawing.caption: drawing for drawing in drawings}
     for caption, channel in {"red circle": 0, "green circle": 1, "blue circle": 2}.items():
-        pixels = np.asarray(Image.open(io.BytesIO(render(named[caption].svg, 64))).convert("RGB"), float)
+        pixels = np.asarray(
+            Image.open(io.BytesIO(render(named[caption].svg.read_text("utf-8"), 64))).convert("RGB"), float
+        )
         assert pixels[0, 0].tolist() == [255, 255, 255]
         middle = pixels[28:36, 28:36].mean((0, 1))
         assert middle.argmax() == channel

@@ -1,4 +1,7 @@
-"""The embedded data set.
+"""The embedded data sets.
 
-openmoji.py  OpenMoji's drawings into a captioned folder
+openmoji.py      OpenMoji's drawings into a captioned folder
+compositions.py  nouns x colors x styles x people, with held-out combinations
+variants.py      drawings in other colors, with other hair, as outlines
+styles.py        other designers' emoji, from icon packages
 """

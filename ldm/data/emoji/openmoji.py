@@ -124,7 +124,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
     rows = []
     for drawing in tqdm(drawings, desc=f"rendering OpenMoji at {size} px", unit="picture"):
         file_name = f"images/{drawing.svg.stem}.png"
-        (out / file_name).write_bytes(render(drawing.svg, size))
+        (out / file_name).write_bytes(render(drawing.svg.read_text("utf-8"), size))
         rows.append(
             {
                 "file_name": file_name,
@@ -141,13 +141,11 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
     return len(rows)
 
 
-def render(svg: Path, size: int) -> bytes:
+def render(svg: str, size: int) -> bytes:
     """SVG => PNG bytes of `size` x `size` pixels on white."""
     import resvg_py
 
-    return resvg_py.svg_to_bytes(
-        svg_string=svg.read_text("utf-8"), width=size, height=size, background="#ffffff", skip_system_fonts=True
-    )
+    return resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
 
 
 def find_drawings() -> list[Drawing]:
