@@ -27,6 +27,8 @@ class UNetConfig:
             being added (Dhariwal & Nichol 2021, section 3.1).
         residual_resampling: halve and double the resolution in residual blocks of their own, as BigGAN does (the
             same section), instead of a strided convolution and nearest-neighbor upsampling.
+        pooled_text: also add the caption, pooled by attention into one vector, to the time embedding (as Imagen does,
+            Saharia et al. 2022, section 2.3; `addition_embed_type="text"` in diffusers).
     """
 
     channels: tuple[int, ...] = (128, 192, 256)
@@ -36,6 +38,7 @@ class UNetConfig:
     transformer_layers: int = 1
     scale_shift: bool = False
     residual_resampling: bool = False
+    pooled_text: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "head_channels", "transformer_layers"):
@@ -109,6 +112,8 @@ def build_unet(
         raise ValueError(
             "unet.residual_resampling: there are no such stock blocks for a model without text; set it to false"
         )
+    if context_dim is None and config.pooled_text:
+        raise ValueError("unet.pooled_text: a model without text has no caption to pool; set it to false")
     blocks = WITHOUT_CONTEXT if context_dim is None else RESIDUAL if config.residual_resampling else STOCK
     heads = tuple(max(1, width // config.head_channels) for width in config.channels)
     return UNet2DConditionModel(
@@ -128,7 +133,14 @@ def build_unet(
         else tuple(width // number for width, number in zip(config.channels, heads, strict=True)),
         resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
         num_class_embeds=classes or None,
+        addition_embed_type="text" if config.pooled_text else None,
+        addition_embed_type_num_heads=pooling_heads(context_dim or 1),
     )
+
+
+def pooling_heads(width: int) -> int:
+    """Heads of the attention that pools a caption: about 64 channels each, as many as divide the width."""
+    return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 
 
 def without_variance(weights: dict[str, Tensor], latent_channels: int) -> dict[str, Tensor]:

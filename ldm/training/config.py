@@ -98,6 +98,8 @@ class VAETrainingConfig:
         l1, mse: weights of the mean absolute and mean squared error of the pixels.
         gradient: weight of the L1 error of the picture's differences to its right and lower neighbor (edges).
         kl: weight of KL(posterior || N(0, I)), per pixel value.
+        crops: share of samples that are a piece of `data.size` pixels at the picture's full resolution, instead of the
+            whole picture shrunk: for a VAE that also encodes large pictures.
         perceptual: weight of LPIPS; above 0 it needs `pip install lpips` and its VGG weights.
         adversarial: weight of a PatchGAN discriminator's loss, from step `adversarial_start` on.
         log_every, checkpoint_every: in steps.
@@ -111,6 +113,7 @@ class VAETrainingConfig:
     mse: float = 1.0
     gradient: float = 0.5
     kl: float = 1e-4
+    crops: float = 0.0
     perceptual: float = 0.0
     adversarial: float = 0.0
     adversarial_start: int = 10_000
@@ -123,6 +126,7 @@ class VAETrainingConfig:
         check("vae_training.batch_size", self.batch_size, at_least=1)
         check("vae_training.lr", self.lr, above=0)
         check("vae_training.log_every", self.log_every, at_least=1)
+        check("vae_training.crops", self.crops, at_least=0, at_most=1)
         for name in ("warmup", "l1", "mse", "gradient", "kl", "perceptual", "adversarial", "adversarial_start"):
             check(f"vae_training.{name}", getattr(self, name), at_least=0)
 

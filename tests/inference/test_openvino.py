@@ -97,6 +97,10 @@ KNOWS: dict[str, tuple[Callable[[Path], LDMPipeline], dict[str, Any]]] = {
         lambda folder: with_unet(folder, SHAPE, condition_channels=4),
         {"prompt": "red heart", "condition": Image.effect_noise((16, 16), 80).convert("RGB")},
     ),
+    "pooled text": (
+        lambda folder: with_unet(folder, UNetConfig((32, 64), (True, True), 1, 16, pooled_text=True)),
+        {"prompt": "red heart"},
+    ),
     "adaptive norms and residual resampling": (
         lambda folder: with_unet(
             folder, UNetConfig((32, 64), (True, True), 1, 16, scale_shift=True, residual_resampling=True)

@@ -78,6 +78,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attention nowhere but in the middle": {"unet__attention": [False, False]},
     "scale-shift": {"unet__scale_shift": "true"},
     "residual resampling": {"unet__residual_resampling": "true"},
+    "pooled text": {"unet__pooled_text": "true"},
     "both, as in ADM": {"unet__scale_shift": "true", "unet__residual_resampling": "true"},
 }
 
@@ -104,6 +105,8 @@ def test_every_option_trains_all_of_its_weights_and_generates(home: Path, tmp_pa
 def test_options_that_stock_blocks_lack_are_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unet\.residual_resampling: .* without text"):
         train_ldm(config_of(home, tmp_path, text__encoder="null", unet__residual_resampling="true"))
+    with pytest.raises(ValueError, match=r"unet\.pooled_text: a model without text"):
+        train_ldm(config_of(home, tmp_path, text__encoder="null", unet__pooled_text="true"))
 
 
 # --- no text at all --------------------------------------------------------------------------------

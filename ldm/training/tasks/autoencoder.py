@@ -43,6 +43,7 @@ class PixelSamples:
     data: DataConfig
     seed: int
     latent_shape: tuple[int, int, int]
+    crops: float = 0.0
 
     def row_facts(self, number: int, row: Row) -> list[Any]:
         return []
@@ -51,7 +52,9 @@ class PixelSamples:
         row = self.pictures[row_of(self.seed, n, len(self.pictures))]
         rng = generator(self.seed, "vae sample", n)
         x, y, flip = torch.rand(3, generator=rng, dtype=torch.float64).tolist()
-        pixels = load_pixels(row, self.data.size, self.data.crop, (x, y), self.data.flip and flip < 0.5)
+        whole = not self.crops or float(torch.rand((), generator=rng, dtype=torch.float64)) >= self.crops
+        crop = self.data.crop if whole else "detail"
+        pixels = load_pixels(row, self.data.size, crop, (x, y), self.data.flip and flip < 0.5)
         return {"pixels": pixels, "noise": torch.randn(self.latent_shape, generator=rng)}
 
 
@@ -70,7 +73,9 @@ class Autoencoder(Task):
 
     def __post_init__(self) -> None:
         self.latent_shape = latent_shape(build_vae(self.config.vae_model), self.config.data.size)
-        self.samples = PixelSamples(self.pictures.train, self.config.data, self.config.seed, self.latent_shape)
+        self.samples = PixelSamples(
+            self.pictures.train, self.config.data, self.config.seed, self.latent_shape, self.config.vae_training.crops
+        )
         self.workers = self.config.data.workers
         self.details = f", latents {list(self.latent_shape)}"
 
