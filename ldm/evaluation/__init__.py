@@ -1,6 +1,7 @@
 """Evaluation of trained models, and validation during training.
 
 evaluate.py                all metrics of a model, into evaluation.json and report.html
+compare.py                 two models on the same captions and noise, with paired tests
 sections.py                the sections of an evaluation
 evaluated_model.py         a pipeline under evaluation: its networks, generation, timing
 evaluation_set.py          the real pictures of a data set, and the prompt sets

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from ldm.evaluation.report.page import FILE, write_report
 from ldm.evaluation.report.text import sweep_table
 from ldm.evaluation.sweep import GUIDANCE, INTERVALS, STEPS, choose, sweep
 
-SCHEMA = 1
+SCHEMA = 2
 SEED = 0  # of t, eps and the shuffled captions
 
 
@@ -139,7 +140,7 @@ def evaluate(
                 "number": number,
                 "caption": prompts.captions[i],
                 "where": data.where[number],
-                "composition": prompts.compositions[i],
+                "kind": prompts.kinds[i],
                 "seed": settings.seed + i,
                 "drawn": paths[prompts.name][i].relative_to(out).as_posix(),
                 "real": data.save(number, out),
@@ -233,7 +234,7 @@ def describe_data(data: EvaluationSet) -> dict[str, Any]:
         "pictures": len(data.captions),
         "training": len(data.training),
         "heldout": len(heldout),
-        "compositions": sum(heldout.compositions),
+        "kinds": dict(Counter(heldout.kinds)),
     }
 
 

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.data.batches import load_pixels, pixel_batches, spread
-from ldm.data.dataset import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures, Row
 from ldm.evaluation.features import FeatureExtractor, extract_features
 from ldm.models.vae import to_pictures
 
 MAX_REFERENCE = 10_000  # pictures of the reference set; the kernel matrix of all pairs has to fit into memory
+
+RESERVED = ("top1", "top5", "chance", "candidates")  # keys beside the kinds in evaluation.json
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,14 @@ class PromptSet:
         name: "train" or "heldout", the split that they are from.
         numbers: the pictures' indices in the data set.
         captions: the first caption of each.
-        compositions: whether each is a new combination of things that are trained on apart.
+        kinds: what each tests: its cell in the data's column `test`, or "compositions" where the column `composition`
+            says that it is a new combination of things that are trained on apart, or "others".
     """
 
     name: str
     numbers: tuple[int, ...]
     captions: tuple[str, ...]
-    compositions: tuple[bool, ...]
+    kinds: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -46,7 +49,7 @@ class PromptSet:
             self.name,
             tuple(self.numbers[i] for i in kept),
             tuple(self.captions[i] for i in kept),
-            tuple(self.compositions[i] for i in kept),
+            tuple(self.kinds[i] for i in kept),
         )
 
 
@@ -66,7 +69,7 @@ class EvaluationSet:
         self.captions = [row.captions for row in rows]
         self.where = [row.where for row in rows]
         self._heldout = [row.split == "heldout" for row in rows]
-        self._composition = [bool(row.extra.get("composition")) for row in rows]
+        self._kinds = [kind_of(row) for row in rows]
         self.training = torch.tensor([i for i, out in enumerate(self._heldout) if not out], dtype=torch.int64)
 
     def prompts(self, split: str, most: int | None) -> PromptSet:
@@ -76,7 +79,7 @@ class EvaluationSet:
             split,
             numbers,
             tuple(self.captions[i][0] for i in numbers),
-            tuple(self._composition[i] for i in numbers),
+            tuple(self._kinds[i] for i in numbers),
         )
         return prompts if most is None else prompts.subset(most)
 
@@ -115,6 +118,14 @@ class EvaluationSet:
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pictures(self.pixels([number]))[0].save(path)
         return relative
+
+
+def kind_of(row: Row) -> str:
+    """What a picture tests, as `PromptSet.kinds` has it."""
+    test = row.extra.get("test")
+    if isinstance(test, str) and test and test not in RESERVED:
+        return test
+    return "compositions" if row.extra.get("composition") else "others"
 
 
 def fingerprint(pictures: CaptionedPictures) -> str:

@@ -16,7 +16,7 @@ from ldm.evaluation.metrics.distribution import with_baseline
 from ldm.evaluation.metrics.intervals import mean_estimate
 from ldm.evaluation.metrics.memorization import memorization, nearest
 from ldm.evaluation.metrics.retrieval import caption_matches, distances, ranks, recall_at_k
-from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet, caption_losses, derangement
+from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet, caption_losses, derangement, squared_errors
 from ldm.models.conditioning import Conditioning
 from ldm.models.vae import decode, psnr, to_pictures
 
@@ -28,9 +28,7 @@ def validation(
 ) -> dict[str, Any]:
     """The validation loss at fixed (picture, t, eps), and its gaps to shuffled and null captions."""
     rng = torch.Generator().manual_seed(seed)
-    x0 = torch.cat([model.latents(data.pixels(part)) for part in in_batches(prompts.numbers)])
-    context = torch.cat([model.text.encode(part) for part in in_batches(prompts.captions)])
-    true = ValidationSet.fixed(x0, Conditioning(context), model.schedule.T, rng)
+    true = validation_set(model, data, prompts, rng)
     captions = [data.captions[number] for number in prompts.numbers]
     captioned = CaptionedValidationSet.of(true, captions, model.null_context, rng)
     with torch.no_grad():
@@ -44,10 +42,26 @@ def validation(
     }
 
 
+def validation_set(
+    model: EvaluatedModel, data: EvaluationSet, prompts: PromptSet, rng: torch.Generator
+) -> ValidationSet:
+    """The prompts' real pictures at fixed (t, eps), each with its caption."""
+    x0 = torch.cat([model.latents(data.pixels(part)) for part in in_batches(prompts.numbers)])
+    context = torch.cat([model.text.encode(part) for part in in_batches(prompts.captions)])
+    return ValidationSet.fixed(x0, Conditioning(context), model.schedule.T, rng)
+
+
+@torch.no_grad()
+def prompt_losses(model: EvaluatedModel, data: EvaluationSet, prompts: PromptSet, seed: int) -> Tensor:
+    """The validation loss of each prompt's real picture with its caption, the mean over t, [N]."""
+    fixed = validation_set(model, data, prompts, torch.Generator().manual_seed(seed))
+    return squared_errors(model.network, model.schedule, model.prediction, fixed).mean(0).cpu()
+
+
 def retrieval(
     extractors: Sequence[FeatureExtractor], data: EvaluationSet, real: Vectors, generated: Vectors, prompts: PromptSet
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Recall with each extractor, and the rank of every picture; new compositions also separately."""
+    """Recall with each extractor, and the rank of every picture; each kind of prompt also separately."""
     matches = caption_matches(prompts.captions, data.captions)
     recall, rank_of = {}, {}
     for extractor in extractors:
@@ -58,11 +72,10 @@ def retrieval(
         ])  # fmt: skip
         rank_of[name] = rank
         recall[name] = recall_at_k(rank, len(data.captions))
-        composed = torch.tensor(prompts.compositions)
-        if composed.any():
-            recall[name]["compositions"] = recall_at_k(rank[composed], len(data.captions))
-        if composed.any() and not composed.all():
-            recall[name]["others"] = recall_at_k(rank[~composed], len(data.captions))
+        kinds = sorted(set(prompts.kinds))
+        for kind in kinds if kinds != ["others"] else ():
+            of_kind = torch.tensor([each == kind for each in prompts.kinds])
+            recall[name][kind] = recall_at_k(rank[of_kind], len(data.captions))
     return recall, rank_of
 
 
@@ -168,8 +181,7 @@ def clip_score(
     for extractor in extractors:
         if extractor.embed_pair is None or extractor.embed_captions is None:
             continue
-        captions = torch.cat([extractor.embed_captions(part) for part in in_batches(prompts.captions)])
-        pictures = torch.cat([extractor.embed_pair(read_pixels(part)) for part in in_batches(generated)])
+        captions, pictures = caption_vectors(extractor, prompts), pair_vectors(extractor, generated)
         real = torch.cat([extractor.embed_pair(data.pixels(part)) for part in in_batches(prompts.numbers)])
 
         def score(pictures: Tensor, captions: Tensor) -> dict[str, Any]:
@@ -182,3 +194,19 @@ def clip_score(
             "shuffled": None if order is None else score(pictures, captions[order]),
         }
     return found
+
+
+def caption_cosines(extractor: FeatureExtractor, generated: Sequence[Path], prompts: PromptSet) -> Tensor:
+    """100 x the cosine of each generated picture and its caption, at least 0, [N]; the extractor has a text tower."""
+    captions, pictures = caption_vectors(extractor, prompts), pair_vectors(extractor, generated)
+    return 100 * torch.nn.functional.cosine_similarity(pictures, captions, dim=1).clamp(min=0).cpu()
+
+
+def caption_vectors(extractor: FeatureExtractor, prompts: PromptSet) -> Tensor:
+    assert extractor.embed_captions is not None
+    return torch.cat([extractor.embed_captions(part) for part in in_batches(prompts.captions)])
+
+
+def pair_vectors(extractor: FeatureExtractor, generated: Sequence[Path]) -> Tensor:
+    assert extractor.embed_pair is not None
+    return torch.cat([extractor.embed_pair(read_pixels(part)) for part in in_batches(generated)])

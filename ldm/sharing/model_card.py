@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from ldm.evaluation.report.text import SPLITS, number, percent, sampling, signed
+from ldm.evaluation.report.text import SPLITS, kinds_of, number, percent, sampling, signed
 
 FEW = 100  # pictures; metrics of fewer are rough
 KINDS = {"drawn": "generated", "floor": "baseline", "ceiling": "upper bound", "heldout": "held-out"}
@@ -147,9 +147,9 @@ def eval_results(evaluation: dict[str, Any], data: str) -> Iterator[Any]:
     for split, retrieval in evaluation["retrieval"].items():
         for kind in ("drawn", "ceiling"):
             for features, found in retrieval[kind].items():
-                for part in ("", "compositions", "others"):
-                    recall = found.get(part) if part else found
-                    for top in ("top1", "top5") if recall else ():
+                for part in ("", *kinds_of(found)):
+                    recall = found[part] if part else found
+                    for top in ("top1", "top5"):
                         suffix = f", {part}" if part else ""
                         name = f"Retrieval {top}, {features} features, {KINDS[kind]}{suffix}"
                         args = {"chance": found["chance"][top], "features": features}

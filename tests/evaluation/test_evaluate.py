@@ -65,7 +65,8 @@ def test_evaluation_json_is_complete_and_its_files_exist(
     card = json.loads((tmp_path / "net/net.json").read_text())
     assert report["spaces"][1]["name"] == "in-domain CLIP" and report["spaces"][1]["sha256"] == card["sha256"]
     assert report["data"] | {"sha256": "", "source": ""} == {
-        "source": "", "sha256": "", "pictures": 24, "training": 18, "heldout": 6, "compositions": 2,
+        "source": "", "sha256": "", "pictures": 24, "training": 18, "heldout": 6,
+        "kinds": {"compositions": 2, "others": 4},
     }  # fmt: skip
     assert report["text_use"]["n"] == 6 and set(report["text_use"]["gaps"]) == {"shuffled", "null"}
     for name, n in (("train", 16), ("heldout", 6)):

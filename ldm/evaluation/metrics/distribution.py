@@ -68,8 +68,23 @@ def fid_estimate(generated: Tensor, real: Tensor, resamples: int = FID_RESAMPLES
 def kid_estimate(generated: Tensor, real: Tensor, resamples: int) -> dict[str, Any]:
     """The unbiased squared MMD with the kernel (x y / D + 1)^3 (Bińkowski et al. 2018, eq. 4), with an interval.
 
-    The interval is over the choice of the generated pictures. A resample may hold a picture twice; such a pair is left
-    out, like i = j in the estimator, or its kernel would bias the resampled estimates upwards.
+    The interval is over the choice of the generated pictures.
+    """
+    value, resampled = _resampled_kid(generated, real, resamples)
+    return bootstrap_estimate(value, resampled, len(generated))
+
+
+def kid_difference(a: Tensor, b: Tensor, real: Tensor, resamples: int) -> dict[str, Any]:
+    """KID of b minus KID of a, vectors [N,D] of the same N prompts; each resample takes the same prompts of both."""
+    (first, of_a), (second, of_b) = (_resampled_kid(each, real, resamples) for each in (a, b))
+    return {"a": first, "b": second, **bootstrap_estimate(second - first, of_b - of_a, len(a))}
+
+
+def _resampled_kid(generated: Tensor, real: Tensor, resamples: int) -> tuple[float, Tensor]:
+    """KID, and KID of bootstrap samples of the generated pictures, [resamples].
+
+    A resample may hold a picture twice; such a pair is left out, like i = j in the estimator, or its kernel would bias
+    the resampled estimates upwards.
     """
     from torchmetrics.image.kid import poly_kernel
 
@@ -88,7 +103,7 @@ def kid_estimate(generated: Tensor, real: Tensor, resamples: int) -> dict[str, A
 
     counts = torch.zeros(resamples, n, dtype=torch.float64)
     counts.scatter_add_(1, resample_indices(n, resamples), torch.ones(resamples, n, dtype=torch.float64))
-    return bootstrap_estimate(float(estimate(torch.ones(1, n, dtype=torch.float64))), estimate(counts), n)
+    return float(estimate(torch.ones(1, n, dtype=torch.float64))), estimate(counts)
 
 
 def neighborhood_metrics(generated: Tensor, real: Tensor, k: int = NEIGHBORS) -> dict[str, Tensor]:

@@ -21,12 +21,13 @@ from PIL import Image
 from ldm.data.batches import spread
 from ldm.evaluation.provenance import RUN_FILE
 from ldm.evaluation.report.charts import report_charts
-from ldm.evaluation.report.text import by_guidance, number, percent, sampling, signed
+from ldm.evaluation.report.text import by_guidance, kinds_of, number, percent, sampling, signed
 
 FILE = "evaluation.json"
 PAGE = "report.html"
 SMALL = 128  # edge in pixels up to which a picture is embedded as it is; larger ones are reduced
 REDUCED = 192  # edge of these
+KINDS = {"compositions": "New compositions", "others": "Held-out captions"}
 GALLERY, ROW = 24, 8  # pictures of a gallery, and of a row of examples
 
 
@@ -44,6 +45,11 @@ def write_report(out: Path) -> Path:
 
 def render(out: Path, redact: Callable[[Any], Any] = lambda tree: tree) -> str:
     """The page's HTML; `redact` is applied to the content of each JSON file."""
+    return templates().get_template("report.html").render(view(out, redact))
+
+
+def templates() -> jinja2.Environment:
+    """The templates of the pages, which escape all values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -52,7 +58,7 @@ def render(out: Path, redact: Callable[[Any], Any] = lambda tree: tree) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "number": number, "signed": signed, "dotted": dotted}
-    return environment.get_template("report.html").render(view(out, redact))
+    return environment
 
 
 def view(out: Path, redact: Callable[[Any], Any] = lambda tree: tree) -> dict[str, Any]:
@@ -86,6 +92,7 @@ def view(out: Path, redact: Callable[[Any], Any] = lambda tree: tree) -> dict[st
         "sweep_rows": by_guidance(report["sweep"]["rows"]) if "sweep" in report else {},
         "small": report["model"]["size"] <= SMALL,
         "heat": heat,
+        "kinds_of": kinds_of,
     }
 
 
@@ -102,12 +109,10 @@ def model_name(folder: str) -> str:
 
 def galleries(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The generated pictures to show, by kind of caption: a fixed number, spread evenly, not selected."""
-    heldout = report["pictures"].get("heldout", [])
-    kinds = {
-        "New compositions": [picture for picture in heldout if picture["composition"]],
-        "Held-out captions": [picture for picture in heldout if not picture["composition"]],
-        "Training captions": report["pictures"].get("train", []),
-    }
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for picture in report["pictures"].get("heldout", []):
+        kinds.setdefault(KINDS.get(picture["kind"], f"Held-out captions: {picture['kind']}"), []).append(picture)
+    kinds["Training captions"] = report["pictures"].get("train", [])
     return {
         kind: {"of": len(found), "shown": [found[i] for i in spread(len(found), GALLERY)]}
         for kind, found in kinds.items()

@@ -46,6 +46,11 @@ def recall_text(recall: dict[str, Any]) -> str:
     return ", ".join([*tops, f"n {recall['top1']['n']}"])
 
 
+def kinds_of(recall: dict[str, Any]) -> list[str]:
+    """The kinds of prompts that a recall has parts for."""
+    return [name for name, found in recall.items() if isinstance(found, dict) and "top1" in found and "chance" in found]
+
+
 def summary(report: dict[str, Any]) -> str:
     """The main results of evaluation.json in a few lines."""
     use = report["text_use"]
@@ -61,7 +66,7 @@ def summary(report: dict[str, Any]) -> str:
         psnr = report["reconstruction"][name]["psnr_db"]["value"]
         lines.append(f"retrieval, {SPLITS[name]} (VAE reconstructions of the real pictures: PSNR {psnr:.1f} dB)")
         for extractor, recall in found["drawn"].items():
-            parts = {"": recall, **{f", {kind}": recall[kind] for kind in ("compositions", "others") if kind in recall}}
+            parts = {"": recall, **{f", {kind}": recall[kind] for kind in kinds_of(recall)}}
             lines += [f"  {extractor}{part}: {recall_text(each)}" for part, each in parts.items()]
             lines.append(f"  {extractor}, upper bound (reconstructions): {recall_text(found['ceiling'][extractor])}")
     for extractor, metrics in report["distribution"].items():
