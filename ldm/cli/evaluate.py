@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pictures", type=int, metavar="N", help="held-out captions to generate, spread evenly (default: all)")
     add("--train-pictures", type=int, metavar="N", help="training captions to generate, spread evenly (default: 200)")
     add("--batch-size", type=int, default=16, help="pictures generated at once (default: 16)")
+    add("--seeds", type=int, metavar="N", help="also generate N pictures of each training caption: do they differ?")
     add("--quick", action="store_true", help="16 captions of each set, few resamples, no timing")
     add = parser.add_argument_group("likelihood").add_argument
     add("--nll", action="store_true", help="only bound the negative log-likelihood of held-out latents, by timestep")
@@ -195,6 +196,7 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
     typed: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         "heldout_pictures": (arguments.pictures, int),
         "train_pictures": (arguments.train_pictures, int),
+        "seeds": (arguments.seeds, int),
         "sweep_pictures": (arguments.sweep_pictures, int),
         "sweep_guidance": (arguments.sweep_guidance, tuple),
         "sweep_steps": (arguments.sweep_steps, tuple),

@@ -50,6 +50,7 @@ class Plan:
         batch_size: pictures generated at once.
         resamples, fid_resamples: of the bootstrap.
         timing: whether to measure the time of generation.
+        seeds: pictures of each training prompt, to see whether they differ and whether all of them show it; 1 is off.
         sweep: whether to try the grid of guidance, steps and intervals, on up to `sweep_pictures` captions of each set.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     resamples: int = RESAMPLES
     fid_resamples: int = 50
     timing: bool = True
+    seeds: int = 1
     sweep: bool = False
     sweep_guidance: tuple[float, ...] = GUIDANCE
     sweep_steps: tuple[int, ...] = STEPS
@@ -155,6 +157,11 @@ def evaluate(
         ]
         for prompts in sets
     }
+    if plan.seeds > 1:
+        log(f"{plan.seeds} seeds of each {sets[0].name} prompt")
+        report["seeds"] = sections.several_seeds(
+            model, extractors, data, real, sets[0], settings, plan.seeds, out, plan.batch_size, plan.resamples
+        )
     if plan.sweep:
         report["sweep"] = run_sweep(model, data, sets, extractors[-1], real, settings, plan, out, log)
     if plan.timing:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from ldm.models.vae import to_pictures
 
 MAX_REFERENCE = 10_000  # pictures of the reference set; the kernel matrix of all pairs has to fit into memory
 
+T = TypeVar("T")
 RESERVED = ("top1", "top5", "chance", "candidates")  # keys beside the kinds in evaluation.json
 
 
@@ -42,6 +44,14 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def repeated(self, times: int) -> PromptSet:
+        """Each prompt so many times in a row: picture i has seed + i, so each time another seed."""
+
+        def each(values: tuple[T, ...]) -> tuple[T, ...]:
+            return tuple(value for value in values for _ in range(times))
+
+        return PromptSet(self.name, each(self.numbers), each(self.captions), each(self.kinds))
+
     def subset(self, most: int) -> PromptSet:
         """At most this many, spread evenly."""
         kept = spread(len(self), most)
@@ -59,6 +69,7 @@ class EvaluationSet:
     Attributes:
         pictures: all of its rows.
         captions: of each row.
+        groups: the cell of each row in the column `group`, "" without one.
         training: the indices of the training rows, int64.
     """
 
@@ -69,6 +80,7 @@ class EvaluationSet:
         self.captions = [row.captions for row in rows]
         self.where = [row.where for row in rows]
         self._heldout = [row.split == "heldout" for row in rows]
+        self.groups = [str(row.extra.get("group") or "") for row in rows]
         self._kinds = [kind_of(row) for row in rows]
         self.training = torch.tensor([i for i, out in enumerate(self._heldout) if not out], dtype=torch.int64)
 

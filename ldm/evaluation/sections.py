@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluation.evaluated_model import EvaluatedModel
+from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
 from ldm.evaluation.evaluation_set import EvaluationSet, PromptSet
-from ldm.evaluation.features import BATCH, FeatureExtractor, in_batches, read_pixels
+from ldm.evaluation.features import BATCH, FeatureExtractor, extract_features, in_batches, read_pixels
 from ldm.evaluation.metrics.distribution import with_baseline
 from ldm.evaluation.metrics.intervals import mean_estimate
 from ldm.evaluation.metrics.memorization import memorization, nearest
 from ldm.evaluation.metrics.retrieval import caption_matches, distances, ranks, recall_at_k
+from ldm.evaluation.metrics.seeds import seed_metrics
 from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet, caption_losses, derangement, squared_errors
 from ldm.models.conditioning import Conditioning
 from ldm.models.vae import decode, psnr, to_pictures
@@ -77,6 +78,34 @@ def retrieval(
             of_kind = torch.tensor([each == kind for each in prompts.kinds])
             recall[name][kind] = recall_at_k(rank[of_kind], len(data.captions))
     return recall, rank_of
+
+
+def several_seeds(
+    model: EvaluatedModel,
+    extractors: Sequence[FeatureExtractor],
+    data: EvaluationSet,
+    real: Vectors,
+    prompts: PromptSet,
+    settings: SamplingSettings,
+    seeds: int,
+    out: Path,
+    batch_size: int,
+    resamples: int,
+) -> dict[str, Any]:
+    """Recall, reliability and coverage over several seeds of each prompt, by extractor."""
+    paths = model.generate_all(prompts.repeated(seeds), settings, out, batch_size)
+    vectors = extract_features(extractors, map(read_pixels, in_batches(paths)))
+    matches = caption_matches(prompts.captions, data.captions)
+    groups = [data.groups[number] for number in prompts.numbers]
+    found: dict[str, Any] = {
+        "on": prompts.name,
+        "captions": list(prompts.captions),
+        "pictures": [path.relative_to(out).as_posix() for path in paths],
+    }
+    for extractor in extractors:
+        mine = vectors[extractor.name].unflatten(0, (len(prompts), seeds))
+        found[extractor.name] = seed_metrics(mine, real[extractor.name], matches, groups, extractor.metric, resamples)
+    return found
 
 
 def distribution(

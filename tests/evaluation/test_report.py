@@ -46,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log) + '{"step": 5, "lo')
     net = ["--fit-net", "--net-epochs", "1", "--net-text", str(folder / "text"), "--net", str(folder / "net")]
     grid = ["--sweep", "--sweep-guidance", "1", "2", "--sweep-steps", "1", "--sweep-pictures", "4"]
-    main(["evaluate", str(folder / "run"), "--quick", "--steps", "1", *net, *grid])
+    main(["evaluate", str(folder / "run"), "--quick", "--steps", "1", "--seeds", "2", *net, *grid])
     main(["evaluate", str(folder / "run"), "--nll", "--strata", "3"])
     return folder
 

@@ -229,6 +229,8 @@ def cldr_name(name: str, codes: tuple[str, ...], names: dict[tuple[str, ...], st
         if re.fullmatch(rf"(?:man|woman|person) +{hair} *", words):
             words, qualities = words.replace(hair, ""), [*qualities, hair]
     words = " ".join(words.split())
+    if not words:  # a swatch of a skin tone alone
+        return ", ".join(qualities)
     people = re.match(r"(family|kiss|couple with heart) ((?:(?:man|woman|person|boy|girl|adult|child) ?)+)$", words)
     if people:
         words, qualities = people[1], [*people[2].split(), *qualities]

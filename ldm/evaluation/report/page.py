@@ -21,7 +21,7 @@ from PIL import Image
 from ldm.data.batches import spread
 from ldm.evaluation.provenance import RUN_FILE
 from ldm.evaluation.report.charts import report_charts
-from ldm.evaluation.report.text import by_guidance, kinds_of, number, percent, sampling, signed
+from ldm.evaluation.report.text import by_guidance, kinds_of, number, percent, sampling, seed_results, signed
 
 FILE = "evaluation.json"
 PAGE = "report.html"
@@ -89,6 +89,8 @@ def view(out: Path, redact: Callable[[Any], Any] = lambda tree: tree) -> dict[st
         "rebuilt": [pictures[i] for i in spread(len(pictures), ROW) if "reconstructed" in pictures[i]],
         "charts": report_charts(report, run, nll),
         "picture": lru_cache(None)(lambda name: inline_picture(out / name)),
+        "seeds": seed_results(report),
+        "seed_rows": seed_rows(report),
         "sweep_rows": by_guidance(report["sweep"]["rows"]) if "sweep" in report else {},
         "small": report["model"]["size"] <= SMALL,
         "heat": heat,
@@ -118,6 +120,18 @@ def galleries(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for kind, found in kinds.items()
         if found
     }
+
+
+def seed_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Some prompts with a few of their seeds: spread evenly, not selected."""
+    if "seeds" not in report:
+        return []
+    found = report["seeds"]
+    each = len(found["pictures"]) // len(found["captions"])
+    return [
+        {"caption": found["captions"][i], "pictures": found["pictures"][i * each : i * each + min(each, ROW)]}
+        for i in spread(len(found["captions"]), GALLERY // 2)
+    ]
 
 
 def inline_picture(path: Path) -> str:

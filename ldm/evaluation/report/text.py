@@ -46,6 +46,11 @@ def recall_text(recall: dict[str, Any]) -> str:
     return ", ".join([*tops, f"n {recall['top1']['n']}"])
 
 
+def seed_results(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results over several seeds, by feature extractor."""
+    return {space["name"]: report["seeds"][space["name"]] for space in report["spaces"] if "seeds" in report}
+
+
 def kinds_of(recall: dict[str, Any]) -> list[str]:
     """The kinds of prompts that a recall has parts for."""
     return [name for name, found in recall.items() if isinstance(found, dict) and "top1" in found and "chance" in found]
@@ -86,6 +91,17 @@ def summary(report: dict[str, Any]) -> str:
             lines.append(
                 f"memorization, {extractor}, {SPLITS[name]}: {found['verdict']}; near-copies "
                 f"{percent(near['drawn']['value'])}, of held-out pictures {percent(near['heldout']['value'])}"
+            )
+    for extractor, found in seed_results(report).items():
+        lines.append(
+            f"{found['seeds']} seeds of {found['prompts']} prompts, {extractor}: {recall_text(found['recall'])}"
+        )
+        lines.append(f"  every seed a top-1 hit: {with_interval(found['reliability'], percent)} of the prompts")
+        if "coverage" in found:
+            coverage = found["coverage"]
+            lines.append(
+                f"  pictures of a caption that seeds cover: {with_interval(coverage, percent)}; an even choice "
+                f"{percent(coverage['of_even_choice'])}, n {coverage['n']}"
             )
     if "sweep" in report:
         best = report["sweep"]["best"]
