@@ -10,6 +10,7 @@ doctor.py    can this recipe train here?
 train.py     train, or resume
 sample.py    generate pictures
 evaluate.py  measure a model
+compare.py   two models or settings on the same captions and noise
 export.py    a folder of half the size
 push.py      to the Hub
 app.py       the page
