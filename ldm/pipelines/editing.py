@@ -64,6 +64,8 @@ class Edit:
     def timesteps(self, scheduler: Any, timesteps: Tensor, count: int) -> tuple[Tensor, int]:
         """The last of a scheduler's timesteps, `strength` of them, and the number of sampling steps; as stock's."""
         begin = (count - min(int(count * self.strength), count)) * scheduler.order
+        if begin >= len(timesteps):  # stock counts the timesteps that a call names, not the steps they make
+            raise ValueError(f"strength: {self.strength} leaves none of the {len(timesteps)} timesteps; raise it")
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         return timesteps[begin:], count - begin // scheduler.order
@@ -80,6 +82,7 @@ class Edit:
         """Latents and noise [B,C,h,w] => x_t to start from, and what puts the part to keep back after each step."""
         if self.mask is None:
             return scheduler.add_noise(x0, noise, timesteps[:1].repeat(len(x0))), None
+        x0 = x0.contiguous()  # as stock lays them out here: kernels round by layout
         if has_posterior(vae):  # stock also encodes the picture without its masked part; samplers' noise comes after
             for generator in generators:
                 randn_tensor((1, *x0.shape[1:]), generator=generator, device=x0.device, dtype=vae.dtype)
@@ -200,7 +203,7 @@ def _pictures(image: Any) -> list[Any]:
             raise ValueError(f"image: {error}") from None
     if not isinstance(image, Tensor | np.ndarray):
         raise ValueError(f"image: expected a PIL picture, an array, a tensor or a list, got {type(image).__name__}")
-    values = torch.as_tensor(image)
+    values = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
     batch = values[None] if values.ndim == 3 else values
     if isinstance(image, np.ndarray) and batch.ndim == 4:
         batch = batch.permute(0, 3, 1, 2)  # [B,H,W,3] => [B,3,H,W]
@@ -223,7 +226,7 @@ def _mask(mask_image: Any, image: Any, source: Tensor, factor: int) -> Tensor:
     """Masks of the pictures' size => bool [1 or N,1,H,W] of the result's size, resized as stock does."""
     listed = list(mask_image) if isinstance(mask_image, list | tuple) else [mask_image]
     if len(listed) not in (1, len(source)):
-        raise ValueError(f"mask_image: expected 1 or {len(source)}, one for each image, got {len(listed)}")
+        raise ValueError(f"mask_image: expected one for all or one per picture ({len(source)}), got {len(listed)}")
     first = image[0] if isinstance(image, list | tuple) else image
     size = _size(_pictures(first)[0])
     masks = []
