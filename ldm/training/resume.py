@@ -55,6 +55,7 @@ _LDM = (
     "unet.",
     "optim.",
     "data.condition_column",
+    "data.inpaint",
     "loop.steps",
     "loop.half_size_steps",
     "loop.batch_size",
