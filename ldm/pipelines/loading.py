@@ -32,7 +32,7 @@ from ldm.data.labels import Labels
 from ldm.inference.defaults import FILE as DEFAULTS_FILE
 from ldm.inference.defaults import Defaults
 from ldm.models.loading import load_networks, loading
-from ldm.models.lora import require_peft
+from ldm.models.lora import WEIGHTS, require_peft
 from ldm.models.lora_files import FINDING, OtherBaseWarning, check_fits, find_lora, read_lora
 from ldm.models.safety import check_index, check_model_folder, read_json
 from ldm.models.text_encoder import TextEncoder
@@ -282,6 +282,8 @@ def find_pipeline(name: str | PathLike[str], **options: Any) -> Path:
         return folder
     if len(folder.parts) != 2 or folder.is_absolute() or folder.parent.exists():
         hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline/model_index.json").exists() else ""
+        if any((folder / place).exists() for place in (WEIGHTS, f"lora/{WEIGHTS}")):
+            hint = "; it holds a LoRA: name its base, and this with --lora or load_lora_weights"
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
     from huggingface_hub import hf_hub_download
 

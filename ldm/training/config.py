@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.models.classifier import ClassifierConfig
+from ldm.models.lora import LoRAConfig
 from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
@@ -292,6 +293,7 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
