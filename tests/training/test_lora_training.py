@@ -14,6 +14,7 @@ import road
 import tiny
 import torch
 from accelerate import Accelerator
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 
 from ldm.cli.main import main
@@ -69,8 +70,10 @@ def test_a_stopped_run_ends_as_one_that_was_not_and_stock_loads_it(
     def export(task: LoRA, step: int) -> Any:
         with task.evaluating() as module:
             networks = networks_of(module)
-            pipeline = diffusers.StableDiffusionPipeline.from_pretrained(home / base, **networks)
-            kept["picture"] = picture(pipeline)
+            kernels = dict(networks["unet"].attn_processors)
+            networks["unet"].set_attn_processor(AttnProcessor2_0())  # as stock computes
+            kept["picture"] = picture(diffusers.StableDiffusionPipeline.from_pretrained(home / base, **networks))
+            networks["unet"].set_attn_processor(kernels)
         return real(task, step)
 
     monkeypatch.setattr(LoRA, "export", export)
