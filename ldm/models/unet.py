@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -129,6 +130,30 @@ def build_unet(
         resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
         num_class_embeds=classes or None,
     )
+
+
+def described(stock: Mapping[str, Any]) -> dict[str, Any]:
+    """A stock U-Net's config => the fields of UNetConfig that say the same; left out are those of which none does."""
+    widths, layers, depth = (
+        stock[key] for key in ("block_out_channels", "layers_per_block", "transformer_layers_per_block")
+    )
+    blocks = stock["down_block_types"]
+    found: dict[str, Any] = {
+        "channels": tuple(widths),
+        "attention": tuple("Attn" in block for block in blocks),
+        "scale_shift": stock["resnet_time_scale_shift"] == "scale_shift",
+        "residual_resampling": any(block in (RESIDUAL.down, RESIDUAL.attending_down) for block in blocks),
+    }
+    found |= {"layers": layers} if isinstance(layers, int) else {}
+    found |= {"transformer_layers": depth} if isinstance(depth, int) else {}
+    given = stock["num_attention_heads"] or stock["attention_head_dim"]
+    numbers = tuple(given) if isinstance(given, list | tuple) else (given,) * len(widths)
+    stock_blocks = stock["mid_block_type"] == STOCK.mid
+    heads = numbers if stock_blocks else tuple(width // one for width, one in zip(widths, numbers, strict=True))
+    for size in sorted({width // number for width, number in zip(widths, heads, strict=True)}, reverse=True):
+        if tuple(max(1, width // size) for width in widths) == heads:
+            return found | {"head_channels": size}
+    return found
 
 
 def without_variance(weights: dict[str, Tensor], latent_channels: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ stock diffusers (whose pipelines know a scalar `scaling_factor` and nothing else
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,29 @@ def encode(vae: Any, pixels: Tensor, device: torch.device | None = None) -> Post
         stds.append(std.float())
     scale = vae.config.scaling_factor
     return Posterior(torch.cat(means) * scale, torch.cat(stds) * scale)
+
+
+def sample_posterior(
+    vae: Any, pixels: Tensor, generators: Sequence[torch.Generator | None], device: torch.device | None = None
+) -> Tensor:
+    """pixels [N,3,H,W] in [-1,1] => scaled latents [B,C,H/f,W/f], one sample for each of B generators, stock's bits.
+
+    Pictures are encoded one by one, as StableDiffusionImg2ImgPipeline encodes them for a list of generators. Each of
+    the N has B / N generators in a row; None samples from torch's own.
+    """
+    encoded = [vae.encode(one.to(device or vae.device, vae.dtype)) for one in pixels.split(1)]
+    copies = len(generators) // len(encoded)
+    raw_latents = [
+        encoded[i // copies].latent_dist.sample(generator) if has_posterior(vae) else encoded[i // copies].latents
+        for i, generator in enumerate(generators)
+    ]
+    scaled: Tensor = vae.config.scaling_factor * torch.cat(raw_latents)
+    return scaled
+
+
+def has_posterior(vae: Any) -> bool:
+    """Whether it encodes to a distribution: AutoencoderTiny encodes to latents."""
+    return hasattr(vae, "quant_conv")
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:

@@ -75,7 +75,9 @@ def check_inputs(pipe: Any, height: int, width: int, **given: Any) -> Inputs:
     class_ids = known_classes(names if pipe.labels is not None or not targets else [None], pipe.labels)
     conditions = known_conditions(given["condition"], pipe.condition_channels, height, width)
     lengths = (1 if embeds is None else len(embeds), len(prompts), len(class_ids), len(targets), len(conditions))
-    batch = max(1, *lengths)
+    batch = max(given["sources"], *lengths)
+    if given["sources"] not in (1, batch):
+        raise ValueError(f"image: expected 1 or {batch}, one for each prompt, got {given['sources']}")
     images = batch * given["num_images_per_prompt"]
     latents = given["latents"]
     if latents is not None and (latents.ndim != 4 or len(latents) != images):

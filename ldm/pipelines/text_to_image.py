@@ -3,12 +3,12 @@
     prompt -> encode_prompt -> context --+
     class_label -> class id -------------+-> UNetDenoiser --+
     condition -> vae.encode -> channels -+                  +-> sampling.sample -> decoding.decode -> pictures
-    seed -> noise -> x_T -----------------------------------+
+    seed -> noise -> x_T, or image under noise -> x_t ------+
 
 It is a stock StableDiffusionPipeline in what surrounds the loop: loading and saving, LoRA and textual-inversion
 loaders, devices, offloading, callbacks. The loop is ours (`ldm.inference.sampling`). With the same words it makes the
 same picture as stock diffusers, bit for bit. Beyond that it has arguments for classes, second pictures, guidance by a
-classifier or a weaker model, samplers by name, and a seed for each picture.
+classifier or a weaker model, samplers by name, a seed for each picture, and pictures to change (`editing`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from ldm.inference.sampling import sample
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, UNetDenoiser
 from ldm.pipelines.conditions import ConditionedPipeline
+from ldm.pipelines.editing import check_edit
 from ldm.pipelines.inputs import Inputs, check_inputs, check_known
 from ldm.system.devices import best_device
 
@@ -100,9 +101,13 @@ class LDMPipeline(ConditionedPipeline):
         classifier: NoisyClassifier | None = None,
         classifier_scale: float = 1.0,
         weak_unet: Any = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        expand: Sequence[int] | None = None,
         **unknown: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
-        """Generate pictures.
+        """Generate pictures, or change some.
 
         The arguments before `seed` are those of StableDiffusionPipeline, in its order and with its meaning. A call that
         names neither steps nor guidance takes the model's `defaults`, as a set; else what it leaves out is as in stock
@@ -110,7 +115,8 @@ class LDMPipeline(ConditionedPipeline):
 
         Args:
             prompt: one prompt, or a list; for a model with text.
-            height, width: in pixels; by default the size the model was trained at.
+            height, width: in pixels; by default the size the model was trained at, or that of `image`, rounded down to
+                multiples of the VAE's factor.
             num_inference_steps: sampling steps, from 1 to the number of timesteps of the training.
             timesteps, sigmas: the steps themselves, for schedulers that take them.
             guidance_scale: of classifier-free guidance (Ho & Salimans 2022); up to 1 is off.
@@ -118,7 +124,7 @@ class LDMPipeline(ConditionedPipeline):
             num_images_per_prompt: pictures of each prompt; they follow each other in the result.
             eta: of DDIM, from 0 (no noise) to 1.
             generator: one per picture, or a single one: picture 0 takes it, and picture i starts from its seed + i.
-            latents: the noise to start from, float [B,C,h,w], before the scheduler scales it.
+            latents: the noise to start from, or to put on `image`: float [B,C,h,w], before the scheduler scales it.
             prompt_embeds, negative_prompt_embeds: context [B,L,D] in place of prompts.
             output_type: pil, np [B,H,W,3] in [0,1], pt [B,3,H,W] in [0,1], or latent [B,C,h,w].
             guidance_rescale: restores the deviation that guidance changes (Lin et al. 2024); from 0 (off) to 1.
@@ -136,6 +142,13 @@ class LDMPipeline(ConditionedPipeline):
             classifier_scale: of that guidance; 0 is off.
             weak_unet: a weaker U-Net of the same shape, such as an early checkpoint's: `guidance_scale` then moves away
                 from its prediction (autoguidance, Karras et al. 2024) instead of the negative prompt's.
+            image: the picture to change, for all or one each: PIL, of any mode; an array [H,W,3] or [B,H,W,3], a tensor
+                [3,H,W] or [B,3,H,W], uint8 or in [0,1]; or latents [B,C,h,w].
+            mask_image: where it is to be new (white); elsewhere the result has the picture's own pixels, to the bit in
+                8 bits, or its own latents. Of the picture's size; a PIL picture, an array or tensor [H,W], or one each.
+            strength: how much of `image` is noised away, above 0, up to 1; that part of the steps is taken. By default
+                0.8, and 1 with mask_image or expand, as in stock.
+            expand: pixels to add to `image` (left, top, right, bottom), multiples of the VAE's factor.
         Returns:
             `.images`, a list of PIL pictures or an array, by `output_type`.
         Raises:
@@ -147,7 +160,13 @@ class LDMPipeline(ConditionedPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         steps = len(timesteps or sigmas or ()) or num_inference_steps
         settings = self.defaults.resolve(steps, guidance_scale, guidance_interval)
-        height, width = self.edge("height", height), self.edge("width", width)
+        edit = check_edit(
+            self, image, mask_image, strength, expand, height, width, steps or settings.num_inference_steps
+        )
+        if edit is None:
+            height, width = self.edge("height", height), self.edge("width", width)
+        else:
+            height, width = edit.height, edit.width
         inputs = check_inputs(
             self, height, width, prompt=prompt, negative_prompt=negative_prompt, class_label=class_label,
             condition=condition, classifier=classifier, classifier_scale=classifier_scale, seed=seed,
@@ -157,6 +176,7 @@ class LDMPipeline(ConditionedPipeline):
             sigmas=sigmas, ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds,
             output_type=output_type, cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip,
             guidance_rescale=guidance_rescale, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            sources=1 if edit is None else len(edit.source),
         )  # fmt: skip
         if sampler is not None:
             check_sampler("sampler", sampler)
@@ -185,12 +205,20 @@ class LDMPipeline(ConditionedPipeline):
 
         # noise, and the levels that it goes through
         timestep_list, count = retrieve_timesteps(scheduler, settings.num_inference_steps, device, timesteps, sigmas)
+        clean = None
+        generators: Sequence[torch.Generator | None] = inputs.generators or [None] * inputs.images
+        if edit is not None:
+            timestep_list, count = edit.timesteps(scheduler, timestep_list, count)
+            clean = edit.latents(self.vae, generators, device).to(dtype)
         self._num_timesteps = len(timestep_list)
         if latents is None:
             edges = (edge // self.vae_scale_factor for edge in (height, width))
             shape = (inputs.images, self.unet.config.out_channels, *edges)
             latents = randn_tensor(shape, generator=inputs.generators, device=device, dtype=dtype)
-        x = latents.to(device) * scheduler.init_noise_sigma  # x_T
+        noise = latents.to(device)
+        x, put_back = noise * scheduler.init_noise_sigma, None  # x_T
+        if edit is not None and clean is not None:
+            x, put_back = edit.start(clean, noise, scheduler, timestep_list, self.vae, generators)  # x_t
 
         guidance = Guidance(
             self.scheduler.config.num_train_timesteps,
@@ -205,6 +233,8 @@ class LDMPipeline(ConditionedPipeline):
         with self.progress_bar(total=count) as bar:
 
             def on_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
+                if put_back is not None:
+                    x = put_back(x, i)
                 if callback_on_step_end is not None:
                     x = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, x, denoiser)
                     guidance.scale = self._guidance_scale if self.do_classifier_free_guidance else 1.0
@@ -221,6 +251,7 @@ class LDMPipeline(ConditionedPipeline):
         if output_type != "latent":
             compute = None if self.engine is None else self.engine.decoder(self)
             images = decode(self.vae, x, inputs.generators, compute)
+            images = images if edit is None else edit.composite(images)
         images, flagged = self._checked(images, output_type, device, dtype)
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -330,11 +361,22 @@ class LDMPipeline(ConditionedPipeline):
             size = self.unet.config.sample_size
             return int((size if isinstance(size, int) else size[0 if name == "height" else 1]) * self.vae_scale_factor)
         step = math.lcm(8, self.vae_scale_factor)  # stock pipelines require eights
-        deepest = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        smallest = -(-deepest // step) * step
+        smallest = -(-self._least_edge // step) * step
         if not isinstance(pixels, Integral) or pixels % step or not smallest <= pixels <= MAX_EDGE:
             raise ValueError(f"{name}: expected a multiple of {step} from {smallest} to {MAX_EDGE}, got {pixels!r}")
         return int(pixels)
+
+    def check_edges(self, name: str, height: int, width: int) -> None:
+        """Raise a ValueError unless the networks can generate this size, which a picture has."""
+        if not all(self._least_edge <= pixels <= MAX_EDGE for pixels in (height, width)):
+            raise ValueError(
+                f"{name}: expected edges from {self._least_edge} to {MAX_EDGE} pixels, got {width} x {height}"
+            )
+
+    @property
+    def _least_edge(self) -> int:
+        """Pixels along an edge that leave one value at the U-Net's deepest level."""
+        return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
 
 def _towards(

@@ -276,6 +276,8 @@ class Config:
     Attributes:
         run: the folder that everything is written to: vae/, classifier/, checkpoints/, samples/, pipeline/, log.jsonl.
         seed: of every random number.
+        init: the model that the U-Net's training starts from, as a folder of a Stable Diffusion pipeline or a Hub id;
+            null means random weights. VAE, text encoder, U-Net, noise schedule and prediction type are the model's.
         vae: a pretrained VAE, as a folder or a Hub id; null means the one that `ldm train vae` saves in RUN/vae.
         vae_model: the autoencoder that `ldm train vae` builds.
         classifier: the classifier that `ldm train classifier` builds.
@@ -285,6 +287,7 @@ class Config:
 
     run: str = "runs/ldm"
     seed: int = 0
+    init: str | None = None
     vae: str | None = None
     doctor: bool = True
     data: DataConfig = field(default_factory=DataConfig)
@@ -302,8 +305,9 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", typed_path(self.run))
-        if self.vae is not None:
-            object.__setattr__(self, "vae", os.path.expanduser(self.vae))
+        for name in ("init", "vae"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         check("seed", self.seed, at_least=0)
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(

@@ -6,6 +6,7 @@ Hashes of weights are remembered by the stamps of their files (facts.py), so a r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from ldm.data.dataset import CaptionedPictures
 from ldm.models.fingerprint import fingerprint, tokenizer_facts
-from ldm.models.text_encoder import TextEncoder, find_text_encoder
+from ldm.models.text_encoder import TextConfig, TextEncoder, find_text_encoder, tokenizer_folder
 from ldm.models.vae import find_vae, load_vae, normalize
 from ldm.system.memory import give_back
 from ldm.training.config import Config
 from ldm.training.distributed import Tick, on_rank_0
 from ldm.training.encoders import Encoders, for_encoding, network_of
 from ldm.training.facts import RunFacts, folder_stamp, stamp
+from ldm.training.initial_model import find_init
 from ldm.training.normalization import MEASURED, Scale, measure_captions, measure_latents
 
 E = TypeVar("E")
@@ -66,6 +68,11 @@ class Source(ABC, Generic[E]):
         """Of its files."""
 
     @property
+    def folders(self) -> list[Path]:
+        """All that hold its files."""
+        return [self.folder]
+
+    @property
     @abstractmethod
     def scaled(self) -> bool:
         """Whether it is measured and scaled."""
@@ -93,8 +100,9 @@ class Source(ABC, Generic[E]):
     @cached_property
     def stamp(self) -> str:
         """Of its files and of what reading them depends on."""
-        files = folder_stamp(self.folder)
-        return files and stamp(files, self.config.text.max_length if self.name == "text" else None)
+        files = [folder_stamp(folder) for folder in self.folders]
+        length = self.config.text.max_length if self.name == "text" else None
+        return stamp(*files, length) if all(files) else ""
 
     @cached_property
     def known_weights(self) -> str | None:
@@ -156,13 +164,15 @@ class Source(ABC, Generic[E]):
 
 
 class VAESource(Source[Any]):
-    """The VAE in RUN/vae, which speaks latents of unit variance, or the config's `vae`, which is measured."""
+    """The VAE in RUN/vae, which speaks latents of unit variance, the config's `vae`, which is measured, or init's."""
 
     name, key, scale_file = "vae", "vae", "vae_scale.json"
 
     @cached_property
     def folder(self) -> Path:
         trained = Path(self.config.run) / "vae"
+        if self.config.init is not None:
+            return find_vae(find_init(self.config.init))
         if self.config.vae is not None:
             return find_vae(self.config.vae)
         if (trained / "config.json").exists():
@@ -174,7 +184,7 @@ class VAESource(Source[Any]):
 
     @property
     def scaled(self) -> bool:
-        return self.config.vae is not None
+        return self.config.vae is not None and self.config.init is None  # whose U-Net knows its latents as they are
 
     def read(self, *, weights: bool = True) -> Any:
         return load_vae(self.folder, weights=weights)
@@ -194,20 +204,30 @@ class VAESource(Source[Any]):
 
 
 class TextSource(Source[TextEncoder]):
-    """The config's text encoder, standardized with text.standardize."""
+    """The config's text encoder, standardized with text.standardize, or init's."""
 
     name, key, scale_file = "text", "text.encoder", "text_scale.json"
 
     @cached_property
     def folder(self) -> Path:
-        return find_text_encoder(self.config.text.encoder or "")
+        return find_text_encoder(self.text.encoder or "")
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.folder, tokenizer_folder(self.folder)]
+
+    @property
+    def text(self) -> TextConfig:
+        """The config's section, with init's folder as the encoder where it is init's."""
+        text, init = self.config.text, self.config.init
+        return text if init is None else replace(text, encoder=str(find_init(init)))
 
     @property
     def scaled(self) -> bool:
         return self.config.text.standardize
 
     def read(self, *, weights: bool = True) -> TextEncoder:
-        return TextEncoder.load(self.config.text, weights=weights)
+        return TextEncoder.load(self.text, weights=weights)
 
     def hash(self, encoder: TextEncoder) -> str:
         return fingerprint(encoder.model, tokenizer_facts(encoder.tokenizer))

@@ -81,11 +81,12 @@ UNREAD = {
 #: Values that versions before a key had in effect, where that isn't today's default.
 BEFORE = {"text.standardize": False}
 ABSENT = "(absent)"
-PATHS = ("run", "vae", "data.source", "data.cache", "text.encoder")
+PATHS = ("run", "init", "vae", "data.source", "data.cache", "text.encoder")
 #: What a change of something that is not in the config means.
 MEANING = {
     "data": " (pictures, captions, classes or their order)",
     "encoders": " (weights or scale of the VAE or the text encoder)",
+    "init_weights": " (of the U-Net that init names)",
 }
 
 

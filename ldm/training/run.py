@@ -28,6 +28,7 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.checkpoint import has_begun
     from ldm.training.distributed import build_accelerator
     from ldm.training.doctor.examine import before_first_step
+    from ldm.training.initial_model import resolved
     from ldm.training.sizes import check_sizes
     from ldm.training.task import Task
     from ldm.training.tasks.autoencoder import Autoencoder
@@ -36,6 +37,7 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.tasks.lora import LoRA
     from ldm.training.trainer import Trainer
 
+    config = resolved(config, task)
     check_sizes(config, task)
     accelerator, data = build_accelerator(config.loop), config.data
     main, facts = accelerator.is_main_process, config.facts_folder()

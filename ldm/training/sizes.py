@@ -9,6 +9,7 @@ from pathlib import Path
 from ldm.models.safety import read_json
 from ldm.models.vae import find_vae
 from ldm.training.config import Config
+from ldm.training.initial_model import InitialModel, find_init
 
 
 def check_sizes(config: Config, task: str) -> None:
@@ -19,10 +20,11 @@ def check_sizes(config: Config, task: str) -> None:
     Raises:
         ValueError: naming each key that data.size does not fit, and sizes that fit all of them.
     """
+    initial = InitialModel.of(config)
     downsampling = vae_downsampling(config, task)
     size, need, problems = config.data.size, downsampling, []
     if size % need:
-        key = "vae_model.channels" if task == "vae" or config.vae is None else "vae"
+        key = "init" if initial else "vae_model.channels" if task == "vae" or config.vae is None else "vae"
         problems.append(f"the VAE's {downsampling.bit_length()} levels need a multiple of {need} ({key})")
     if task == "classifier":
         levels = len(config.classifier.channels)
@@ -31,10 +33,12 @@ def check_sizes(config: Config, task: str) -> None:
             problems.append(f"the classifier's {levels} levels need at least {least} (classifier.channels)")
             need = least
     else:
-        levels = len(config.unet.channels)
+        levels = len(initial.unet["block_out_channels"] if initial else config.unet.channels)
         need *= 2 ** (levels - 1)
         if size % need:
-            problems.append(f"the U-Net's {levels} levels need a multiple of {need} (unet.channels)")
+            problems.append(
+                f"the U-Net's {levels} levels need a multiple of {need} ({'init' if initial else 'unet.channels'})"
+            )
         if config.loop.half_size_steps:
             need *= 2
             if size % need:
@@ -54,7 +58,8 @@ def vae_downsampling(config: Config, task: str) -> int:
     if task == "vae" or (config.vae is None and not (trained / "config.json").exists()):
         levels: Sequence[int] = config.vae_model.channels
     else:
-        facts = read_json(find_vae(config.vae or trained) / "config.json")
+        found_in = find_init(config.init) if config.init is not None else config.vae or trained
+        facts = read_json(find_vae(found_in) / "config.json")
         found = facts.get("block_out_channels") or facts.get("decoder_block_out_channels")
         levels = found if isinstance(found, list) else (1,)  # loading it says what is wrong
     return 2 ** (len(levels) - 1)

@@ -29,8 +29,9 @@ from ldm.training.doctor.findings import Finding, report
 from ldm.training.doctor.resources import disk
 from ldm.training.doctor.trial import FEW, trial_numbers, try_steps
 from ldm.training.encoder_report import report_captions, report_reconstruction
-from ldm.training.encoder_sources import VAESource
+from ldm.training.encoder_sources import TextSource, VAESource
 from ldm.training.encoders import Encoders
+from ldm.training.initial_model import InitialModel, resolved
 from ldm.training.normalization import (
     MEASURED,
     check_scale,
@@ -77,6 +78,7 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def _examine(config: Config) -> Iterator[Finding]:
+    config = resolved(config, "ldm")
     check_sizes(config, "ldm")
     pictures = read_captioned(config.data.source, **config.data.reading())
     require_training(pictures)
@@ -97,7 +99,8 @@ def _examine(config: Config) -> Iterator[Finding]:
     vae_scale: tuple[Tensor, Tensor] | None = None
 
     def load_text() -> TextEncoder:
-        text = TextEncoder.load(config.text, device)
+        text = TextSource(config, device).read()
+        text.model.to(device)
         if text_scale is not None:
             text.standardize(*text_scale)
         return text
@@ -109,6 +112,9 @@ def _examine(config: Config) -> Iterator[Finding]:
             text_scale = measure_captions(text, pictures.train)
         del text
 
+    initial = InitialModel.of(config)
+    if initial:
+        source = initial.with_its_labels(source)
     unlearned = config.vae is None and not (Path(config.run) / "vae/config.json").exists()
 
     def load_the_vae() -> Any:
@@ -126,11 +132,12 @@ def _examine(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "VAE", f"there is none in {config.run}/vae yet: train/train_vae.py comes first; what "
                       "follows is measured with one that has learned nothing")  # fmt: skip
         yield from try_out(Autoencoder(config, accelerator, pictures))
-    if unlearned or config.vae is not None:
+    if unlearned or (config.vae is not None and not initial):
         vae_scale = measure_latents(vae, pictures.train, size, MEASURED)
         normalize(vae, *vae_scale)
     if not unlearned:
-        check_scale(vae, pictures.train, size)
+        if not initial:
+            check_scale(vae, pictures.train, size)
         mean, message = report_reconstruction(vae, pictures, size)
         far = "; that is low: raise vae_training.steps or vae_model.latent_channels"
         yield Finding("ok", "VAE", message) if mean >= BLURRED else Finding("warning", "VAE", message + far)

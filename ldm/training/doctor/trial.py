@@ -73,7 +73,8 @@ def try_steps(task: Task, batches: list[list[Any]], few: list[Any]) -> list[Find
         ]
         accelerator.free_memory()
         losses = [loss for loss, _ in losses_and_seconds(at_peak(plain, section), [few] * OVERFIT)]
-        found.append(learning(losses, f"{name} learning", f"{section}.lr", task.recipe.lr))
+        share = FALLS if config.init is None else 1.0  # a trained network has less to learn, at a lower rate
+        found.append(learning(losses, f"{name} learning", f"{section}.lr", task.recipe.lr, share))
     except torch.OutOfMemoryError as error:
         message = f"{str(error).splitlines()[0]}; {_smaller(section)}"
         found.append(Finding("problem", f"{name} memory", message))
@@ -94,14 +95,14 @@ def at_peak(config: Config, section: str) -> Config:
     return replace(config, **{section: replace(recipe, steps=FOREVER)})
 
 
-def learning(losses: list[float], check: str, key: str, rate: float) -> Finding:
-    """Whether the losses of one batch, taken again and again, fall."""
+def learning(losses: list[float], check: str, key: str, rate: float, share: float = FALLS) -> Finding:
+    """Whether the losses of one batch, taken again and again, fall to this share of the first."""
     first, last = losses[0], min(losses[-5:])
     message = f"on one batch the loss goes from {first:.3g} to {last:.3g} in {len(losses)} steps"
-    if last <= FALLS * first:
+    if last <= share * first:
         return Finding("ok", check, message)
     way_out = "higher" if last <= 1.05 * first else "lower"
-    return Finding("problem", check, f"{message}; expected at most {FALLS:.0%} of the first: set {key} {way_out} than "
+    return Finding("problem", check, f"{message}; expected at most {share:.0%} of the first: set {key} {way_out} than "
                    f"{rate:g}")  # fmt: skip
 
 

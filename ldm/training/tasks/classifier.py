@@ -34,9 +34,9 @@ from ldm.training.distributed import Tick, encoding_dtype
 from ldm.training.encoder_sources import build_encoders
 from ldm.training.encoders import Encoders
 from ldm.training.export import check_weights, export, loadable
+from ldm.training.initial_model import schedule_of
 from ldm.training.latent_cache import build_cache, encode_once
 from ldm.training.normalization import check_scale
-from ldm.training.objective import build_schedule
 from ldm.training.randomness import generator, row_of
 from ldm.training.task import Recipe, Task
 from ldm.training.train_state import whole_weights
@@ -107,7 +107,7 @@ class Classifier(Task):
     def __post_init__(self) -> None:
         config, ids = self.config, self.labels.ids(self.pictures.train)
         self.latent_shape = latent_shape(self.encoders.vae_outline, config.data.size)
-        self.schedule = build_schedule(config.diffusion)
+        self.schedule = schedule_of(config)
         self.samples = LabeledSamples(
             self.pictures.train, ids, config.data, config.seed, self.schedule.T, self.latent_shape, None
         )
@@ -127,7 +127,7 @@ class Classifier(Task):
         )
         device, dtype = accelerator.device, encoding_dtype(accelerator)
         encoders = build_encoders(config, pictures.train, device, dtype, text=False)
-        if not has_begun(config.run, cls.name):
+        if not has_begun(config.run, cls.name) and config.init is None:
             check_scale(encoders.vae, pictures.train, config.data.size)
         return cls(config, accelerator, pictures, labels, encoders)
 

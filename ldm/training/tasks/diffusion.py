@@ -45,6 +45,7 @@ from ldm.training.encoder_sources import build_encoders
 from ldm.training.encoders import Encoders
 from ldm.training.export import export, quiet, save_frozen, write_pipeline
 from ldm.training.facts import RunFacts, stamp, written_stamp
+from ldm.training.initial_model import InitialModel
 from ldm.training.latent_cache import build_cache, cache_bytes
 from ldm.training.normalization import check_scale
 from ldm.training.objective import build_objective, build_schedule, build_timesteps
@@ -78,7 +79,8 @@ class Diffusion(Task):
 
     def __post_init__(self) -> None:
         config = self.config
-        self.schedule = build_schedule(config.diffusion)
+        self.initial = InitialModel.of(config)
+        self.schedule = self.initial.schedule if self.initial else build_schedule(config.diffusion)
         self.timesteps = build_timesteps(config.diffusion)
         self.objective = build_objective(config.diffusion, self.schedule)
         if self.encoders is not None and self.source is not None:
@@ -93,6 +95,9 @@ class Diffusion(Task):
         source = ConditionedPictures.read(
             pictures, data.label_column, data.condition_column, facts=facts, progress=main
         )
+        initial = InitialModel.of(config)
+        if initial:
+            source = initial.with_its_labels(source)
         encoders = build_encoders(config, pictures.train, device, dtype)
         text = encoders.text_outline
         if text:
@@ -100,7 +105,10 @@ class Diffusion(Task):
         if not has_begun(config.run, cls.name):
             if text:
                 accelerator.print(report_captions(text, pictures))
-            check_scale(encoders.vae, pictures.train, data.size)
+            if initial:
+                accelerator.print(f"init: starting from {config.init}, which predicts {initial.prediction}")
+            else:
+                check_scale(encoders.vae, pictures.train, data.size)
             accelerator.print(report_reconstruction(encoders.vae, pictures, data.size)[1])
         return cls(config, accelerator, source, encoders)
 
@@ -112,10 +120,21 @@ class Diffusion(Task):
 
     def build(self) -> None:
         torch.manual_seed(self.config.seed)
-        unet = self.fresh_unet(learned_variance=self.config.diffusion.variance == "learned")
+        unet = self.initial_unet()
         kernel = choose_attention(unet, self.accelerator.device)
         self.details = f", latents {list(self.latent_shape)}, attention by {kernel}"
         self.train(unet)
+
+    def initial_unet(self) -> UNet2DConditionModel:
+        """The U-Net at step 0: init's, or one with random weights."""
+        if self.initial:
+            return self.initial.load_unet(self.latent_shape[1], self.condition_channels, RunFacts(self.config.run))
+        return self.fresh_unet(learned_variance=self.config.diffusion.variance == "learned")
+
+    @property
+    def condition_channels(self) -> int:
+        """Input channels of the U-Net that follow those of x_t."""
+        return self.latent_shape[0] if self.source and self.source.condition_column else 0
 
     def fresh_unet(self, *, learned_variance: bool = False) -> UNet2DConditionModel:
         """A U-Net with random weights."""
@@ -127,7 +146,7 @@ class Diffusion(Task):
             latent_shape=self.latent_shape,
             context_dim=text.dim if text else None,
             classes=len(source.labels.names) + 1 if source.labels else 0,
-            condition_channels=self.latent_shape[0] if source.condition_column else 0,
+            condition_channels=self.condition_channels,
             learned_variance=learned_variance,
         )
 
@@ -194,7 +213,10 @@ class Diffusion(Task):
 
     def frozen_facts(self) -> dict[str, str]:
         identity = self.encoders.identity if self.encoders else None
-        return {"encoders": identity[:16]} if identity else {}
+        facts = {"encoders": identity[:16]} if identity else {}
+        if self.initial:
+            facts["init_weights"] = self.initial.fingerprint(RunFacts(self.config.run))[:16]
+        return facts
 
     def free(self) -> None:
         if self.encoders is not None:
@@ -292,6 +314,8 @@ class Diffusion(Task):
 
     def weightless_unet(self) -> UNet2DConditionModel:
         """The U-Net of pipelines, its weights on the meta device."""
+        if self.initial:
+            return self.initial.weightless_unet(self.latent_shape[1], self.condition_channels).eval()
         with torch.device("meta"):
             return self.fresh_unet().eval()
 
