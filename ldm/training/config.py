@@ -309,6 +309,8 @@ class Config:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         check("seed", self.seed, at_least=0)
+        if self.lora.rank and self.init is None:
+            raise ValueError("lora.rank: adapters stand beside a model; name it with init, or set lora.rank=0")
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(
                 "data.caption_columns: a model that knows text needs captions; name their columns, or set "

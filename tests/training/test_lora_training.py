@@ -42,7 +42,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(home: Path, run: Path, base: str = "bert", **words: Any) -> Config:
     settings = {"init": str(home / base), "run": str(run), **road.OF_INIT, "lora__rank": 2, "lora__alpha": 8}
-    return road.recipe(home, **settings | {"loop__sample_every": 0, "optim__lr": 0.02} | words)
+    return road.recipe(
+        home,
+        **settings
+        | {"loop__sample_every": 0, "loop__checkpoint_every": 6, "loop__evaluate_every": 6, "optim__lr": 0.02}
+        | words,
+    )
 
 
 def picture(pipeline: Any) -> Any:
@@ -56,9 +61,8 @@ def picture(pipeline: Any) -> Any:
     [
         ("bert", {"lora__text_encoder": True, "loop__sample_every": 6, "data__cache": "off"}),
         ("clip", {"lora__text_encoder": True}),
-        ("bert", {"lora__dora": True, "loop__half_size_steps": 3}),
     ],
-    ids=["bert", "clip", "dora"],
+    ids=["bert", "clip"],
 )
 def test_a_stopped_run_ends_as_one_that_was_not_and_stock_loads_it(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, words: dict[str, Any]
@@ -92,7 +96,8 @@ def test_a_stopped_run_ends_as_one_that_was_not_and_stock_loads_it(
         other = tmp_path / "parts/checkpoints/ldm/step_0000006" / file.name
         assert other.read_bytes() == file.read_bytes()
         assert all(".lora_" in name for name in load_file(file)), "a frozen weight was saved"
-    assert (tmp_path / "parts/lora" / WEIGHTS).read_bytes() == (tmp_path / "whole/lora" / WEIGHTS).read_bytes()
+    both = [load_file(tmp_path / run / "lora" / WEIGHTS) for run in ("parts", "whole")]
+    assert both[0].keys() == both[1].keys() and all(torch.equal(both[0][name], both[1][name]) for name in both[0])
     facts = json.loads((tmp_path / "whole/lora/lora.json").read_text("utf-8"))
     assert facts["base"] == base and facts["prompts"] and facts["trigger"] == ""
     assert not (tmp_path / "whole/pipeline").exists() and not (tmp_path / "whole/frozen").exists()
