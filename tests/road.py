@@ -19,6 +19,9 @@ from ldm.training.config import Config, to_dict
 
 ROOT = Path(__file__).parent.parent
 COLORS = {"red": "#d22", "green": "#2a2", "blue": "#24d", "yellow": "#dd2"}
+#: What a recipe leaves to `init`, a pipeline of `tiny.pipeline`.
+OF_INIT = {"vae": "null", "text__encoder": "minilm", "text__max_length": 32, "unet__attention": [True, True],
+           "unet__head_channels": 16}  # fmt: skip
 SHAPES = ("heart", "house", "face", "flag", "garden", "cat")
 
 

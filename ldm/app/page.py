@@ -36,7 +36,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
     height, width = pipeline.edge("height"), pipeline.edge("width")
     small = max(height, width) <= SMALL
     usual, timesteps = pipeline.defaults, pipeline.scheduler.config.num_train_timesteps
-    model = model_sha256(pipeline)
+    model = model_sha256(pipeline, adapters=False)
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
     has_text, has_condition = pipeline.tokenizer is not None, bool(pipeline.condition_channels)
     title = "Generate pictures from text" if has_text else "Generate pictures"

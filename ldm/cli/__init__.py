@@ -5,6 +5,7 @@ parser.py    what their parsers share
 config.py    what people type after a training's name => its config
 recipes.py   recipes by name
 find.py      models by name, by hash, or where they usually are
+lora.py      --lora
 data.py      make and check data sets
 doctor.py    can this recipe train here?
 train.py     train, or resume

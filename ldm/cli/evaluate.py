@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.lora import add_lora_option, load_loras
 from ldm.cli.parser import Command, feature_extractor, path, place
 from ldm.pipelines import import_networks
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_MODEL",
         help="a run, a pipeline folder or a Hub id; none with --fit-net alone",
     )
+    add_lora_option(add)
     add("--data", type=place, metavar="SOURCE", help="captioned pictures (default: what the run was trained on)")
     add("--image-column", help="where a Hub data set has its pictures (default: the run's, or image)")
     add("--caption-columns", nargs="+", metavar="COLUMN", help="the captions (default: the run's, or text)")
@@ -161,6 +163,7 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
     if not len(pictures.heldout):
         raise ValueError(f"--data: {pictures.source} has no held-out pictures; set --holdout as it was in training")
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
+    load_loras(pipeline, arguments.lora)
     found = nll_of_pipeline(pipeline, pictures.heldout, most_strata=arguments.strata, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
     record = {"model": model_sha256(pipeline), **found.to_dict()}
@@ -181,6 +184,7 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
     from ldm.pipelines.text_to_image import LDMPipeline
 
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
+    load_loras(pipeline, arguments.lora)
     model = EvaluatedModel(pipeline, folder)
     extractors = [pixel_extractor(model.size)]
     extractors += [load_extractor(spec, model.size, model.device) for spec in arguments.features]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ldm.cli.lora import add_lora_option, load_loras
 from ldm.cli.parser import Command, path, place
 from ldm.pipelines import import_networks
 
@@ -12,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=place, metavar="RUN_OR_MODEL", help="a run or a pipeline folder")
     add("out", type=path, metavar="FOLDER", help="the folder to make")
+    add_lora_option(add)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -23,7 +25,11 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.sharing.redaction import redact_paths
 
     folder, _, config = find_model(arguments.model)
-    size = export(LDMPipeline.from_pretrained(folder), arguments.out)
+    pipeline = LDMPipeline.from_pretrained(folder)
+    load_loras(pipeline, arguments.lora)
+    if arguments.lora:
+        pipeline.merge_adapters()
+    size = export(pipeline, arguments.out)
     if config:
         config = redact_paths(config, [config.get("run"), config.get("data", {}).get("source")])
     record_run(arguments.out, *run_of(folder), config)  # `ldm evaluate` reports it
@@ -32,7 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "save a model in half the size: fp16 weights, computed in float32",
-    "ldm export runs/demo models/demo",
+    """
+ldm export runs/demo models/demo
+ldm export models/openmoji64 models/noto --lora runs/noto/lora   (a LoRA merged into the model)""",
     add_arguments,
     run,
 )

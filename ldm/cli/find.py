@@ -36,6 +36,7 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
     Raises:
         FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
     """
+    from ldm.models.lora import WEIGHTS
     from ldm.pipelines.loading import find_pipeline
     from ldm.training.checkpoint import checkpoint_folder, checkpoints
 
@@ -45,6 +46,8 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
     elif (path / "model_index.json").exists():
         folder, run = path, path.resolve().parent
     elif path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or path.parent.exists():
+        if (path / "lora" / WEIGHTS).exists():
+            raise FileNotFoundError(f"{path} holds a LoRA; name its base, and this with --lora {path}")
         raise FileNotFoundError(
             f"{path} is neither a run nor a pipeline folder: it has no pipeline/, no model_index.json"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.find import TRAIN_ONE, find_by_hash, load
+from ldm.cli.lora import add_lora_option, load_by_hash, load_loras
 from ldm.cli.parser import PICTURES, Command, folder, path, picture_file, place, positive
 from ldm.inference.defaults import ENGINES, SAMPLERS, STOCK_GUIDANCE_SCALE, STOCK_STEPS
 from ldm.pipelines import import_networks
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURE",
         help="generate a picture again by the settings in its PNG file; options change them",
     )
+    add_lora_option(add)
     add("--seed", type=int, help="of the first picture; picture i has seed + i (default: 0)")
     add("--images-per-prompt", type=positive, metavar="N", help="pictures of each prompt (default: 1)")
     add(
@@ -117,6 +119,10 @@ def run(arguments: argparse.Namespace) -> None:
             made.mkdir(parents=True, exist_ok=True)  # now, not after generating
     if arguments.classifier_scale is not None and arguments.classifier is None:
         raise ValueError("--classifier-scale: there is no --classifier to scale")
+    if arguments.lora and arguments.engine == "openvino":
+        raise ValueError(
+            "--lora: OpenVINO does not support adapters; merge them first: ldm export MODEL FOLDER --lora …"
+        )
     import_networks()
     if arguments.like is None:
         generate(arguments)
@@ -161,6 +167,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from ldm.sharing import png_metadata
 
     pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
+    load_loras(pipeline, arguments.lora)
     if arguments.engine == "openvino":
         pipeline.enable_openvino()
     inputs, count = max(1, len(arguments.prompts), len(arguments.class_label or ())), arguments.images_per_prompt or 1
@@ -171,7 +178,7 @@ def generate(arguments: argparse.Namespace) -> None:
     seed, size = arguments.seed or 0, arguments.batch_size or 16
     model = None
     if arguments.each is not None or inputs * count == 1:  # files that carry their settings, each prompt alone
-        model, size = model_sha256(pipeline), min(size, count)
+        model, size = model_sha256(pipeline, adapters=False), min(size, count)
     captions = [prompt or label or "" for prompt, label in zip(prompts, labels, strict=True) for _ in range(count)]
     parts = list(batches(inputs, count, seed, size))
     pipeline.set_progress_bar_config(disable=len(parts) > 1)
@@ -266,6 +273,10 @@ def generate_again(arguments: argparse.Namespace) -> None:
         extra["classifier_scale"] = wanted.classifier_scale or 1.0
 
     pipeline, model = find_by_hash(arguments.model, wanted.model, wanted.dtype or "float32", engine)
+    if arguments.lora:
+        load_loras(pipeline, arguments.lora)
+    elif wanted.adapters:
+        load_by_hash(pipeline, wanted.adapters, arguments.like)
     if engine == "openvino":
         pipeline.enable_openvino()
     given = settings.arguments() | extra
@@ -288,7 +299,8 @@ ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture 
 ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
 ldm sample runs/demo/pipeline "red heart" "pizza" --each pictures    (a file for each)
 ldm sample --like heart.png --out again.png                          (the same picture again, byte for byte)
-ldm sample --like heart.png --seed 8                                 (the same settings, another seed)""",
+ldm sample --like heart.png --seed 8                                 (the same settings, another seed)
+ldm sample models/openmoji64 "pizza, noto style" --lora runs/noto/lora:0.8   (with a LoRA, at 0.8 of its strength)""",
     add_arguments,
     run,
     "[OPTION ...] MODEL [PROMPT ...]\n       ldm sample [OPTION ...] --like PICTURE [MODEL]",

@@ -4,6 +4,8 @@ vae.py           pixels  => latents => pixels
 text_encoder.py  caption => context
 unet.py          x_t, t, context => prediction
 conditioning.py  conditions of the U-Net besides x_t and t
+lora.py          adapters beside frozen weights
+lora_files.py    a LoRA from anywhere => a file of adapters of this model's shapes
 ema.py           the average of the U-Net's weights
 classifier.py    x_t, t => class
 loading.py       a folder => the network in it, with every weight

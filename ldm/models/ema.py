@@ -38,7 +38,12 @@ def build_ema(unet: nn.Module, decay: float) -> Average:
     Its decay grows as (1 + step) / (10 + step) up to `decay`, so that a short run is not mostly its own beginning.
     """
     foreach = not is_sharded(unet)  # one call for all weights where torch has it
-    return Average(unet.parameters(), decay=decay, foreach=foreach)
+    return Average(learning(unet), decay=decay, foreach=foreach)
+
+
+def learning(network: nn.Module) -> list[nn.Parameter]:
+    """The weights that learn, in their order: all of a network, or the adapters beside frozen ones."""
+    return [weight for weight in network.parameters() if weight.requires_grad]
 
 
 @contextmanager
@@ -48,12 +53,12 @@ def averaged(unet: nn.Module, ema: EMAModel) -> Iterator[None]:
     They change places, so this costs no time and no memory. Sharded weights, whose memory is FSDP's, are copied.
     """
     if is_sharded(unet):
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
+        ema.store(learning(unet))
+        ema.copy_to(learning(unet))
         try:
             yield
         finally:
-            ema.restore(unet.parameters())
+            ema.restore(learning(unet))
         return
     swap(unet, ema)
     try:
@@ -64,7 +69,7 @@ def averaged(unet: nn.Module, ema: EMAModel) -> Iterator[None]:
 
 def swap(unet: nn.Module, ema: EMAModel) -> None:
     """Give each the other's weights."""
-    for weight, average in zip(unet.parameters(), ema.shadow_params, strict=True):
+    for weight, average in zip(learning(unet), ema.shadow_params, strict=True):
         weight.data, average.data = average.data, weight.data
 
 

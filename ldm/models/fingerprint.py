@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def fingerprint(network: nn.Module, *facts: Any) -> str:
@@ -43,10 +43,16 @@ def weights_state(network: nn.Module) -> tuple[Any, ...]:
 
 def weights_of(network: nn.Module) -> Iterator[bytes | memoryview]:
     """A network's weights as bytes, in the order of their names, with what they are."""
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(base_weights(network).items()):
         data = tensor.detach().cpu().contiguous().flatten()
         yield f"\n{name} {data.dtype} {list(tensor.shape)}\n".encode()
         yield data.view(torch.uint8).numpy().data
+
+
+def base_weights(network: nn.Module) -> dict[str, Tensor]:
+    """A network's weights by name, as if it had no LoRA adapters."""
+    weights = network.state_dict()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
 
 
 def tokenizer_facts(tokenizer: Any) -> list[Any]:
@@ -61,12 +67,17 @@ def tokenizer_facts(tokenizer: Any) -> list[Any]:
     return [rules, sides, tokenizer.model_max_length]
 
 
-def model_sha256(pipeline: Any) -> str:
+def model_sha256(pipeline: Any, *, adapters: bool = True) -> str:
     """Which model this is: the SHA-256, in 64 hex digits, of all that decides what a pipeline draws.
 
     Its networks as they are in memory (the same weights in another dtype draw something else), its tokenizer and its
     scheduler. Not where it lies, nor how it is drawn from by default.
+
+    Args:
+        adapters: whether active LoRA adapters and their scales count, or the model is meant without them.
     """
+    from ldm.models.lora import active_adapters  # it imports this module
+
     parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     facts = [
         [None if part is None else fingerprint(part) for part in parts],
@@ -74,4 +85,6 @@ def model_sha256(pipeline: Any) -> str:
         type(pipeline.scheduler).__name__,
         {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")},
     ]
+    if adapters and (active := active_adapters(pipeline)):
+        facts.append([[adapter.sha256, adapter.scales] for adapter in active])
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

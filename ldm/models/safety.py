@@ -6,7 +6,7 @@ it brings code, whether its weights are what a safetensors header promises, whet
 flag that allows more.
 
     model_index.json      names known classes, for known components      (anything else imports a module by its name)
-    *.json                no auto_map, no custom pipeline, no adapter, no attention kernel from the Hub
+    *.json                no auto_map, no custom pipeline, no adapter of a network's, no attention kernel from the Hub
     *.safetensors         whole, and the only weights there are          (others are pickles, which run code)
     every file            lies in the folder, or in the Hub's cache      (a link could name any file of this machine)
 """
@@ -68,7 +68,7 @@ def check_model_folder(folder: str | Path) -> None:
     names = {path.relative_to(root).as_posix() for path in files}
     for path in files:
         if path.suffix == ".json":
-            _check_json(path)
+            _check_json(path, adapter=_is_adapters_own(path, root))
         elif path.suffix == ".safetensors":
             _check_weights(path)
     if "model_index.json" in names:
@@ -129,8 +129,22 @@ def _parse(path: Path) -> Any:
         raise ValueError(f"{path}: expected JSON ({error})") from None
 
 
-def _check_json(path: Path) -> None:
-    """Refuse keys that load code or another model's files, however deep they lie."""
+def _is_adapters_own(path: Path, root: Path) -> bool:
+    """Whether it is PEFT's note beside an adapter, where no network is loaded from.
+
+    Beside a network, or where one is looked for, transformers would follow it to another model.
+    """
+    home = path.parent
+    network = home == root or home.name in COMPONENTS or (home / "config.json").exists()
+    return path.name == "adapter_config.json" and not network
+
+
+def _check_json(path: Path, *, adapter: bool = False) -> None:
+    """Refuse keys that load code or another model's files, however deep they lie.
+
+    Args:
+        adapter: whether it may name the model that an adapter belongs to.
+    """
     said = _parse(path)
     waiting = [said]
     while waiting:
@@ -141,7 +155,7 @@ def _check_json(path: Path) -> None:
             continue
         waiting += value.values()
         for key, named in value.items():
-            if key in CODE_KEYS and named:
+            if key in CODE_KEYS and named and not (adapter and key == "base_model_name_or_path"):
                 raise ValueError(f"{path}: {key}: it has other code loaded than its class's; remove the key")
             if "attn_implementation" in key and named not in (None, "eager", "sdpa"):
                 raise ValueError(f"{path}: {key}: expected eager or sdpa, got {str(named)[:80]}")

@@ -15,6 +15,7 @@ padded and cut. All of that is left out: padding and length are arguments of eac
 from __future__ import annotations
 
 import json
+import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +32,8 @@ from ldm.data.labels import Labels
 from ldm.inference.defaults import FILE as DEFAULTS_FILE
 from ldm.inference.defaults import Defaults
 from ldm.models.loading import load_networks, loading
+from ldm.models.lora import WEIGHTS, require_peft
+from ldm.models.lora_files import FINDING, OtherBaseWarning, check_fits, find_lora, read_lora
 from ldm.models.safety import check_index, check_model_folder, read_json
 from ldm.models.text_encoder import TextEncoder
 
@@ -142,6 +145,11 @@ class SavedPipeline(StableDiffusionPipeline):
             raise ValueError("push_to_hub: save first, then call pipe.push_to_hub('user/name', license=…)")
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization: expected True; pickles can run any code")
+        if any(getattr(network, "peft_config", None) for network in (self.unet, self.text_encoder)):
+            raise ValueError(
+                "save_pretrained: the networks have LoRA adapters, which no loader of networks knows; call "
+                "merge_adapters(), or unload_lora_weights()"
+            )
         forget_calls(self.tokenizer)
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         self._make_stock(Path(save_directory))
@@ -179,13 +187,42 @@ class SavedPipeline(StableDiffusionPipeline):
         if self.defaults != Defaults():
             self.defaults.save(folder)
 
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *names: Any, **kwargs: Any) -> None:
-        """As stock's, with safetensors files alone."""
-        super().load_lora_weights(
-            pretrained_model_name_or_path_or_dict,
-            *names,
-            **only_safetensors(pretrained_model_name_or_path_or_dict, kwargs),
-        )
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **kwargs: Any
+    ) -> None:
+        """As stock's, from a safetensors file that was checked: a file, a folder, a run, a Hub id or tensors.
+
+        Warns (`OtherBaseWarning`) if the LoRA was trained on other weights than this model's.
+
+        Raises:
+            ValueError: if the file is no LoRA, the LoRA of a model of other shapes, or holds more than data.
+            FileNotFoundError: if there is none.
+            ModuleNotFoundError: if PEFT isn't installed.
+        """
+        require_peft()
+        source = pretrained_model_name_or_path_or_dict
+        options = only_safetensors(source, kwargs)
+        if isinstance(source, dict):
+            return super().load_lora_weights(source, adapter_name, **options)
+        finding = {name: options.pop(name) for name in FINDING if name in options}
+        file = read_lora(find_lora(source, options.pop("weight_name", None), **finding))
+        warning = check_fits(file, self)
+        if warning:
+            warnings.warn(warning, OtherBaseWarning, stacklevel=2)
+        with loading(file.path), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`"
+            )  # of a second adapter, which is no mistake
+            super().load_lora_weights(str(file.path), adapter_name, **options)
+
+    def merge_adapters(self) -> Self:
+        """Add the active LoRA adapters, as they count now, to the weights they stand beside, and remove all adapters.
+
+        The pictures stay the same but for rounding, and the pipeline can be saved.
+        """
+        self.fuse_lora(adapter_names=self.get_active_adapters())
+        self.unload_lora_weights()
+        return self
 
     def load_textual_inversion(self, pretrained_model_name_or_path: Any, *arguments: Any, **kwargs: Any) -> None:
         """As stock's, with safetensors files alone."""
@@ -255,6 +292,8 @@ def find_pipeline(name: str | PathLike[str], **options: Any) -> Path:
         return folder
     if len(folder.parts) != 2 or folder.is_absolute() or folder.parent.exists():
         hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline/model_index.json").exists() else ""
+        if any((folder / place).exists() for place in (WEIGHTS, f"lora/{WEIGHTS}")):
+            hint = "; it holds a LoRA: name its base, and this with --lora or load_lora_weights"
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
     from huggingface_hub import hf_hub_download
 

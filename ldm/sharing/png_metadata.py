@@ -32,7 +32,9 @@ USUAL = {
     "guidance_interval": "everywhere",
     "dtype": "float32",
     "engine": "torch",
+    "adapters": "none",
 }  # what None means
+ADAPTER: dict[str, Any] = {"name": str, "sha256": str, "scale": (int, float, type(None))}
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
 
 
@@ -41,7 +43,7 @@ class Settings:
     """All that a picture depends on.
 
     Attributes:
-        model: `model_sha256` of the pipeline.
+        model: `model_sha256` of the pipeline without adapters.
         seed: of this picture.
         steps: sampling steps.
         guidance_scale: of classifier-free guidance; 1 is off.
@@ -55,6 +57,7 @@ class Settings:
         pictures, place: size of the batch and place in it, from 0; seeds count up along the batch.
         condition: the SHA-256 of the second picture that the model was conditioned on.
         classifier: the fingerprint of the classifier that steered it, by `classifier_scale`.
+        adapters: the LoRAs beside the model: name, sha256 (`ldm.models.lora.Adapter`) and scale of each.
         drawn_with: versions and device.
     """
 
@@ -77,6 +80,7 @@ class Settings:
     condition: str | None = None
     classifier: str | None = None
     classifier_scale: float | None = None
+    adapters: list[dict[str, Any]] | None = None
     drawn_with: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -134,7 +138,7 @@ def stamp(
     Args:
         pictures: of one prompt.
         pipeline: the LDMPipeline.
-        model: its `model_sha256`.
+        model: its `model_sha256` without adapters.
         seed: of the first picture.
         others: the arguments of the call; what it left out is recorded as the pipeline resolves it.
     """
@@ -143,12 +147,14 @@ def stamp(
 
     from ldm.inference import samplers
     from ldm.models.fingerprint import fingerprint
+    from ldm.models.lora import active_adapters
     from ldm.version import __version__
 
     used = pipeline.defaults.resolve(num_inference_steps, guidance_scale, guidance_interval)
     interval = used.guidance_interval
     scheduler = pipeline.scheduler if sampler is None else samplers.build(sampler, pipeline.scheduler.config)
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
+    adapters = [{name: getattr(one, name) for name in ADAPTER} for one in active_adapters(pipeline)]
     for place, picture in enumerate(pictures):
         settings = Settings(
             model=model,
@@ -167,6 +173,7 @@ def stamp(
             condition=None if condition is None else picture_sha256(condition),
             classifier=None if classifier is None else fingerprint(classifier.network),
             classifier_scale=None if classifier is None else classifier_scale,
+            adapters=adapters or None,
             drawn_with={
                 "ldm": __version__,
                 "torch": torch.__version__,
@@ -230,6 +237,13 @@ def of(picture: Image.Image, path: Path) -> Settings:
         types = next(types for start, types in TYPES.items() if kind.startswith(start))
         if not isinstance(value, types) or isinstance(value, bool):
             raise ValueError(f"{path}: its settings: {name}: expected {kind}, got {value!r}")
+    for one in found.get("adapters", ()):
+        if (
+            not isinstance(one, dict)
+            or one.keys() != ADAPTER.keys()
+            or not all(isinstance(one[name], kind) for name, kind in ADAPTER.items())
+        ):
+            raise ValueError(f"{path}: its settings: adapters: expected name, sha256 and scale, got {str(one)[:200]}")
     settings = Settings(**found)
     if settings.sampler is not None:
         check_sampler(f"{path}: its settings: sampler", settings.sampler)

@@ -12,6 +12,7 @@ randomness.py      every random number of training, as a function of (seed, samp
 encoders.py        VAE and text encoder, each in memory only while it encodes
 encoder_sources.py where they come from
 normalization.py   latents and contexts of unit variance: measured once, folded into the encoders
+text_adapters.py   a text encoder that learns: batches of tokens
 encoder_report.py  how much the VAE blurs, how many captions are cut
 latent_cache.py    the cache of a run
 budget.py          loop.minutes: a recipe scaled to a time
@@ -20,11 +21,11 @@ train_state.py     networks, optimizers and averages as plain tensors
 checkpoint.py      atomic save, verified load
 resume.py          from the newest checkpoint; which config keys may change
 facts.py           what a run has found out, remembered for its next start
-export.py          RUN/pipeline, RUN/vae, RUN/classifier: verified before they replace the last
+export.py          RUN/pipeline, RUN/lora, RUN/vae, RUN/classifier: verified before they replace the last
 previews.py        what a run generates on the way
 logging.py         scalars and pictures
 signals.py         SIGTERM, SIGINT, SIGUSR1
 distributed.py     devices, ranks, and a lost rank
-tasks/             autoencoder, diffusion, classifier
+tasks/             autoencoder, diffusion, lora, classifier
 doctor/            before hours are spent: can it learn here?
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.models.classifier import ClassifierConfig
+from ldm.models.lora import LoRAConfig
 from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
@@ -304,6 +305,7 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -316,6 +318,8 @@ class Config:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         check("seed", self.seed, at_least=0)
+        if self.lora.rank and self.init is None:
+            raise ValueError("lora.rank: adapters stand beside a model; name it with init, or set lora.rank=0")
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(
                 "data.caption_columns: a model that knows text needs captions; name their columns, or set "

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from torch import nn
 
 from ldm.models.fingerprint import tokenizer_facts, weights_fingerprint
 from ldm.models.loading import NETWORKS, load_network
+from ldm.models.lora import NAME, adapter_weights
+from ldm.models.lora_files import OtherBaseWarning
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.errors import RunError
@@ -105,6 +108,31 @@ def check_unet(folder: Path, unet: nn.Module, expected: float, loss_of: Callable
     found = loss_of(loaded.unet)
     if not math.isclose(found, expected, rel_tol=TOLERANCE[precision]):
         raise ExportMismatch(f"unet: loss {found:.6g} on the stored batch, {expected:.6g} in memory")
+
+
+def check_adapters(
+    folder: Path, base: LDMPipeline, expected: Mapping[str, Mapping[str, Any]], loss: float,
+    loss_of: Callable[[LDMPipeline], float], precision: str,
+) -> None:  # fmt: skip
+    """Load a saved LoRA into the model that it belongs to, and compare it with the adapters in memory.
+
+    Args:
+        base: that model, which has the adapters afterwards.
+        expected: the averaged adapters by network.
+        loss: theirs on a stored batch, in the training process.
+        loss_of: the loss of a pipeline on that batch.
+        precision: accelerate's mixed_precision of the run.
+    Raises:
+        ExportMismatch: with what differs.
+    """
+    with loadable(), warnings.catch_warnings():
+        warnings.simplefilter("error", OtherBaseWarning)
+        base.load_lora_weights(folder, adapter_name=NAME)
+    for name, weights in expected.items():
+        check_weights(name, weights, adapter_weights(getattr(base, name)))
+    found = loss_of(base)
+    if not math.isclose(found, loss, rel_tol=TOLERANCE[precision]):
+        raise ExportMismatch(f"lora: loss {found:.6g} on the stored batch, {loss:.6g} in memory")
 
 
 def save_frozen(

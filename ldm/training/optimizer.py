@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ldm.models.ema import learning
 from ldm.training.train_state import plain
 
 
@@ -39,7 +40,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW, fused where torch has such a kernel: its default on a CPU is a loop over tensors."""
     fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(learning(module), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 def with_nan_gradients(loss: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ ROUNDING = ("loop.threads", "loop.accumulation", "loop.gradient_checkpointing", 
 _LDM = (
     "text.",
     "unet.",
+    "lora.",
     "optim.",
     "data.condition_column",
     "data.inpaint",

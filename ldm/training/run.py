@@ -23,6 +23,7 @@ def train(task: str, config: Config) -> list[float]:
     # here, so that a command line is parsed and its --help printed before torch is loaded
     from ldm.data.dataset import read_captioned, require_training
     from ldm.data.rows import count
+    from ldm.models.ema import learning
     from ldm.training.budget import decide, limited, read_budget
     from ldm.training.checkpoint import has_begun
     from ldm.training.distributed import build_accelerator
@@ -33,6 +34,7 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.tasks.autoencoder import Autoencoder
     from ldm.training.tasks.classifier import Classifier
     from ldm.training.tasks.diffusion import Diffusion
+    from ldm.training.tasks.lora import LoRA
     from ldm.training.trainer import Trainer
 
     config = resolved(config, task)
@@ -51,7 +53,12 @@ def train(task: str, config: Config) -> list[float]:
         chosen = limited(pictures, config.data.limit, config.loop.prompts)
         return kind.create(config, accelerator, chosen)  # pictures => data and frozen networks
 
-    kind = {kind.name: kind for kind in (Autoencoder, Diffusion, Classifier)}[task]
+    tasks: dict[str, type[Task]] = {
+        "vae": Autoencoder,
+        "ldm": LoRA if config.lora.rank else Diffusion,
+        "classifier": Classifier,
+    }
+    kind = tasks[task]
     timed = task == "ldm" and config.loop.minutes > 0
     budget = read_budget(config) if timed else None
     job = create(budget.apply(config) if budget else config)
@@ -65,7 +72,7 @@ def train(task: str, config: Config) -> list[float]:
     job.build()  # => the network that learns
     module = next(iter(job.train_state.values())).module
     accelerator.print(
-        f"{job.title}: {sum(weight.numel() for weight in module.parameters()) / 1e6:.1f} M parameters{job.details}, "
+        f"{job.title}: {sum(weight.numel() for weight in learning(module)) / 1e6:.1f} M parameters{job.details}, "
         f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}"
     )
     losses = Trainer(job).fit()

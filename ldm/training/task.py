@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ldm.data.dataset import CaptionedPictures, Row
-from ldm.models.ema import build_ema
+from ldm.models.ema import build_ema, learning
 from ldm.training.config import Config
 from ldm.training.optimizer import build_optimizer, learning_rate
 from ldm.training.train_state import TrainState
@@ -186,6 +186,6 @@ class Task(ABC):
         self.train_state[name] = TrainState(module, optimizer, ema)
 
 
-def float32_bytes(network: nn.Module) -> int:
-    """What its weights take in a saved folder, whatever they are in now."""
-    return 4 * sum(weight.numel() for weight in network.parameters())
+def float32_bytes(network: nn.Module, *, learned: bool = False) -> int:
+    """What its weights, or those that learn, take in a saved folder, whatever they are in now."""
+    return 4 * sum(weight.numel() for weight in (learning(network) if learned else network.parameters()))

@@ -1,4 +1,7 @@
-"""What is trained, and its state as plain tensors: the same names and whole tensors with one process, DDP and FSDP."""
+"""What is trained, and its state as plain tensors: the same names and whole tensors with one process, DDP and FSDP.
+
+Of a network that is partly frozen, as beside LoRA adapters, only what learns is optimized, averaged and saved.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ldm.models.ema import averaged, is_sharded
+from ldm.models.ema import averaged, is_sharded, learning
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the other ranks get nothing
-EVERYWHERE = StateDictOptions(full_state_dict=True)
+# on rank 0; the other ranks get nothing
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+EVERYWHERE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
 
 
 @dataclass
@@ -48,22 +52,34 @@ class TrainState:
     def load(self, name: str, files: dict[str, dict[str, Tensor]], step: int) -> None:
         """The inverse of `tensors`, after so many steps. Every rank must call it."""
         if self.ema is not None:
-            set_model_state_dict(self.module, dict(files[f"{name}.ema"]), options=EVERYWHERE)
+            load_weights(self.module, files[f"{name}.ema"])
             self.ema.optimization_step = step
-            for shadow, parameter in zip(self.ema.shadow_params, self.module.parameters(), strict=True):
+            for shadow, parameter in zip(self.ema.shadow_params, learning(self.module), strict=True):
                 shadow.data.copy_(parameter.data)
-        set_model_state_dict(self.module, dict(files[name]), options=EVERYWHERE)
+        load_weights(self.module, files[name])
         if self.optimizer is not None:
             load_optimizer_tensors(self.module, plain(self.optimizer), files[f"{name}.optimizer"])
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A network's whole weights on the CPU of rank 0; the network's own tensors if they are there already.
+    """A network's whole weights, frozen ones left out, on the CPU of rank 0; its own tensors if they are there already.
 
     Every rank must call it.
     """
     weights: dict[str, Any] = get_model_state_dict(module, options=WHOLE)
     return weights
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """The inverse of `whole_weights`. Every rank must call it."""
+    frozen = not all(weight.requires_grad for weight in module.parameters())
+    options = StateDictOptions(full_state_dict=True, strict=not frozen)
+    found = set_model_state_dict(module, dict(weights), options=options)
+    if frozen:
+        bare = extract_model_from_parallel(module, keep_torch_compile=False)
+        learns = {name for name, weight in bare.named_parameters() if weight.requires_grad}
+        if found.unexpected_keys or learns & set(found.missing_keys):
+            raise RuntimeError(f"checkpoint: its weights are not those that learn: {found}")
 
 
 def averaged_weights(module: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
@@ -94,7 +110,8 @@ def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, 
         set_optimizer_state_dict(module, optimizer, state, options=EVERYWHERE)
         return
     # without that step, which takes longer than all else of a resumed start
-    names = [name for name, _ in extract_model_from_parallel(module, keep_torch_compile=False).named_parameters()]
+    bare = extract_model_from_parallel(module, keep_torch_compile=False)
+    names = [name for name, weight in bare.named_parameters() if weight.requires_grad]
     numbers = {name: number for number, name in enumerate(names)}
     numbered = {
         numbers[name]: {key: tensor.clone() for key, tensor in values.items()}  # out of the mapped file

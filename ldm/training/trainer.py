@@ -17,6 +17,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ldm.models.ema import learning
 from ldm.training.checkpoint import checkpoint_folder, save_checkpoint
 from ldm.training.config import to_dict
 from ldm.training.distributed import Peers, on_rank_0
@@ -63,7 +64,7 @@ class Trainer:
             assert state.optimizer is not None
             skipped = torch.maximum(skipped, update(accelerator, state.module, state.optimizer, lr, recipe.clip))
             if state.ema is not None:
-                state.ema.step(state.module.parameters())
+                state.ema.step(learning(state.module))
         task.after_step(skipped)
         return total, skipped
 

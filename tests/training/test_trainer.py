@@ -31,9 +31,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vae": {"vae_training__adversarial": 0.1, "vae_training__adversarial_start": 2},
     "ldm": {"loop__sample_every": 0},
     "classifier": {"data__label_column": "color", "classifier__channels": [8, 16], "data__flip": True},
+    "lora": {"loop__sample_every": 0, "lora__rank": 2},
 }
 #: What each task leaves in its run.
-EXPORTED = {"vae": "vae/config.json", "ldm": "pipeline/model_index.json", "classifier": "classifier/config.json"}
+EXPORTED = {
+    "vae": "vae/config.json",
+    "ldm": "pipeline/model_index.json",
+    "classifier": "classifier/config.json",
+    "lora": "lora/lora.json",
+}
+NAMED = {task: task for task in RECIPES} | {"lora": "ldm"}  # what `ldm train` calls it
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainer")
     road.draw_folder(folder / "data")
     tiny.save_text_encoder(folder / "text", "bert")
-    tiny.pipeline(folder / "pipeline").vae.save_pretrained(folder / "vae")
+    base = tiny.pipeline(folder / "pipeline")
+    base.vae.save_pretrained(folder / "vae")
+    base.save_pretrained(folder / "base")
     return folder
 
 
@@ -51,6 +60,8 @@ def recipe(home: Path, run: Path, task: str, **words: Any) -> Config:
     for section in ("loop", "vae_training", "classifier_training"):
         settings |= {f"{section}__steps": STEPS, f"{section}__batch_size": 8, f"{section}__log_every": 1}
         settings |= {f"{section}__checkpoint_every": 3}
+    if task == "lora":
+        settings |= {"init": str(home / "base"), **road.OF_INIT}
     return road.recipe(home, **settings | RECIPES[task] | words)
 
 
@@ -58,7 +69,7 @@ def recipe(home: Path, run: Path, task: str, **words: Any) -> Config:
 def straight(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[float]]]:
     """For each task a run that nothing happened to, and its losses."""
     folder = tmp_path_factory.mktemp("straight")
-    return {task: (folder / task, train(task, recipe(home, folder / task, task))) for task in RECIPES}
+    return {task: (folder / task, train(NAMED[task], recipe(home, folder / task, task))) for task in RECIPES}
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
@@ -80,18 +91,18 @@ def test_any_signal_at_any_step_saves_it_and_the_rest_is_exact(
     task: str, number: signal.Signals,
 ) -> None:  # fmt: skip
     """Stopped at the first step, in the middle, and at the last, of one run."""
-    config, (whole, losses) = recipe(home, tmp_path, task), straight[task]
+    config, (whole, losses), name = recipe(home, tmp_path, task), straight[task], NAMED[task]
     for step in {signal.SIGINT: (2, 6), signal.SIGTERM: (1, 4), signal.SIGUSR1: (3,)}[number]:
         with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
             stop_at(patch, step, number)
-            train(task, config)
+            train(name, config)
         assert stopped.value.code == EXIT_CODES[number] and stopped.value.signal == number
-        assert stopped.value.saved == f"step {step} of {STEPS} is saved in {tmp_path / 'checkpoints' / task}"
-        assert (tmp_path / f"checkpoints/{task}/step_{step:07d}/manifest.json").exists()
-    assert train(task, config) == losses[step:]
-    assert list(road.logged(tmp_path, f"{task}/loss").values()) == losses
-    for file in (whole / f"checkpoints/{task}/step_{STEPS:07d}").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / f"checkpoints/{task}" / file.parent.name / file.name).read_bytes()
+        assert stopped.value.saved == f"step {step} of {STEPS} is saved in {tmp_path / 'checkpoints' / name}"
+        assert (tmp_path / f"checkpoints/{name}/step_{step:07d}/manifest.json").exists()
+    assert train(name, config) == losses[step:]
+    assert list(road.logged(tmp_path, f"{name}/loss").values()) == losses
+    for file in (whole / f"checkpoints/{name}/step_{STEPS:07d}").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / f"checkpoints/{name}" / file.parent.name / file.name).read_bytes()
     assert (tmp_path / EXPORTED[task]).exists()
 
 
@@ -99,18 +110,18 @@ def test_any_signal_at_any_step_saves_it_and_the_rest_is_exact(
 def test_every_task_logs_under_its_name_and_validates_exports_and_previews(
     straight: dict[str, tuple[Path, list[float]]], task: str
 ) -> None:
-    run, losses = straight[task]
+    (run, losses), name = straight[task], NAMED[task]
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
-    names = {name for row in rows for name in row} - {"step", "time"}
-    assert all(name.startswith(f"{task}/") for name in names)
-    assert {f"{task}/{name}" for name in ("loss", "lr", "images_per_second")} <= names
-    assert list(road.logged(run, f"{task}/loss").values()) == losses
-    metric = {"vae": "vae/heldout/psnr", "ldm": None, "classifier": "classifier/heldout/q1"}[task]
+    names = {key for row in rows for key in row} - {"step", "time"}
+    assert all(key.startswith(f"{name}/") for key in names)
+    assert {f"{name}/{key}" for key in ("loss", "lr", "images_per_second")} <= names
+    assert list(road.logged(run, f"{name}/loss").values()) == losses
+    metric = {"vae": "vae/heldout/psnr", "ldm": None, "classifier": "classifier/heldout/q1", "lora": None}[task]
     assert metric is None or list(road.logged(run, metric)) == [3, 6]
-    previews = {"vae": ["step_0000003.png", "step_0000006.png"], "ldm": [], "classifier": []}[task]
+    previews = {"vae": ["step_0000003.png", "step_0000006.png"], "ldm": [], "classifier": [], "lora": []}[task]
     assert sorted(path.name for path in run.glob("*/step_*.png")) == previews
     assert [path.name for path in run.iterdir() if path.name.endswith("checkpoints")] == ["checkpoints"]
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [task]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [name]
 
 
 def test_a_vae_is_left_in_its_run_only_once_it_is_trained(home: Path, tmp_path: Path) -> None:

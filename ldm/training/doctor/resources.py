@@ -20,7 +20,7 @@ def needs(task: Task) -> dict[str, int]:
     """Bytes that a run of a task writes, by what for; of what replaces itself, two at the moment of writing."""
     trial = replace(task)
     trial.build()
-    sizes = [float32_bytes(state.module) for state in trial.train_state.values()]
+    sizes = [float32_bytes(state.module, learned=True) for state in trial.train_state.values()]
     kept = [1 + 2 * (state.optimizer is not None) + (state.ema is not None) for state in trial.train_state.values()]
     task.accelerator.free_memory()
     found = {
