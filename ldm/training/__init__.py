@@ -7,6 +7,8 @@ task.py            what a kind of training is
 sizes.py           data.size fits everything that halves it
 optimizer.py       AdamW, its learning rate, skipped steps
 objective.py       the diffusion section of the config => process, timesteps, loss
+initial_model.py   the model that a run starts from
+masks.py           what an inpainting model is to fill in
 samples.py         (seed, sample) => the tensors of a batch of the U-Net's
 randomness.py      every random number of training, as a function of (seed, sample)
 encoders.py        VAE and text encoder, each in memory only while it encodes
