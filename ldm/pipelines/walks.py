@@ -10,6 +10,7 @@ arc between them gave the same pictures.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -56,14 +57,14 @@ def walk(
     Raises:
         ValueError: names the argument and what it allows.
     """
-    check_number("frames", frames, 2, 10_000, int)
+    check_number("frames", frames, 2, 10_000, Integral)
     for name, ends, least in (("prompts", prompts, 0), ("seeds", seeds, 1)):
         if isinstance(ends, str) or not least <= len(ends) <= 2:
             raise ValueError(f"{name}: expected one, or two to walk between, got {ends!r}")
     if len(prompts) < 2 and len(seeds) < 2:
         raise ValueError("prompts: expected two prompts or two seeds to walk between")
     for seed in seeds:
-        check_number("seeds", seed, 0, 2**63 - 1, int)
+        check_number("seeds", seed, 0, 2**63 - 1, Integral)
     if len(prompts) == 2 and pipe.tokenizer is None:
         raise ValueError("prompts: this model knows no text; walk between two seeds")
 
