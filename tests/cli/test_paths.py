@@ -69,6 +69,7 @@ def test_a_source_has_one_spelling(written: str, home: Path) -> None:
 
 PATHS = {
     "data openmoji ~/x": "out",
+    "data emoji ~/x": "out",
     "data check ~/x": "source",
     "data cache ~/x": "folder",
     "sample ~/x": "model",
@@ -92,6 +93,12 @@ PATHS = {
     "evaluate m --features inception=~/x.safetensors": "features",
     "evaluate m --net=~/x": "net",
     "evaluate m --net-text=~/x": "net_text",
+    "compare ~/x b": "a",
+    "compare a ~/x": "b",
+    "compare a b --data=~/x": "data",
+    "compare a b --out=~/x": "out",
+    "compare a b --features ~/x": "features",
+    "compare a b --net=~/x": "net",
     "export ~/x out": "model",
     "export m ~/x": "out",
     "push ~/x a/b --license l --data d --data-license l": "model",

@@ -12,8 +12,18 @@ import pytest
 import road
 from PIL import Image
 
+from ldm import LDMPipeline
 from ldm.cli.config import parse_config
 from ldm.cli.main import build_parser
+from ldm.models.lora import (
+    NAME,
+    LoRAConfig,
+    LoRAFacts,
+    adapter_weights,
+    add_adapters,
+    base_fingerprints,
+    save_adapters,
+)
 
 README = (road.ROOT / "README.md").read_text("utf-8")
 TOP = [road.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
@@ -105,10 +115,19 @@ def test_generation_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The page promises that its last lines, stock diffusers, generate what the call above them does."""
     blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/generation.md"], re.DOTALL)
     in_checkout(tmp_path, monkeypatch)
+    save_untrained_lora(tmp_path / "runs/noto/lora")
     names: dict[str, list[Image.Image]] = {}
     for block in blocks:
         exec(block, names)
     assert names["ours"] and [p.tobytes() for p in names["ours"]] == [p.tobytes() for p in names["stock"]]
+
+
+def save_untrained_lora(folder: Path) -> None:
+    """Adapters of the shipped model that change nothing, since their second matrices are zero."""
+    unet = LDMPipeline.from_pretrained(road.ROOT / "models/openmoji64").unet
+    facts = LoRAFacts("openmoji64", base_fingerprints(unet))
+    add_adapters(unet, None, LoRAConfig(rank=1))
+    save_adapters(folder, adapter_weights(unet), {}, {"unet": unet.peft_config[NAME]}, facts)
 
 
 def test_readme_is_short() -> None:
