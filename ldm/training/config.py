@@ -325,10 +325,6 @@ class Config:
                 "data.caption_columns: a model that knows text needs captions; name their columns, or set "
                 "text.encoder=null"
             )
-        if self.data.inpaint and self.loop.half_size_steps:
-            raise ValueError(
-                "loop.half_size_steps: latents of masked pictures can't be halved; with data.inpaint set 0"
-            )
         if self.preview_steps > self.diffusion.timesteps:
             raise ValueError(
                 f"loop.num_inference_steps: expected at most diffusion.timesteps={self.diffusion.timesteps}, got "

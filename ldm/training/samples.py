@@ -65,7 +65,10 @@ class Batch:
         So is the noise, times two: the mean of four values of variance 1 has a variance of 1/4.
         """
         channels = self.conditioning.channels
-        conditioning = replace(self.conditioning, channels=None if channels is None else avg_pool2d(channels, 2))
+        if channels is not None:
+            masks = channels.shape[1] - self.x0.shape[1]  # channels that stay 0 or 1, with inpainting
+            channels = torch.cat([channels[:, :masks, ::2, ::2], avg_pool2d(channels[:, masks:], 2)], dim=1)
+        conditioning = replace(self.conditioning, channels=channels)
         return replace(self, x0=avg_pool2d(self.x0, 2), conditioning=conditioning, eps=2 * avg_pool2d(self.eps, 2))
 
 
