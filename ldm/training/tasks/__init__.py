@@ -2,5 +2,6 @@
 
 autoencoder.py  the VAE
 diffusion.py    the U-Net
+lora.py         adapters beside a U-Net that stays
 classifier.py   the classifier of noisy latents
 """
