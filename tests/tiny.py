@@ -139,7 +139,12 @@ def class_pipeline(folder: Path, names: tuple[str, ...]) -> LDMPipeline:
     return drawing
 
 
-def condition_pipeline(folder: Path) -> LDMPipeline:
+def inpaint_pipeline(folder: Path) -> LDMPipeline:
+    """The same for a model that was trained to fill in masked parts."""
+    return condition_pipeline(folder, mask_channels=1)
+
+
+def condition_pipeline(folder: Path, mask_channels: int = 0) -> LDMPipeline:
     """The same for a model that is conditioned on a second picture, beside text."""
     whole = pipeline(folder)
     torch.manual_seed(4)
@@ -148,7 +153,7 @@ def condition_pipeline(folder: Path) -> LDMPipeline:
         UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
         latent_shape=(channels, size, size),
         context_dim=whole.unet.config.cross_attention_dim,
-        condition_channels=channels,
+        condition_channels=channels + mask_channels,
     )
     whole.register_modules(unet=unet.eval())
     return whole

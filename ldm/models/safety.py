@@ -21,7 +21,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInstructPix2PixPipeline")
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionInpaintPipeline",
+)
 TOKENIZERS = ("CLIPTokenizer", "BertTokenizer", "T5Tokenizer")
 FAST = (*(f"{name}Fast" for name in TOKENIZERS), "PreTrainedTokenizerFast", "TokenizersBackend")
 #: component => library => classes that it may be. Every scheduler of diffusers computes, and loads nothing but numbers.

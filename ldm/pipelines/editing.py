@@ -6,8 +6,10 @@
                      et al. 2022, without its resampling); in the result its pixels are the picture's own
     outpainting      inpainting of a larger canvas, whose new part continues the picture's edge pixels
 
-No network is trained for any of this. Order of operations and of random numbers are those of stock diffusers'
-StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline, for latents of any number of channels.
+No network is trained for any of this. One that was trained to inpaint sees the mask and the latents of the masked
+picture at every step, and nothing is put back (Rombach et al. 2022, section 4.5). Order of operations and of random
+numbers are those of stock diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline, for latents of
+any number of channels.
 """
 
 from __future__ import annotations
@@ -70,6 +72,20 @@ class Edit:
             scheduler.set_begin_index(begin)
         return timesteps[begin:], count - begin // scheduler.order
 
+    def channels(
+        self, vae: Any, generators: Sequence[torch.Generator | None], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """What follows x_t of a network that was trained to inpaint: the mask, and the latents of what it leaves.
+
+        Returns:
+            [B,1+C,h,w], the latents a sample for each of B generators.
+        """
+        assert self.mask is not None
+        left = self.source * (~self.mask).to(self.source)
+        latents = sample_posterior(vae, left, generators, device).to(dtype)
+        mask = interpolate(self.mask.float(), size=latents.shape[-2:]).to(latents)  # nearest
+        return torch.cat([mask.repeat_interleave(len(latents) // len(mask), 0), latents], dim=1)
+
     def start(
         self,
         x0: Tensor,
@@ -78,11 +94,18 @@ class Edit:
         timesteps: Tensor,
         vae: Any,
         generators: Sequence[torch.Generator | None],
+        *,
+        keep: bool,
     ) -> tuple[Tensor, PutBack | None]:
-        """Latents and noise [B,C,h,w] => x_t to start from, and what puts the part to keep back after each step."""
-        if self.mask is None:
+        """Latents and noise [B,C,h,w] => x_t to start from, and what puts the part to keep back after each step.
+
+        Args:
+            keep: whether anything is to be put back.
+        """
+        if self.mask is not None:
+            x0 = x0.contiguous()  # as stock lays them out here: kernels round by layout
+        if self.mask is None or not keep:
             return scheduler.add_noise(x0, noise, timesteps[:1].repeat(len(x0))), None
-        x0 = x0.contiguous()  # as stock lays them out here: kernels round by layout
         if has_posterior(vae):  # stock also encodes the picture without its masked part; samplers' noise comes after
             for generator in generators:
                 randn_tensor((1, *x0.shape[1:]), generator=generator, device=x0.device, dtype=vae.dtype)
@@ -133,6 +156,10 @@ def check_edit(
     Raises:
         ValueError: names the argument and what it allows.
     """
+    if image is None and pipe.inpaints and mask_image is None and expand is None and strength is None:
+        height, width = pipe.edge("height", height), pipe.edge("width", width)
+        gray = torch.zeros(1, 3, height, width).contiguous(memory_format=torch.channels_last)  # as decoded pictures lie
+        return Edit(gray, torch.ones(1, 1, height, width, dtype=torch.bool), 1.0, height, width)  # masked everywhere
     if image is None:
         for name, value in (("mask_image", mask_image), ("strength", strength), ("expand", expand)):
             if value is not None:
@@ -141,8 +168,10 @@ def check_edit(
     if pipe.condition_channels not in (0, pipe.vae.config.latent_channels):
         raise ValueError(
             f"image: this model's U-Net takes {pipe.condition_channels} channels beside those of the latents, as those "
-            "of inpainting models and upscalers do; use their stock pipelines"
+            "of upscalers do; use their stock pipelines"
         )
+    if pipe.inpaints and mask_image is None and expand is None:
+        raise ValueError("mask_image: this model fills in masked parts; give it the part of image that is to be new")
     if strength is None:
         strength = STRENGTH if mask_image is None and expand is None else MASKED_STRENGTH
     check_number("strength", strength, 0, 1)

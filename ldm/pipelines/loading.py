@@ -125,9 +125,19 @@ class SavedPipeline(StableDiffusionPipeline):
         return {**super()._get_signature_types(), **ours}
 
     @property
+    def extra_channels(self) -> int:
+        """Input channels of the U-Net that follow those of x_t."""
+        return int(self.unet.config.in_channels - self.unet.config.out_channels)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the model was trained to inpaint: a mask and the latents of the masked picture follow x_t."""
+        return self.extra_channels == self.unet.config.out_channels + 1
+
+    @property
     def condition_channels(self) -> int:
         """Channels of the latents of a second picture, which follow those of x_t; 0 if the model takes none."""
-        return int(self.unet.config.in_channels - self.unet.config.out_channels)
+        return 0 if self.inpaints else self.extra_channels
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Save a folder that stock diffusers opens, with safetensors weights."""
@@ -163,7 +173,7 @@ class SavedPipeline(StableDiffusionPipeline):
             settings = json.loads(path.read_text("utf-8"))
             kept = {key: value for key, value in settings.items() if key not in LOADING}
             if path.name == "model_index.json":
-                stock = "InstructPix2Pix" if self.condition_channels else ""
+                stock = "Inpaint" if self.inpaints else "InstructPix2Pix" if self.condition_channels else ""
                 kept["_class_name"] = f"StableDiffusion{stock}Pipeline"
             if kept != settings:
                 path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -17,6 +17,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -199,9 +200,6 @@ class LDMPipeline(ConditionedPipeline):
         )  # fmt: skip
         dtype = self.unet.dtype if positive.context is None else positive.context.dtype
         stock = self._unet_arguments(inputs.images, device, dtype)
-        conditions = {POSITIVE: positive, NEGATIVE: negative}
-        compute = self.unet if self.engine is None else self.engine.unet(self)
-        denoiser = UNetDenoiser(compute, conditions, **stock)
 
         # noise, and the levels that it goes through
         timestep_list, count = retrieve_timesteps(scheduler, settings.num_inference_steps, device, timesteps, sigmas)
@@ -209,7 +207,8 @@ class LDMPipeline(ConditionedPipeline):
         generators: Sequence[torch.Generator | None] = inputs.generators or [None] * inputs.images
         if edit is not None:
             timestep_list, count = edit.timesteps(scheduler, timestep_list, count)
-            clean = edit.latents(self.vae, generators, device).to(dtype)
+            if not (self.inpaints and edit.strength == 1):  # there nothing of the picture is to be seen
+                clean = edit.latents(self.vae, generators, device).to(dtype)
         self._num_timesteps = len(timestep_list)
         if latents is None:
             edges = (edge // self.vae_scale_factor for edge in (height, width))
@@ -218,8 +217,15 @@ class LDMPipeline(ConditionedPipeline):
         noise = latents.to(device)
         x, put_back = noise * scheduler.init_noise_sigma, None  # x_T
         if edit is not None and clean is not None:
-            x, put_back = edit.start(clean, noise, scheduler, timestep_list, self.vae, generators)  # x_t
+            keep = not self.inpaints
+            x, put_back = edit.start(clean, noise, scheduler, timestep_list, self.vae, generators, keep=keep)  # x_t
+        if edit is not None and self.inpaints:
+            channels = edit.channels(self.vae, generators, device, dtype)
+            positive, negative = replace(positive, channels=channels), replace(negative, channels=channels)
 
+        conditions = {POSITIVE: positive, NEGATIVE: negative}
+        compute = self.unet if self.engine is None else self.engine.unet(self)
+        denoiser = UNetDenoiser(compute, conditions, **stock)
         guidance = Guidance(
             self.scheduler.config.num_train_timesteps,
             self._guidance_scale if self.do_classifier_free_guidance else 1.0,

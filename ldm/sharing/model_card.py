@@ -93,7 +93,7 @@ def model_card(
         examples=examples,
         defaults=pipeline.defaults,
         sampling=sampling,
-        stock=pipeline.labels is None and not pipeline.condition_channels,
+        stock=pipeline.labels is None and not pipeline.extra_channels,
         call=example_call(pipeline),
         nothing="" if pipeline.tokenizer is not None else ", text_encoder=None, tokenizer=None",
         headline=list(headline(evaluation)) if evaluation else [],
@@ -114,7 +114,7 @@ def millions(network: Any) -> str:
 
 def pipeline_tag(pipeline: Any) -> str:
     """The Hub's name of the model's task."""
-    if pipeline.condition_channels:
+    if pipeline.extra_channels:
         return "image-to-image"
     return "text-to-image" if pipeline.tokenizer is not None else "unconditional-image-generation"
 
@@ -128,6 +128,8 @@ def example_call(pipeline: Any) -> str:
         arguments.append(f"class_label={json.dumps(pipeline.labels.names[0], ensure_ascii=False)}")
     if pipeline.condition_channels:
         arguments.append('condition=Image.open("sketch.png")')
+    if pipeline.inpaints:
+        arguments.append('image=Image.open("picture.png"), mask_image=Image.open("mask.png")')
     return ", ".join(arguments)
 
 

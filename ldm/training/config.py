@@ -38,6 +38,8 @@ class DataConfig:
             that the classifier learns.
         condition_column: the column that names a second picture, of the same folder, which the model is
             conditioned on: its latents are concatenated to x_t.
+        inpaint: learn to fill in masked parts of pictures: a mask, and the latents of the picture without what it
+            masks, are concatenated to x_t (`ldm.training.masks`).
         size: edge in pixels of the pictures that the model learns and generates.
         crop: which square is taken of a picture that isn't one.
         flip: mirror half of the pictures. Not for letters, flags or anything that has a left and a right.
@@ -48,7 +50,7 @@ class DataConfig:
             Runs can share one: things are found by their content and by the networks' weights. "off" keeps nothing
             and encodes at every step; random crops need it.
         limit: train on at most so many pictures, those of `loop.prompts` among them; 0 is all.
-        workers: processes that read pictures when the cache is off.
+        workers: processes that read pictures when the cache is off, or to mask them.
     """
 
     source: str = "data/openmoji"
@@ -58,6 +60,7 @@ class DataConfig:
     caption_columns: tuple[str, ...] = ("text",)
     label_column: str | None = None
     condition_column: str | None = None
+    inpaint: bool = False
     size: int = 64
     crop: Literal["center", "random"] = "center"
     flip: bool = False
@@ -81,6 +84,8 @@ class DataConfig:
         object.__setattr__(self, "cache", typed_path(str(self.cache)))
         if self.crop == "random" and self.cache != "off":
             raise ValueError("data.crop: random crops can't be encoded once; set data.cache=off or data.crop=center")
+        if self.inpaint and self.condition_column is not None:
+            raise ValueError("data.inpaint: the masked picture is the second one; leave data.condition_column out")
 
     def reading(self) -> dict[str, Any]:
         """The arguments of `read_captioned` besides the source."""

@@ -111,10 +111,10 @@ class InitialModel:
             raise ValueError(
                 f"{self.folder}: its U-Net predicts latents of {unet['out_channels']} channels, its VAE makes {latents}"
             )
-        if self.extra_channels not in (0, latents):
+        if self.extra_channels not in (0, latents, latents + 1):
             raise ValueError(
-                f"{self.folder}: its U-Net takes {unet['in_channels']} channels; expected {latents}, or {2 * latents} "
-                "with a second picture's"
+                f"{self.folder}: its U-Net takes {unet['in_channels']} channels; expected {latents}, "
+                f"{2 * latents} with a second picture's, or {2 * latents + 1} to inpaint"
             )
         for key in UNFED:
             if unet[key] is not None:
@@ -302,7 +302,13 @@ def _check_conditions(config: Config, model: InitialModel) -> None:
             f"data.label_column: init={model.name} knows the classes {', '.join(model.labels.names)}; name the column "
             "that has them"
         )
-    if data.condition_column is None and model.extra_channels:
-        raise ValueError(
-            f"data.condition_column: init={model.name} takes a second picture; name the column that has it"
-        )
+    keys = {
+        model.vae["latent_channels"]: ("data.condition_column", "takes a second picture; name the column that has it"),
+        model.vae["latent_channels"] + 1: ("data.inpaint", "fills in masked parts; set it to true"),
+    }
+    taken, hint = keys.get(model.extra_channels, (None, ""))
+    if taken not in (
+        None,
+        "data.inpaint" if data.inpaint else "data.condition_column" if data.condition_column else "",
+    ):
+        raise ValueError(f"{taken}: init={model.name} {hint}")

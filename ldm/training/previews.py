@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
-from ldm.data.batches import evenly
+from ldm.data.batches import evenly, load_pixels
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import Row
 from ldm.data.grid import captioned_grid
 from ldm.models.text_encoder import TextEncoder
+from ldm.models.vae import to_pictures
 from ldm.training.config import Config
+from ldm.training.masks import draw_mask
+from ldm.training.randomness import generator
 
 AT_ONCE = 16  # pictures
 DEFAULT = 8  # pictures in the grid if the config names none
@@ -27,17 +31,19 @@ class Prompt:
         caption: the text under it.
         prompt, class_label: arguments of LDMPipeline.
         condition: the row that reads the argument `condition`, when a preview needs it.
+        picture: the row that reads the argument `image`, which is masked.
     """
 
     caption: str
     prompt: str | None = None
     class_label: str | None = None
     condition: Row | None = None
+    picture: Row | None = None
 
 
 def build_prompt_set(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:
     """The config's prompts, else some captions; without text, classes; for conditioning pictures, some rows."""
-    if source.condition_column:
+    if source.condition_column or config.data.inpaint:
         rows = evenly(source.heldout if len(source.heldout) else source.train, DEFAULT)
         return [prompt_of(config, rows, number) for number in range(len(rows))]
     if text:
@@ -59,19 +65,25 @@ def prompt_of(config: Config, rows: ConditionedPictures, number: int) -> Prompt:
     row = rows.pictures[number]
     name = rows.labels.names[rows.class_ids[number]] if rows.labels else None
     prompt = row.captions[0] if config.text.encoder is not None else None
-    return Prompt(prompt or name or "", prompt, name, rows.condition(number))
+    condition = rows.condition(number) if rows.condition_column else None
+    return Prompt(prompt or name or "", prompt, name, condition, row if config.data.inpaint else None)
 
 
 def generate_grid(
     pipeline: Any, prompts: Sequence[Prompt], config: Config, interrupted: Callable[[], bool]
 ) -> Image.Image | None:
-    """A grid of the prompt set; None if it was interrupted."""
+    """A grid of the prompt set, below the pictures and what masks leave of them if it fills those in.
+
+    None if it was interrupted.
+    """
 
     def check(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = interrupted()  # the stock way out: the remaining steps are passed over
         return {}
 
     pipeline.set_progress_bar_config(desc="preview", leave=False)
+    above: list[Image.Image] = []
+    below: list[Image.Image] = []
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), AT_ONCE):
         part = prompts[start : start + AT_ONCE]
@@ -82,6 +94,13 @@ def generate_grid(
         }
         if "condition" in given:
             given["condition"] = [row.image() for row in given["condition"]]
+        if part[0].picture is not None:
+            rows = [prompt.picture for prompt in part if prompt.picture is not None]
+            wholes, masks = masked_pictures(config, rows, start)
+            given |= {"image": wholes, "mask_image": masks}
+            above += wholes
+            below += [Image.composite(Image.new("RGB", whole.size, "gray"), whole, mask)
+                      for whole, mask in zip(wholes, masks, strict=True)]  # fmt: skip
         output = pipeline(
             **(given or {"num_images_per_prompt": len(part)}),
             num_inference_steps=config.preview_steps,
@@ -92,4 +111,20 @@ def generate_grid(
         if interrupted():
             return None
         pictures += output.images
-    return captioned_grid(pictures, [prompt.caption for prompt in prompts])
+    captions = [prompt.caption for prompt in prompts]
+    if not above:
+        return captioned_grid(pictures, captions)
+    words = [*captions, *["masked"] * len(below), *["filled in"] * len(pictures)]
+    return captioned_grid([*above, *below, *pictures], words, columns=len(pictures))
+
+
+def masked_pictures(config: Config, rows: Sequence[Row], first: int) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Pictures of the run's size and their masks, white where they are masked; always the same.
+
+    Args:
+        first: number of the first one.
+    """
+    size = config.data.size
+    pixels = torch.stack([load_pixels(row, size) for row in rows])
+    masks = [draw_mask(generator(config.seed, "preview mask", first + i), size) for i in range(len(rows))]
+    return to_pictures(pixels), [Image.fromarray(mask[0].numpy()).convert("L") for mask in masks]

@@ -56,6 +56,7 @@ _LDM = (
     "lora.",
     "optim.",
     "data.condition_column",
+    "data.inpaint",
     "loop.steps",
     "loop.half_size_steps",
     "loop.batch_size",

@@ -2,7 +2,7 @@
 
 What is random of a sample comes from randomness.py; its latents and context come from the cache, or from the picture
 and caption themselves. Both ways give the same batch; without the cache VAE and text encoder run at every step, and
-worker processes read pictures meanwhile.
+worker processes read pictures meanwhile. Masked pictures, which no cache can know, are encoded at every step.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+from torch.utils.data import default_collate
 
-from ldm.data.batches import choose_caption, load_pixels
+from ldm.data.batches import choose_caption, load_pixels, pixel_batches
 from ldm.data.cache.latents import LatentCache
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import CaptionedPictures, Row
@@ -28,6 +29,7 @@ from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.encoders import Encoders
 from ldm.training.latent_cache import encode_once, validation_pictures
+from ldm.training.masks import Masking, mask_channels
 from ldm.training.randomness import Draw, draw, generator
 
 
@@ -63,7 +65,10 @@ class Batch:
         So is the noise, times two: the mean of four values of variance 1 has a variance of 1/4.
         """
         channels = self.conditioning.channels
-        conditioning = replace(self.conditioning, channels=None if channels is None else avg_pool2d(channels, 2))
+        if channels is not None:
+            masks = channels.shape[1] - self.x0.shape[1]  # channels that stay 0 or 1, with inpainting
+            channels = torch.cat([channels[:, :masks, ::2, ::2], avg_pool2d(channels[:, masks:], 2)], dim=1)
+        conditioning = replace(self.conditioning, channels=channels)
         return replace(self, x0=avg_pool2d(self.x0, 2), conditioning=conditioning, eps=2 * avg_pool2d(self.eps, 2))
 
 
@@ -74,12 +79,14 @@ class LatentSamples:
     Attributes:
         draw: n => everything random of sample n.
         cache: latents and contexts; None to read pictures and captions.
+        masking: what is masked of sample n; None without inpainting.
     """
 
     source: ConditionedPictures
     data: DataConfig
     draw: Callable[[int], Draw]
     cache: LatentCache | None = None
+    masking: Masking | None = None
 
     @classmethod
     def of(
@@ -92,7 +99,8 @@ class LatentSamples:
         """The samples of a config's run on these pictures."""
         dropout = config.diffusion.caption_dropout
         chance = partial(draw, config.seed, rows=len(source), latent_shape=latent_shape, caption_dropout=dropout)
-        return cls(source, config.data, chance, cache)
+        masking = Masking(config.seed, config.data.size, latent_shape) if config.data.inpaint else None
+        return cls(source, config.data, chance, cache, masking)
 
     @property
     def pictures(self) -> CaptionedPictures:
@@ -120,9 +128,12 @@ class LatentSamples:
         sample: dict[str, Any] = {"u": drawn.u, "eps": drawn.eps, "posterior_noise": drawn.posterior_noise}
         if self.source.labels:
             sample["class"] = self.source.null_class if drawn.caption is None else self.source.class_ids[drawn.row]
+        load = partial(load_pixels, size=self.data.size, crop=self.data.crop, position=drawn.crop, flip=flip)
+        pixels = load(row) if self.cache is None or self.masking else None
+        if self.masking and pixels is not None:
+            sample |= self.masking(n, pixels)
         if self.cache is None:
-            load = partial(load_pixels, size=self.data.size, crop=self.data.crop, position=drawn.crop, flip=flip)
-            sample |= {"pixels": load(row), "caption": caption}
+            sample |= {"pixels": pixels, "caption": caption}
             if self.source.condition_column:
                 sample["condition_pixels"] = load(self.source.condition(drawn.row))
             return sample
@@ -152,6 +163,8 @@ def validation_set(
     prompts = [*(each[0] for each in captions), ""] if encoders.load_text else []
     encoded, context = encode_once(config, source.all_pictures, prompts, encoders, latent_shape, "heldout")
     x0, second = encoded.to(device).split(len(source)) if source.condition_column else (encoded.to(device), None)
+    if config.data.inpaint:
+        second = masked_channels(config, source.pictures, encoders, latent_shape)
     classes = torch.from_numpy(source.class_ids).to(device) if source.labels else None
     rng = generator(config.seed, "held out")
     conditioning = Conditioning(None if context is None else context[:-1].to(device), classes, second)
@@ -159,6 +172,20 @@ def validation_set(
     if context is None:
         return CaptionedValidationSet(true)
     return CaptionedValidationSet.of(true, captions, context[-1:].to(device), rng)
+
+
+@torch.no_grad()
+def masked_channels(
+    config: Config, pictures: CaptionedPictures, encoders: Encoders, latent_shape: tuple[int, int, int]
+) -> Tensor:
+    """What follows x_t for held-out pictures [N,1+C,h,w], each with a mask of its own, on the VAE's device."""
+    masking, vae = Masking(config.seed, config.data.size, latent_shape, "held-out mask"), encoders.vae
+    parts, n = [], 0
+    for pixels in pixel_batches(pictures, config.data.size, "masking"):
+        collated = default_collate([masking(n + i, one) for i, one in enumerate(pixels)])
+        parts.append(with_latents(to_device(collated, vae.device), vae)["channels"])
+        n += len(pixels)
+    return torch.cat(parts)
 
 
 def to_device(collated: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -169,10 +196,20 @@ def to_device(collated: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
+def has_pixels(collated: dict[str, Any]) -> bool:
+    """Whether a VAE must encode something of these samples."""
+    return "pixels" in collated or "masked_pixels" in collated
+
+
 @torch.no_grad()
 def with_latents(collated: dict[str, Any], vae: Any) -> dict[str, Any]:
-    """Collated samples with what a cache has of the pictures, in place of their pixels."""
+    """Collated samples with latents in place of all pixels that they have."""
     rest = dict(collated)
+    if "masked_pixels" in rest:
+        left = encode(vae, rest.pop("masked_pixels"))
+        rest["channels"] = mask_channels(rest.pop("mask"), left, rest.pop("mask_noise"))
+    if "pixels" not in rest:  # a cache has them
+        return rest
     posterior = encode(vae, rest.pop("pixels"))
     if "condition_pixels" in rest:
         rest["channels"] = encode(vae, rest.pop("condition_pixels")).mean
@@ -180,5 +217,5 @@ def with_latents(collated: dict[str, Any], vae: Any) -> dict[str, Any]:
 
 
 def with_context(collated: dict[str, Any], text: TextEncoder | None) -> dict[str, Any]:
-    """Collated samples with what a cache has of the captions, beside them."""
-    return collated | {"context": text.encode(collated["caption"])} if text else collated
+    """Collated samples with the context of all captions that they have, beside them."""
+    return collated | {"context": text.encode(collated["caption"])} if text and "caption" in collated else collated

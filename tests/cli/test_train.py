@@ -43,7 +43,7 @@ def test_an_unknown_recipe_lists_those_that_there_are(
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     assert said.startswith("ldm train ldm: error: --config: ") and len(said.splitlines()) == 1
-    assert "expected a YAML file, or one of base256, demo, openmoji64, own64" in said
+    assert "expected a YAML file, or one of base256, demo, finetune, inpaint, openmoji64, own64" in said
 
 
 def test_keys_override_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:

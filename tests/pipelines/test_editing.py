@@ -363,17 +363,14 @@ def test_a_model_of_classes(tmp_path: Path) -> None:
     assert not np.array_equal(*found)
 
 
-@pytest.mark.parametrize("more", [5, 3])
-def test_u_nets_of_inpainting_models_and_upscalers_are_refused(more: int, tmp_path: Path) -> None:
+def test_u_nets_of_upscalers_are_refused(tmp_path: Path) -> None:
     pipe = tiny.pipeline(tmp_path)
     unet = build_unet(
         UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
-        latent_shape=(4, 8, 8), context_dim=32, condition_channels=more,
+        latent_shape=(4, 8, 8), context_dim=32, condition_channels=3,
     )  # fmt: skip
     pipe.register_modules(unet=unet.eval())
-    with pytest.raises(
-        ValueError, match=f"image: this model's U-Net takes {more} channels beside those of the latents"
-    ):
+    with pytest.raises(ValueError, match="image: this model's U-Net takes 3 channels beside those of the latents"):
         pipe("cat", image=photo())
 
 

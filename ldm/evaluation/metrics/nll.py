@@ -193,7 +193,7 @@ def nll_of_pipeline(
     Raises:
         ValueError: if the model takes a conditioning picture, or its scheduler has no known noise schedule.
     """
-    if pipeline.condition_channels:
+    if pipeline.extra_channels:
         raise ValueError("nll: this model takes a conditioning picture; the bound supports text and classes only")
     config, device, size = pipeline.scheduler.config, pipeline.unet.device, pipeline.edge("height")
     schedule, prediction = schedule_from_config(config), prediction_from_config(config)

@@ -2,9 +2,10 @@
 
     x_t = alpha_t x0 + sigma_t eps,   loss = |prediction(x_t, t, conditioning) - target|**2   (ldm.diffusion.losses)
 
-What is trained and how is the config's `unet` and `diffusion` sections; what it is conditioned on follows from the data
-(`text.encoder`, `data.label_column`, `data.condition_column`). The averaged weights are validated, exported and used
-for previews. The latents of half the size in the first `loop.half_size_steps` are progressive resizing.
+What is trained and how is the config's `unet` and `diffusion` sections, or what `init` brings; what it is conditioned
+on follows from the data (`text.encoder`, `data.label_column`, `data.condition_column`, `data.inpaint`). The averaged
+weights are validated, exported and used for previews. The latents of half the size in the first `loop.half_size_steps`
+are progressive resizing.
 """
 
 from __future__ import annotations
@@ -50,7 +51,15 @@ from ldm.training.latent_cache import build_cache, cache_bytes
 from ldm.training.normalization import check_scale
 from ldm.training.objective import build_objective, build_schedule, build_timesteps
 from ldm.training.previews import Prompt, build_prompt_set, generate_grid
-from ldm.training.samples import Batch, LatentSamples, to_device, validation_set, with_context, with_latents
+from ldm.training.samples import (
+    Batch,
+    LatentSamples,
+    has_pixels,
+    to_device,
+    validation_set,
+    with_context,
+    with_latents,
+)
 from ldm.training.task import Recipe, Task, float32_bytes
 from ldm.training.train_state import TrainState, whole_weights
 from ldm.version import __version__
@@ -134,7 +143,10 @@ class Diffusion(Task):
     @property
     def condition_channels(self) -> int:
         """Input channels of the U-Net that follow those of x_t."""
-        return self.latent_shape[0] if self.source and self.source.condition_column else 0
+        channels = self.latent_shape[0]
+        if self.config.data.inpaint:
+            return 1 + channels
+        return channels if self.source and self.source.condition_column else 0
 
     def fresh_unet(self, *, learned_variance: bool = False) -> UNet2DConditionModel:
         """A U-Net with random weights."""
@@ -172,7 +184,8 @@ class Diffusion(Task):
         self.prompts = build_prompt_set(config, source, encoders.text_outline)
         if config.cache_folder() is not None:
             cache = build_cache(config, source.train.all_pictures, encoders, shape)
-            self.samples, self.workers = LatentSamples.of(config, source.train, shape, cache), 0
+            self.samples = LatentSamples.of(config, source.train, shape, cache)
+            self.workers = config.data.workers if config.data.inpaint else 0
         self.heldout = validation_set(config, source.heldout, encoders, shape, self.accelerator.device)
         if config.cache_folder() is not None:
             encoders.free()
@@ -196,18 +209,20 @@ class Diffusion(Task):
 
     def batch(self, collated: dict[str, Any]) -> Batch:
         collated = to_device(collated, self.accelerator.device)
-        if "pixels" in collated:
-            assert self.encoders is not None
-            collated = with_context(with_latents(collated, self.encoders.vae), self.encoders.text)
+        encoders = self.encoders
+        if encoders is not None and has_pixels(collated):
+            collated = with_latents(collated, encoders.vae)
+        if encoders is not None and "caption" in collated:
+            collated = with_context(collated, encoders.text)
         return Batch.of(collated)
 
     def batches(self, numbers: Sequence[Sequence[int]]) -> list[Batch]:
         """A few batches; all pictures are encoded, then all captions: the encoders take turns in memory."""
         device, encoders = self.accelerator.device, self.encoders
         collated = [to_device(default_collate([self.samples[n] for n in part]), device) for part in numbers]
-        if "pixels" in collated[0]:
-            assert encoders is not None
+        if encoders is not None and has_pixels(collated[0]):
             collated = [with_latents(batch, encoders.vae) for batch in collated]
+        if encoders is not None and "caption" in collated[0]:
             collated = [with_context(batch, encoders.text) for batch in collated]
         return [Batch.of(batch) for batch in collated]
 
