@@ -168,8 +168,9 @@ def test_a_lora_that_is_not_what_was_trained_does_not_replace_the_last(
 def test_what_a_lora_can_not_be_is_said_before_anything_runs(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lora.rank: .*init"):
         train("ldm", dataclasses.replace(recipe(home, tmp_path), init=None))
-    with pytest.raises(ValueError, match="data.condition_column: "):
-        train("ldm", recipe(home, tmp_path, data__condition_column="outline"))
+    for key, value in (("condition_column", "outline"), ("inpaint", True)):
+        with pytest.raises(ValueError, match=f"data.{key}: .* adapters can't add one"):
+            train("ldm", recipe(home, tmp_path, **{f"data__{key}": value}))
 
 
 def test_a_run_is_evaluated_with_its_base(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,7 @@ from ldm.training.sizes import check_sizes
 from ldm.training.task import Task
 from ldm.training.tasks.autoencoder import Autoencoder
 from ldm.training.tasks.diffusion import Diffusion
+from ldm.training.tasks.lora import LoRA
 
 BLURRED = 20.0  # dB; below it a reconstruction is no longer its picture
 CUT = 0.05  # share of captions
@@ -143,7 +144,8 @@ def _examine(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "VAE", message) if mean >= BLURRED else Finding("warning", "VAE", message + far)
     del vae
     encoders = Encoders(load_the_vae, load_text if config.text.encoder else None, encoding_dtype(accelerator))
-    yield from try_out(Diffusion(config, accelerator, source, encoders))
+    kind = LoRA if config.lora.rank else Diffusion
+    yield from try_out(kind(config, accelerator, source, encoders))
 
 
 def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:

@@ -59,11 +59,10 @@ class LoRA(Diffusion):
 
     @classmethod
     def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
-        initial = InitialModel.open(config.init or "")
-        if config.data.condition_column and not initial.extra_channels:
+        key = "inpaint" if config.data.inpaint else "condition_column"
+        if getattr(config.data, key) and not InitialModel.open(config.init or "").extra_channels:
             raise ValueError(
-                f"data.condition_column: init={config.init} takes no second picture, and adapters can't add one; leave "
-                "it out"
+                f"data.{key}: init={config.init} takes no second picture, and adapters can't add one; leave it out"
             )
         return super().create(config, accelerator, pictures)
 
