@@ -9,6 +9,8 @@ data.py      make and check data sets
 doctor.py    can this recipe train here?
 train.py     train, or resume
 sample.py    generate pictures
+edit.py      change a picture
+walk.py      pictures between two prompts or seeds
 evaluate.py  measure a model
 export.py    a folder of half the size
 push.py      to the Hub

@@ -1,4 +1,4 @@
-"""The command line: `ldm data | doctor | train | sample | evaluate | export | push | app`.
+"""The command line: `ldm data | doctor | train | sample | edit | walk | evaluate | export | push | app`.
 
 A command imports what it needs when it runs: `ldm --help` does not wait for torch, diffusers or gradio.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import ldm
-from ldm.cli import app, data, doctor, evaluate, export, push, sample, train
+from ldm.cli import app, data, doctor, edit, evaluate, export, push, sample, train, walk
 from ldm.cli.parser import Parser, add_commands
 from ldm.system.importing import leave_quickly, quiet_libraries
 
@@ -19,6 +19,8 @@ COMMANDS = {
     "doctor": doctor.COMMAND,
     "train": train.COMMAND,
     "sample": sample.COMMAND,
+    "edit": edit.COMMAND,
+    "walk": walk.COMMAND,
     "evaluate": evaluate.COMMAND,
     "export": export.COMMAND,
     "push": push.COMMAND,

@@ -63,6 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rounding, 1/255 of a channel (default: 16)",
     )
     add("--columns", type=positive, metavar="N", help="pictures in a row of the grid (default: 4)")
+    add_settings(parser)
+    add = parser.add_argument_group("conditioning").add_argument
+    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
+    add(
+        "--class-label",
+        nargs="+",
+        metavar="CLASS",
+        help="the class to generate, or to steer towards; one for all pictures or one each",
+    )
+    add("--condition", type=path, metavar="PICTURE", help="the second picture, for a model that is conditioned on one")
+    add("--classifier", type=path, metavar="FOLDER", help="a classifier (RUN/classifier) that steers to --class-label")
+    add("--classifier-scale", type=float, metavar="W", help="how strongly it steers (default: 1)")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that generates: what computes, steps, sampler and guidance."""
+    add = parser.add_argument
     add(
         "--dtype",
         choices=("auto", *DTYPES),
@@ -96,17 +113,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("LOW", "HIGH"),
         help="guide only where LOW <= t/T < HIGH; 0 1 is everywhere",
     )
-    add = parser.add_argument_group("conditioning").add_argument
-    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
-    add(
-        "--class-label",
-        nargs="+",
-        metavar="CLASS",
-        help="the class to generate, or to steer towards; one for all pictures or one each",
-    )
-    add("--condition", type=path, metavar="PICTURE", help="the second picture, for a model that is conditioned on one")
-    add("--classifier", type=path, metavar="FOLDER", help="a classifier (RUN/classifier) that steers to --class-label")
-    add("--classifier-scale", type=float, metavar="W", help="how strongly it steers (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -238,6 +244,11 @@ def generate_again(arguments: argparse.Namespace) -> None:
     if arguments.prompts:
         raise ValueError(f"prompts: {arguments.like} has its own; leave them out, or leave --like out")
     wanted = png_metadata.read(arguments.like)
+    if wanted.image:
+        raise ValueError(
+            f"{arguments.like}: it is an edit of a picture that the file does not hold (SHA-256 {wanted.image[:12]}…), "
+            "so it can't be repeated from it alone; run `ldm edit` with that picture"
+        )
     if wanted.condition and arguments.condition is None:
         raise ValueError(
             f"{arguments.like}: it was made of another picture, which the file does not hold; "

@@ -10,6 +10,7 @@ labels.py       classes from a column
 conditioned.py  pictures with all their conditions: captions, a class, a conditioning picture
 duplicates.py   pictures that are there twice, in one split or in both
 grid.py         pictures side by side, with captions
+animation.py    pictures in a row: a strip, a GIF, a film
 sources/        folders, tables, shards, the Hub
 cache/          latents and contexts, encoded once
 emoji/          the embedded data set

@@ -38,7 +38,7 @@ _warned: set[str] = set()
 def captioned_grid(
     pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4, edge: int = 128
 ) -> Image.Image:
-    """Lay pictures out in rows of `columns`, each `edge` pixels wide over its caption in at most two lines."""
+    """Lay pictures out in rows of `columns`, each `edge` pixels along its longer side, over two lines of caption."""
     if len(pictures) != len(captions) or not pictures:
         raise ValueError(f"captioned_grid: expected a caption per picture, got {len(captions)} and {len(pictures)}")
     if columns < 1:
@@ -52,8 +52,11 @@ def captioned_grid(
     pen = ImageDraw.Draw(grid)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = gap + i % columns * cell_width, gap + i // columns * cell_height
-        resampling = Image.Resampling.NEAREST if edge % picture.width == 0 else Image.Resampling.LANCZOS
-        grid.paste(picture.convert("RGB").resize((edge, edge), resampling), (left, top))
+        longer = max(picture.size)
+        resampling = Image.Resampling.NEAREST if edge % longer == 0 else Image.Resampling.LANCZOS
+        width, height = (max(1, round(side * edge / longer)) for side in picture.size)
+        shown = picture.convert("RGB").resize((width, height), resampling)
+        grid.paste(shown, (left + (edge - width) // 2, top + (edge - height) // 2))
         text, font = legible(caption, size)
         lines = "\n".join(wrap(text, font, edge))
         pen.multiline_text((left, top + edge + size // 4), lines, fill="#333333", font=font, spacing=2)

@@ -173,7 +173,7 @@ def check_edit(
     if pipe.inpaints and mask_image is None and expand is None:
         raise ValueError("mask_image: this model fills in masked parts; give it the part of image that is to be new")
     if strength is None:
-        strength = STRENGTH if mask_image is None and expand is None else MASKED_STRENGTH
+        strength = default_strength(mask_image, expand)
     check_number("strength", strength, 0, 1)
     if int(steps * strength) < 1:
         raise ValueError(f"strength: expected at least {1 / steps:.3g}, which is one of {steps} steps, got {strength}")
@@ -189,6 +189,11 @@ def check_edit(
     height, width = (edge * (factor if is_latent else 1) for edge in source.shape[-2:])
     pipe.check_edges("image", height, width)
     return Edit(source, mask, float(strength), height, width)
+
+
+def default_strength(mask_image: Any, expand: Any) -> float:
+    """Of a call that names none: stock's, of image-to-image or of inpainting."""
+    return STRENGTH if mask_image is None and expand is None else MASKED_STRENGTH
 
 
 def _source(pipe: Any, image: Any, height: int | None, width: int | None, factor: int, keeps: bool) -> Tensor:

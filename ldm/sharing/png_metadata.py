@@ -54,6 +54,8 @@ class Settings:
         prompt, negative_prompt, class_label: what the model was conditioned on.
         pictures, place: size of the batch and place in it, from 0; seeds count up along the batch.
         condition: the SHA-256 of the second picture that the model was conditioned on.
+        image, mask: the SHA-256 of the picture that was changed, and of the mask; `strength` and `expand` (left, top,
+            right, bottom) beside them.
         classifier: the fingerprint of the classifier that steered it, by `classifier_scale`.
         drawn_with: versions and device.
     """
@@ -75,6 +77,10 @@ class Settings:
     pictures: int = 1
     place: int = 0
     condition: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    expand: list[int] | None = None
     classifier: str | None = None
     classifier_scale: float | None = None
     drawn_with: dict[str, str] = field(default_factory=dict)
@@ -125,6 +131,10 @@ def stamp(
     guidance_interval: Sequence[float] | None = None,
     sampler: str | None = None,
     condition: Image.Image | None = None,
+    image: Image.Image | None = None,
+    mask_image: Image.Image | None = None,
+    strength: float | None = None,
+    expand: Sequence[int] | None = None,
     classifier: Any = None,
     classifier_scale: float | None = None,
     **_: Any,
@@ -165,6 +175,10 @@ def stamp(
             pictures=len(pictures),
             place=place,
             condition=None if condition is None else picture_sha256(condition),
+            image=None if image is None else picture_sha256(image),
+            mask=None if mask_image is None else picture_sha256(mask_image),
+            strength=strength,
+            expand=None if expand is None else list(expand),
             classifier=None if classifier is None else fingerprint(classifier.network),
             classifier_scale=None if classifier is None else classifier_scale,
             drawn_with={
