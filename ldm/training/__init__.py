@@ -7,10 +7,10 @@ task.py            what a kind of training is
 sizes.py           data.size fits everything that halves it
 optimizer.py       AdamW, its learning rate, skipped steps
 objective.py       the diffusion section of the config => process, timesteps, loss
-initial_model.py   the model that a run starts from
-masks.py           what an inpainting model is to fill in
+initial_model.py   the model that init names: what it brings, its U-Net at step 0
 samples.py         (seed, sample) => the tensors of a batch of the U-Net's
 randomness.py      every random number of training, as a function of (seed, sample)
+masks.py           what an inpainting model learns to fill in
 encoders.py        VAE and text encoder, each in memory only while it encodes
 encoder_sources.py where they come from
 normalization.py   latents and contexts of unit variance: measured once, folded into the encoders
