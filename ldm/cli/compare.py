@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.evaluate import interval, read_data
-from ldm.cli.parser import Command, feature_extractor, path, place
+from ldm.cli.evaluate import add_data_options, add_extractor_options, interval, load_extractors, read_data
+from ldm.cli.parser import Command, path, place, positive
 from ldm.pipelines import import_networks
 
 
@@ -16,24 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("a", type=place, metavar="A", help="a run, a pipeline folder or a Hub id")
     add("b", type=place, metavar="B", help="another one, or the same with other settings")
-    add("--data", type=place, metavar="SOURCE", help="captioned pictures (default: what A's run was trained on)")
-    add("--image-column", help="where a Hub data set has its pictures (default: the run's, or image)")
-    add("--caption-columns", nargs="+", metavar="COLUMN", help="the captions (default: the run's, or text)")
-    add("--holdout", type=float, help="share of the captions that was held out (default: the run's, or 0.05)")
+    add_data_options(add)
     add("--out", type=path, metavar="FOLDER", help="where to write (default: runs/A-B-comparison)")
-    add("--pictures", type=int, metavar="N", help="held-out captions to generate, spread evenly (default: all)")
+    add("--pictures", type=positive, metavar="N", help="held-out captions to generate, spread evenly (default: all)")
     add("--train-pictures", type=int, default=200, metavar="N", help="training captions (default: 200; 0: none)")
     add("--seed", type=int, default=0, help="of the first picture of each set; picture i has seed + i (default: 0)")
-    add("--batch-size", type=int, default=16, help="pictures generated at once (default: 16)")
+    add("--batch-size", type=positive, default=16, metavar="N", help="pictures generated at once (default: 16)")
     add = parser.add_argument_group(
         "settings, one value for both or one each (default: each pipeline's own)"
     ).add_argument
-    add("--steps", type=int, nargs="+", metavar="N", help="sampling steps")
+    add("--steps", type=positive, nargs="+", metavar="N", help="sampling steps")
     add("--guidance-scale", type=float, nargs="+", metavar="W", help="classifier-free guidance; 1 is off")
     add("--guidance-interval", type=interval, nargs="+", metavar="LOW:HIGH", help="guide only where LOW <= t/T < HIGH")
     add = parser.add_argument_group("feature extractors").add_argument
-    add("--features", nargs="+", default=[], type=feature_extractor, metavar="NET", help="as in `ldm evaluate`")
-    add("--net", type=path, metavar="FOLDER", help="the data set's own CLIP (default: nets/<name of the data>)")
+    add_extractor_options(add)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,9 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.cli.find import find_model
     from ldm.evaluation.compare import compare
     from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
-    from ldm.evaluation.features import load_extractor, pixel_extractor
-    from ldm.evaluation.in_domain_clip import load_clip, read_card
     from ldm.evaluation.report.comparison import FILE, PAGE, comparison_table
+    from ldm.evaluation.report.page import model_name
     from ldm.pipelines.text_to_image import LDMPipeline
 
     steps = one_each("--steps", arguments.steps)
@@ -65,18 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if models[0].sha256 == models[1].sha256 and settings[0] == settings[1]:
         raise ValueError("A and B are the same model with the same settings; give --steps 8 4, for example")
-    size, device = models[0].size, models[0].device
-    extractors = [pixel_extractor(size), *(load_extractor(spec, size, device) for spec in arguments.features)]
-    net = arguments.net or Path("nets") / re.sub(r"[^\w.-]+", "-", Path(pictures.source).name)
-    if read_card(net) is not None:
-        extractors.append(load_clip(net, pictures, size, device))
-    elif len(extractors) == 1:
-        print(
-            f"no in-domain CLIP in {net} (train it with `ldm evaluate --data {pictures.source} --fit-net`) and no "
-            "--features: everything is measured in pixels"
-        )
-    names = [folder.parent.name if folder.name == "pipeline" else folder.name for folder in folders]
-    out = arguments.out or Path("runs") / f"{names[0]}-{names[1]}-comparison"
+    extractors = load_extractors(arguments, pictures, models[0])
+    out = arguments.out or Path("runs") / "{}-{}-comparison".format(*(model_name(str(folder)) for folder in folders))
     report = compare(
         models,
         pictures,

@@ -17,6 +17,8 @@ from ldm.pipelines import import_networks
 
 if TYPE_CHECKING:
     from ldm.data.dataset import CaptionedPictures
+    from ldm.evaluation.evaluated_model import EvaluatedModel
+    from ldm.evaluation.features import FeatureExtractor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run, a pipeline folder or a Hub id; none with --fit-net alone",
     )
     add_lora_option(add)
-    add("--data", type=place, metavar="SOURCE", help="captioned pictures (default: what the run was trained on)")
-    add("--image-column", help="where a Hub data set has its pictures (default: the run's, or image)")
-    add("--caption-columns", nargs="+", metavar="COLUMN", help="the captions (default: the run's, or text)")
-    add("--holdout", type=float, help="share of the captions that was held out (default: the run's, or 0.05)")
+    add_data_options(add)
     add("--out", type=path, metavar="FOLDER", help="where to write (default: RUN/evaluation)")
     add("--report", type=path, metavar="FILE", help="copy the report here, besides FOLDER/report.html")
     add(
@@ -54,16 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nll", action="store_true", help="only bound the negative log-likelihood of held-out latents, by timestep")
     add("--strata", type=int, default=50, help="timesteps per picture; more of them vary less (default: 50)")
     add = parser.add_argument_group("feature extractors").add_argument
-    add(
-        "--features",
-        nargs="+",
-        default=[],
-        type=feature_extractor,
-        metavar="NET",
-        help="vision models of transformers, as folders or Hub ids (DINOv2, CLIP, …), or inception=FILE.safetensors",
-    )
+    add_extractor_options(add)
     add("--fit-net", action="store_true", help="first train the data set's own CLIP on its training pictures")
-    add("--net", type=path, metavar="FOLDER", help="where that CLIP is (default: nets/<name of the data>)")
     add("--net-epochs", type=int, metavar="N", help="epochs of its training (default: 20)")
     add("--net-text", default="minilm", type=place, metavar="ENCODER", help="its text encoder (default: minilm)")
     add = parser.add_argument_group("guidance and steps").add_argument
@@ -79,6 +70,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--sweep-pictures", type=int, metavar="N", help="captions of each set (default: 64)")
     add("--write-defaults", action="store_true", help="save the best setting as the pipeline's defaults")
+
+
+def add_data_options(add: Callable[..., Any]) -> None:
+    """Which captioned pictures a model is measured on."""
+    add("--data", type=place, metavar="SOURCE", help="captioned pictures (default: what the run was trained on)")
+    add("--image-column", help="where a Hub data set has its pictures (default: the run's, or image)")
+    add("--caption-columns", nargs="+", metavar="COLUMN", help="the captions (default: the run's, or text)")
+    add("--holdout", type=float, help="share of the captions that was held out (default: the run's, or 0.05)")
+
+
+def add_extractor_options(add: Callable[..., Any]) -> None:
+    """Which feature extractors measure it."""
+    add(
+        "--features",
+        nargs="+",
+        default=[],
+        type=feature_extractor,
+        metavar="NET",
+        help="vision models of transformers, as folders or Hub ids (DINOv2, CLIP, …), or inception=FILE.safetensors",
+    )
+    add(
+        "--net",
+        type=path,
+        metavar="FOLDER",
+        help="the data set's own CLIP, which --fit-net of `ldm evaluate` trains (default: nets/<name of the data>)",
+    )
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -106,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--write-defaults: it writes what --sweep finds for a model; give both")
     folder, home, config = find_model(arguments.model) if arguments.model else (None, None, None)
     pictures = read_data(arguments, config)
-    net = arguments.net or Path("nets") / re.sub(r"[^\w.-]+", "-", Path(pictures.source).name)
+    net = net_folder(arguments, pictures)
     if arguments.fit_net:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         fit(pictures, net, arguments, device)
@@ -118,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
             copy_run_record(folder, out)
         else:
             record_run(out, *run_of(folder), config)
-        examine(folder, out, pictures, net, arguments)
+        examine(folder, out, pictures, arguments)
 
 
 def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> CaptionedPictures:
@@ -133,6 +150,31 @@ def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> C
     reading = DataConfig(**known).reading() if known else {}
     typed = {name: getattr(arguments, name) for name in ("image_column", "caption_columns", "holdout")}
     return read_captioned(source, **{**reading, **{key: value for key, value in typed.items() if value is not None}})
+
+
+def net_folder(arguments: argparse.Namespace, pictures: CaptionedPictures) -> Path:
+    """Where the in-domain CLIP of these pictures is, or is to be."""
+    return arguments.net or Path("nets") / re.sub(r"[^\w.-]+", "-", Path(pictures.source).name)
+
+
+def load_extractors(
+    arguments: argparse.Namespace, pictures: CaptionedPictures, model: EvaluatedModel
+) -> list[FeatureExtractor]:
+    """Pixels, the networks that were named, and the in-domain CLIP if there is one; a missing one is reported."""
+    from ldm.evaluation.features import load_extractor, pixel_extractor
+    from ldm.evaluation.in_domain_clip import load_clip, read_card
+
+    net = net_folder(arguments, pictures)
+    extractors = [pixel_extractor(model.size)]
+    extractors += [load_extractor(spec, model.size, model.device) for spec in arguments.features]
+    if read_card(net) is not None:
+        extractors.append(load_clip(net, pictures, model.size, model.device))
+    if len(extractors) == 1:
+        print(
+            f"no in-domain CLIP in {net} (train it with `ldm evaluate --data {pictures.source} --fit-net`) and no "
+            "--features: FID and the other distribution metrics are left out, the rest is measured in pixels"
+        )
+    return extractors
 
 
 def fit(pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace, device: Any) -> None:
@@ -173,12 +215,10 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
         print(f"and in {write_report(out)}")
 
 
-def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arguments: argparse.Namespace) -> None:
+def examine(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:
     """Evaluate the model and print a summary."""
     from ldm.evaluation.evaluate import QUICK, Plan, evaluate
     from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
-    from ldm.evaluation.features import load_extractor, pixel_extractor
-    from ldm.evaluation.in_domain_clip import load_clip, read_card
     from ldm.evaluation.report.page import FILE, PAGE
     from ldm.evaluation.report.text import summary
     from ldm.pipelines.text_to_image import LDMPipeline
@@ -186,15 +226,7 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, net: Path, arg
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
     load_loras(pipeline, arguments.lora)
     model = EvaluatedModel(pipeline, folder)
-    extractors = [pixel_extractor(model.size)]
-    extractors += [load_extractor(spec, model.size, model.device) for spec in arguments.features]
-    if read_card(net) is not None:
-        extractors.append(load_clip(net, pictures, model.size, model.device))
-    if len(extractors) == 1:
-        print(
-            f"no in-domain CLIP in {net} (train it with --fit-net) and no --features: "
-            "FID and the other distribution metrics are left out, the rest is measured in pixels"
-        )
+    extractors = load_extractors(arguments, pictures, model)
     used = pipeline.defaults.resolve(arguments.steps, arguments.guidance_scale, arguments.guidance_interval)
     settings = SamplingSettings(used.num_inference_steps, used.guidance_scale, arguments.seed, used.guidance_interval)
     typed: dict[str, tuple[Any, Callable[[Any], Any]]] = {

@@ -70,6 +70,8 @@ def compare(
     data = EvaluationSet(pictures, sizes[0])
     sets = [data.prompts(split, count) for split, count in most.items()]
     sets = [prompts for prompts in sets if len(prompts)]
+    if not sets:
+        raise ValueError(f"{pictures.source}: no captions to compare on; give --pictures or --train-pictures more than 0")
     real = data.features(extractors, out / "features")
     report: dict[str, Any] = {
         "command": command,
@@ -101,7 +103,7 @@ def compare(
                     "kind": prompts.kinds[i],
                     "seed": settings[0].seed + i,
                     "real": data.save(number, out),
-                    "drawn": [side[i].relative_to(out).as_posix() for side in paths],
+                    "generated": [side[i].relative_to(out).as_posix() for side in paths],
                     "rank": [int(side[i]) for side in ranks],
                     "values": {name: [float(side[i]) for side in pair] for name, pair in values.items()},
                 }

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.models.lora import active_adapters
+
 
 def fingerprint(network: nn.Module, *facts: Any) -> str:
     """A hash of a network's class, config and weights, and of `facts`, as JSON holds them."""
@@ -55,6 +57,29 @@ def base_weights(network: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
 
 
+def base_fingerprints(unet: nn.Module) -> list[str]:
+    """A U-Net's weights without adapters, in hashes of each form in which the same model is found.
+
+    In float32 it may be as it was trained or out of a file of half precision (`ldm export`); and it may be computed in
+    half precision, after either.
+    """
+    forms: list[tuple[torch.dtype, ...]] = [
+        (), (torch.float16,), (torch.bfloat16,), (torch.float16, torch.float32), (torch.float16, torch.bfloat16)
+    ]  # fmt: skip
+    return list(dict.fromkeys(base_fingerprint(unet, *form) for form in forms))
+
+
+def base_fingerprint(unet: nn.Module, *dtypes: torch.dtype) -> str:
+    """A hash of a U-Net's weights without adapters, cast to these dtypes, one after the other."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(base_weights(unet).items()):
+        for dtype in dtypes:
+            tensor = tensor.to(dtype)
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def tokenizer_facts(tokenizer: Any) -> list[Any]:
     """All that decides which tokens a caption becomes."""
     if tokenizer.is_fast:
@@ -76,8 +101,6 @@ def model_sha256(pipeline: Any, *, adapters: bool = True) -> str:
     Args:
         adapters: whether active LoRA adapters and their scales count, or the model is meant without them.
     """
-    from ldm.models.lora import active_adapters  # it imports this module
-
     parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     facts = [
         [None if part is None else fingerprint(part) for part in parts],

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.fingerprint import base_weights
 from ldm.system.checks import check
 
 WEIGHTS, FACTS = "pytorch_lora_weights.safetensors", "lora.json"
@@ -261,26 +260,3 @@ def active_adapters(pipeline: Any) -> list[Adapter]:
             even = all(math.isclose(scale, first, rel_tol=1e-9) for scale in rest)
             found.append(Adapter(name, digest.hexdigest(), round(first, 9) if even else None, scales))
     return found
-
-
-def base_fingerprints(unet: nn.Module) -> list[str]:
-    """A U-Net's weights without adapters, in hashes of each form in which the same model is found.
-
-    In float32 it may be as it was trained or out of a file of half precision (`ldm export`); and it may be computed in
-    half precision, after either.
-    """
-    forms: list[tuple[torch.dtype, ...]] = [
-        (), (torch.float16,), (torch.bfloat16,), (torch.float16, torch.float32), (torch.float16, torch.bfloat16)
-    ]  # fmt: skip
-    return list(dict.fromkeys(base_fingerprint(unet, *form) for form in forms))
-
-
-def base_fingerprint(unet: nn.Module, *dtypes: torch.dtype) -> str:
-    """A hash of a U-Net's weights without adapters, cast to these dtypes, one after the other."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(base_weights(unet).items()):
-        for dtype in dtypes:
-            tensor = tensor.to(dtype)
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -17,7 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ldm.models.lora import METADATA, WEIGHTS, base_fingerprint
+from ldm.models.fingerprint import base_fingerprint
+from ldm.models.lora import METADATA, WEIGHTS
 from ldm.models.safety import MAX_JSON_BYTES
 
 #: PEFT's settings that a file may set to numbers, to texts that nothing reads, and to what they always are. Any other

@@ -88,9 +88,9 @@ class InitialModel:
 
         def config(part: str) -> dict[str, Any]:
             kind = inspect.signature(getattr(diffusers, index[part][1]).__init__)
-            said = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+            saved = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
             defaults = {key: one.default for key, one in kind.parameters.items() if one.default is not one.empty}
-            return {**defaults, **{key: value for key, value in said.items() if not key.startswith("_")}}
+            return {**defaults, **{key: value for key, value in saved.items() if not key.startswith("_")}}
 
         for part in ("unet", "vae", "scheduler"):
             if index.get(part) in (None, [None, None]):

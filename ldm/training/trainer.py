@@ -129,7 +129,7 @@ class Trainer:
                 self.follow_up(done, received)
             peers.close()
             accelerator.wait_for_everyone()
-        self.tracker.close()
+            self.tracker.close()
         if self.monitor.signal or received:
             raise Stopped(self.monitor.signal or received.number, saved)
         return history

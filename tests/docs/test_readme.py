@@ -15,13 +15,13 @@ from PIL import Image
 from ldm import LDMPipeline
 from ldm.cli.config import parse_config
 from ldm.cli.main import build_parser
+from ldm.models.fingerprint import base_fingerprints
 from ldm.models.lora import (
     NAME,
     LoRAConfig,
     LoRAFacts,
     adapter_weights,
     add_adapters,
-    base_fingerprints,
     save_adapters,
 )
 

@@ -102,7 +102,7 @@ def test_both_models_get_the_same_captions_and_noise(
     assert set(heldout["kinds"]) == {"color", "style"}
     assert sum(tests["validation loss"]["n"] for tests in heldout["kinds"].values()) == 8
     for one in heldout["pictures"]:
-        a, b = (Image.open(tmp_path / name) for name in one["drawn"])
+        a, b = (Image.open(tmp_path / name) for name in one["generated"])
         assert a.tobytes() != b.tobytes()
         assert (tmp_path / one["real"]).exists()
     for metric, test in heldout["tests"].items():

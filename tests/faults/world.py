@@ -46,7 +46,7 @@ HANG = 240.0  # seconds after which a child counts as hanging
 STEPS, SAVE_EVERY = 9, 3
 PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "previewing")
 #: kind of training => its task
-KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier"}
+KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm"}
 #: task => the file that it leaves in its run
 RESULTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -220,6 +220,7 @@ class World:
             "workers": {"data__cache": "off", "data__workers": 2, "data__flip": "true"},
             "vae": {"data__workers": 2},
             "classifier": {"data__label_column": "color", "data__flip": "true"},
+            "inpaint": {"data__inpaint": "true", "data__workers": 2},
         }
         return road.recipe(self.home, **{**shared, **kinds[kind], **words})
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.cli.main import main
-from ldm.models.fingerprint import model_sha256
+from ldm.models.fingerprint import base_fingerprints, model_sha256
 from ldm.models.lora import (
     FACTS,
     NAME,
@@ -25,7 +25,6 @@ from ldm.models.lora import (
     active_adapters,
     adapter_weights,
     add_adapters,
-    base_fingerprints,
     save_adapters,
     trigger_words,
 )

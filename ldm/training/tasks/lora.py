@@ -18,13 +18,13 @@ from PIL import Image
 from torch import nn
 
 from ldm.data.dataset import CaptionedPictures
+from ldm.models.fingerprint import base_fingerprints
 from ldm.models.lora import (
     NAME,
     LoRAFacts,
     adapter_weights,
     add_adapters,
     alpha_of,
-    base_fingerprints,
     require_peft,
     save_adapters,
     trigger_words,
