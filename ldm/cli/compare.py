@@ -90,4 +90,5 @@ ldm compare runs/a runs/b                            (a page with both beside th
 ldm compare models/openmoji64 models/openmoji64 --data data/openmoji --steps 8 4 --guidance-scale 3 1.5""",
     add_arguments,
     run,
+    "[OPTION ...] A B",
 )

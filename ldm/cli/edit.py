@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", type=place, help="a pipeline folder (RUN/pipeline) or a Hub id")
     add("picture", metavar="PICTURE", type=path, help="the picture to change")
-    add("prompt", nargs="?", metavar="PROMPT", help="what to make of it; none for a model without text")
+    add("prompt", nargs="?", metavar="PROMPT", help="what the result shows; none for a model without text")
     add(
         "--strength",
         type=float,
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--expand", type=sides, metavar="SIDE=N,...", help="pixels to add at left, top, right, bottom: left=32,right=32"
     )
-    add("--variations", type=positive, metavar="N", help="so many pictures, from seeds that count up (default: 1)")
+    add("--variations", type=positive, metavar="N", help="pictures to generate, each with the next seed (default: 1)")
     add(
         "--edge",
         type=positive,

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts",
         nargs="*",
         metavar="PROMPT",
-        help="where it starts and ends; one stays; none for a model without text",
+        help="one for each end, or one for all pictures; none for a model without text",
     )
     add("--frames", type=positive, default=16, metavar="N", help="pictures, both ends included (default: 16)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="one, or two to walk between (default: 0)")

@@ -71,7 +71,9 @@ def compare(
     sets = [data.prompts(split, count) for split, count in most.items()]
     sets = [prompts for prompts in sets if len(prompts)]
     if not sets:
-        raise ValueError(f"{pictures.source}: no captions to compare on; give --pictures or --train-pictures more than 0")
+        raise ValueError(
+            f"{pictures.source}: no captions to compare on; --pictures or --train-pictures must be above 0"
+        )
     real = data.features(extractors, out / "features")
     report: dict[str, Any] = {
         "command": command,

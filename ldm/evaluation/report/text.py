@@ -100,7 +100,7 @@ def summary(report: dict[str, Any]) -> str:
         if "coverage" in found:
             coverage = found["coverage"]
             lines.append(
-                f"  pictures of a caption that seeds cover: {with_interval(coverage, percent)}; an even choice "
+                f"  coverage of a caption's pictures: {with_interval(coverage, percent)}; if chosen evenly "
                 f"{percent(coverage['of_even_choice'])}, n {coverage['n']}"
             )
     if "sweep" in report:
