@@ -42,7 +42,7 @@ demo-with-vae: $(VENV)/installed
 	@$(DONE)
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 wheel:
 	PYTHON=$(PYTHON) tests/wheel.sh

@@ -16,6 +16,14 @@ import tiny
 import torch
 
 
+#: The files that take longest. A file is run by one worker, so these begin first, or one worker waits for another.
+LONGEST = ("test_training.py", "test_lineage.py", "test_faults.py", "test_doctor.py", "test_second_device.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def as_many_threads_as_before() -> Iterator[None]:
     """A training sets torch's threads for its process; on two, bf16 rounds otherwise than on one."""

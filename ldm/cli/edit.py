@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.find import load
+from ldm.cli.lora import add_lora_option, check_lora_engine, load_loras
 from ldm.cli.parser import PICTURES, Command, folder, path, picture_file, place, positive
 from ldm.cli.sample import SETTINGS, add_settings, batches, file_name, note
 from ldm.pipelines import import_networks
+from ldm.system.files import make_writable
 
 OUT = Path("edited.png")
 SIDES = ("left", "top", "right", "bottom")
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how much of the picture is noised away, above 0, up to 1 (default: 0.8; 1 with --mask or --expand)",
     )
-    add("--mask", type=path, metavar="PICTURE", help="where it is to be new (white); the rest stays, to the bit")
+    add("--mask", type=path, metavar="PICTURE", help="where it is to be new (white); the rest keeps its pixels")
     add(
         "--expand", type=sides, metavar="SIDE=N,...", help="pixels to add at left, top, right, bottom: left=32,right=32"
     )
@@ -35,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--edge",
         type=positive,
         metavar="N",
-        help="pixels of the shorter edge that the picture is resized to (default: what the model was trained at)",
+        help="pixels of the shorter edge that the picture is resized to (default: what the model was trained at; with "
+        "--expand as it is, if the larger canvas fits)",
     )
     add(
         "--out",
@@ -48,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures generated at once (default: 16)")
     add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
     add("--class-label", metavar="CLASS", help="for a model of classes")
+    add_lora_option(add)
     add_settings(parser)
 
 
@@ -69,9 +73,14 @@ def run(arguments: argparse.Namespace) -> None:
         if mask.size != picture.size:
             wanted, found = ("{} x {}".format(*one.size) for one in (picture, mask))
             raise ValueError(f"{arguments.mask}: expected the size of {arguments.picture}, {wanted}, got {found}")
+    if arguments.out is not None:
+        for source in (arguments.picture, arguments.mask):
+            if source is not None and arguments.out.resolve() == source.resolve():
+                raise ValueError(f"--out {arguments.out}: is what the result is made of; name another file")
     for made in (arguments.out and arguments.out.parent, arguments.each):
         if made is not None:
-            made.mkdir(parents=True, exist_ok=True)  # now, not after generating
+            make_writable(made)
+    check_lora_engine(arguments)
     import_networks()
     edit(arguments, picture, mask)
 
@@ -80,6 +89,9 @@ def read_picture(file: Path, background: str = "white") -> Any:
     """A picture file => upright RGB."""
     from ldm.data.images import BadPictureError, decode
 
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "no such file"
+        raise ValueError(f"{file}: expected a picture, got {found}; the order is MODEL PICTURE PROMPT")
     try:
         return decode(file.read_bytes(), background)
     except BadPictureError as error:
@@ -98,10 +110,15 @@ def edit(arguments: argparse.Namespace, picture: Any, mask: Any) -> None:
     from ldm.sharing import png_metadata
 
     pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
+    load_loras(pipeline, arguments.lora)
     if arguments.engine == "openvino":
         pipeline.enable_openvino()
-    trained = min(pipeline.edge("height"), pipeline.edge("width"))
-    size = fitted(picture.size, arguments.edge or trained, downsampling(pipeline.vae))
+    if arguments.prompt is None and pipeline.tokenizer is not None:
+        raise ValueError("PROMPT: this model generates from text; say what the result shows")
+    if pipeline.inpaints and arguments.mask is None and arguments.expand is None:
+        raise ValueError("--mask: this model fills in masked parts; give --mask PICTURE or --expand SIDE=N")
+    size = result_size(arguments, picture.size, pipeline, downsampling(pipeline.vae))
+    pipeline.check_edges("--edge" if arguments.edge else str(arguments.picture), size[1], size[0])  # before resizing
     if size != picture.size:
         before, after = ("{} x {}".format(*one) for one in (picture.size, size))
         print(f"{arguments.picture}: resized from {before} to {after}; --edge chooses another size")
@@ -114,7 +131,7 @@ def edit(arguments: argparse.Namespace, picture: Any, mask: Any) -> None:
     settings["strength"] = arguments.strength
     if arguments.strength is None:
         settings["strength"] = default_strength(arguments.mask, arguments.expand)
-    model, count = model_sha256(pipeline), arguments.variations or 1
+    model, count = model_sha256(pipeline, adapters=False), arguments.variations or 1
     parts = list(batches(1, count, arguments.seed, arguments.batch_size))
     pipeline.set_progress_bar_config(disable=len(parts) > 1)
     pictures: list[Any] = []
@@ -132,6 +149,16 @@ def edit(arguments: argparse.Namespace, picture: Any, mask: Any) -> None:
         png_metadata.save(captioned_grid([source, *pictures], captions) if count > 1 else pictures[0], out)
     where = " and ".join(str(place) for place in (arguments.each, out) if place is not None)
     print(f"{count} pictures are in {where}" if count > 1 else f"the picture is in {where}{note(out)}")
+
+
+def result_size(arguments: argparse.Namespace, size: tuple[int, int], pipeline: Any, factor: int) -> tuple[int, int]:
+    """The size that a picture is resized to: the training's, or as it is where the expanded canvas is no larger."""
+    trained = min(pipeline.edge("height"), pipeline.edge("width"))
+    if arguments.edge is None and arguments.expand is not None and not any(side % factor for side in size):
+        left, top, right, bottom = arguments.expand
+        if min(size[0] + left + right, size[1] + top + bottom) <= trained:
+            return size
+    return fitted(size, arguments.edge or trained, factor)
 
 
 def fitted(size: tuple[int, int], edge: int, factor: int) -> tuple[int, int]:

@@ -31,6 +31,8 @@ def lora(text: str) -> Named:
     try:
         scale = float(weight)
     except ValueError:
+        if os.path.exists(os.path.expanduser(source)) and not os.path.exists(os.path.expanduser(text)):
+            raise argparse.ArgumentTypeError(f"{text!r}: the weight {weight!r} is no number") from None
         return Named(os.path.expanduser(text))  # the colon is part of the name
     if not source or not math.isfinite(scale):
         raise argparse.ArgumentTypeError(f"{text!r}: expected FOLDER or FOLDER:WEIGHT, for example runs/noto/lora:0.8")
@@ -46,6 +48,14 @@ def add_lora_option(add: Callable[..., Any]) -> None:
         metavar="FOLDER[:WEIGHT]",
         help="a LoRA beside the model (RUN/lora, a file or a Hub id), and how much it counts; may be repeated",
     )
+
+
+def check_lora_engine(arguments: argparse.Namespace) -> None:
+    """Refuse adapters with an engine that doesn't know them."""
+    if arguments.lora and arguments.engine == "openvino":
+        raise ValueError(
+            "--lora: OpenVINO does not support adapters; merge them first: ldm export MODEL FOLDER --lora …"
+        )
 
 
 def load_loras(pipeline: Any, named: Sequence[Named] | None) -> None:

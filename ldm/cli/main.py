@@ -39,7 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         parsed.run(parsed)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {in_words(error)}")
+
+
+def in_words(error: Exception) -> str:
+    """An error as one line; those of the operating system begin with the file, like ours."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
 
 
 def build_parser() -> Parser:

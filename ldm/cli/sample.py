@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.find import TRAIN_ONE, find_by_hash, load
-from ldm.cli.lora import add_lora_option, load_by_hash, load_loras
+from ldm.cli.lora import add_lora_option, check_lora_engine, load_by_hash, load_loras
 from ldm.cli.parser import PICTURES, Command, folder, path, picture_file, place, positive
 from ldm.inference.defaults import ENGINES, SAMPLERS, STOCK_GUIDANCE_SCALE, STOCK_STEPS
 from ldm.pipelines import import_networks
 from ldm.system.checks import DTYPES
+from ldm.system.files import make_writable
 
 OUT = Path("samples.png")
 #: Options => arguments of the pipeline; only those that were typed are passed on.
@@ -122,13 +123,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"model: name a pipeline folder or a Hub id, then the prompts; without a model, {TRAIN_ONE}")
     for made in (arguments.out and arguments.out.parent, arguments.each):
         if made is not None:
-            made.mkdir(parents=True, exist_ok=True)  # now, not after generating
+            make_writable(made)
     if arguments.classifier_scale is not None and arguments.classifier is None:
         raise ValueError("--classifier-scale: there is no --classifier to scale")
-    if arguments.lora and arguments.engine == "openvino":
-        raise ValueError(
-            "--lora: OpenVINO does not support adapters; merge them first: ldm export MODEL FOLDER --lora …"
-        )
+    check_lora_engine(arguments)
     import_networks()
     if arguments.like is None:
         generate(arguments)

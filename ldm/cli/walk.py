@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.find import load
+from ldm.cli.lora import add_lora_option, check_lora_engine, load_loras
 from ldm.cli.parser import PICTURES, Command, path, place, positive
 from ldm.cli.sample import SETTINGS, add_settings
 from ldm.data.animation import MOTION, check_motion, save_motion, strip
 from ldm.pipelines import import_networks
+from ldm.system.files import make_writable
 
 OUT = Path("walk.gif")
 
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures generated at once (default: 16)")
     add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
     add("--class-label", metavar="CLASS", help="for a model of classes")
+    add_lora_option(add)
     add_settings(parser)
 
 
@@ -49,7 +52,8 @@ def walk_file(text: str) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     check_motion(arguments.out)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after generating
+    make_writable(arguments.out.parent)
+    check_lora_engine(arguments)
     import_networks()
     from tqdm import tqdm
 
@@ -57,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.sharing import png_metadata
 
     pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
+    load_loras(pipeline, arguments.lora)
     if arguments.engine == "openvino":
         pipeline.enable_openvino()
     pipeline.set_progress_bar_config(disable=True)

@@ -28,6 +28,7 @@ from ldm.evaluation.metrics.intervals import RESAMPLES, paired_estimate
 from ldm.evaluation.metrics.retrieval import distances
 from ldm.evaluation.provenance import machine
 from ldm.evaluation.report.comparison import FILE, write_comparison
+from ldm.evaluation.report.text import SPLITS
 
 
 def compare(
@@ -74,6 +75,8 @@ def compare(
         raise ValueError(
             f"{pictures.source}: no captions to compare on; --pictures or --train-pictures must be above 0"
         )
+    for split in most.keys() - {prompts.name for prompts in sets}:
+        log(f"no {SPLITS[split]}: the comparison is without them")
     real = data.features(extractors, out / "features")
     report: dict[str, Any] = {
         "command": command,

@@ -33,7 +33,7 @@ from ldm.evaluation.metrics.distribution import kid_estimate
 from ldm.evaluation.metrics.intervals import RESAMPLES, mean_estimate
 from ldm.evaluation.provenance import machine
 from ldm.evaluation.report.page import FILE, write_report
-from ldm.evaluation.report.text import sweep_table
+from ldm.evaluation.report.text import SPLITS, sweep_table
 from ldm.evaluation.sweep import GUIDANCE, INTERVALS, STEPS, choose, sweep
 
 SCHEMA = 2
@@ -100,6 +100,8 @@ def evaluate(
     data = EvaluationSet(pictures, model.size)
     sets = [data.prompts("train", plan.train_pictures), data.prompts("heldout", plan.heldout_pictures)]
     sets = [prompts for prompts in sets if len(prompts)]
+    for split in {"train", "heldout"} - {prompts.name for prompts in sets}:
+        log(f"no {SPLITS[split]}: the evaluation is without them")
     main = sets[-1]  # the held-out captions, or the training captions of a data set without them
     networks = [extractor for extractor in extractors if extractor.sha256 is not None]
 

@@ -157,7 +157,8 @@ def check_fits(file: LoRAFile, pipeline: Any) -> str | None:
             )
     known = file.facts.get("base_weights")
     if isinstance(known, list) and base_fingerprint(pipeline.unet) not in known:
-        return f"{file.path}: was trained on other weights than this model's{base}; pictures may be worse"
+        trained = f"trained beside {file.facts['base']}" if base else "trained beside another model"
+        return f"{file.path}: was {trained}; this model has other weights, so pictures may be worse"
     return None
 
 

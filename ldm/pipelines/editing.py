@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -174,9 +175,12 @@ def check_edit(
         raise ValueError("mask_image: this model fills in masked parts; give it the part of image that is to be new")
     if strength is None:
         strength = default_strength(mask_image, expand)
+    check_number("num_inference_steps", steps, 1, pipe.scheduler.config.num_train_timesteps, Integral)
     check_number("strength", strength, 0, 1)
     if int(steps * strength) < 1:
-        raise ValueError(f"strength: expected at least {1 / steps:.3g}, which is one of {steps} steps, got {strength}")
+        raise ValueError(
+            f"strength: {strength:g} of {steps} steps is less than one step; expected {1 / steps:.3g} to 1"
+        )
     factor = downsampling(pipe.vae)
     keeps = mask_image is not None or expand is not None
     source = _source(pipe, image, height, width, factor, keeps)

@@ -293,7 +293,7 @@ def find_pipeline(name: str | PathLike[str], **options: Any) -> Path:
     if len(folder.parts) != 2 or folder.is_absolute() or folder.parent.exists():
         hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline/model_index.json").exists() else ""
         if any((folder / place).exists() for place in (WEIGHTS, f"lora/{WEIGHTS}")):
-            hint = "; it holds a LoRA: name its base, and this with --lora or load_lora_weights"
+            hint = "; it holds a LoRA, which goes with its base: ldm sample BASE --lora FOLDER, or load_lora_weights"
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
     from huggingface_hub import hf_hub_download
 

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -141,3 +142,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder and try to write there, before hours or seconds are spent on what is to be written.
+
+    Raises:
+        ValueError: names the folder and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder}: can't be written to ({error.strerror}); name another folder") from None

@@ -234,12 +234,19 @@ class InitialModel:
 
 def find_init(name: str) -> Path:
     """The folder of a pipeline; a Hub id's is downloaded once, without pickles and code, and rank 0 says so."""
-    return find_pipeline(name) if Path(name).expanduser().is_dir() else _snapshot(name)
+    place = Path(name).expanduser()
+    if place.is_dir():
+        return find_pipeline(name)
+    if place.exists() or place.is_absolute() or len(place.parts) != 2 or place.parent.exists():
+        raise FileNotFoundError(
+            f"{name}: there is no such folder; name the model to start from, init=FOLDER or a Hub id"
+        )
+    return _snapshot(name)
 
 
 @cache
 def _snapshot(name: str) -> Path:
-    if len(Path(name).parts) == 2 and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":
         print(f"init: {name} is no folder here; taking it from the Hub, unless it was downloaded before")
     return find_pipeline(name)
 

@@ -44,7 +44,7 @@ def train(task: str, config: Config) -> list[float]:
     pictures = read_captioned(data.source, **data.reading(), facts=facts, progress=main)
     require_training(pictures)
     sizes = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
-    accelerator.print(f"{data.source}: {sizes}")
+    accelerator.print(f"{data.source}: {sizes}{'' if len(pictures.heldout) else ', so there is no validation loss'}")
     if not has_begun(config.run, task):
         for warning in pictures.unfit(data.size):
             accelerator.print(f"warning: {warning}")

@@ -165,3 +165,44 @@ def _usage(words: list[str]) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
         main(words)
     return said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["small.png", "nothere.png"], "error: nothere.png: expected a picture, got no such file; the order is MODEL "),
+        (["small.png", "."], "error: .: expected a picture, got a folder; the order is MODEL PICTURE PROMPT"),
+        (["MODEL", "small.png"], "error: PROMPT: this model generates from text"),
+        (["MODEL", "small.png", "x", "--steps", "0"], "error: num_inference_steps: expected a whole number from 1 to"),
+        (["MODEL", "small.png", "x", "--out", "small.png"], "error: --out small.png: is what the result is made of"),
+        (["MODEL", "small.png", "x", "--mask", "mask.png", "--out", "./mask.png"], "error: --out mask.png: is what"),
+        (["MODEL", "small.png", "x", "--edge", "100000"], "error: --edge: expected edges from 4 to 4096 pixels, got "),
+        (
+            ["MODEL", "small.png", "x", "--out", "small.png/x.png"],
+            "error: small.png: can't be written to (File exists)",
+        ),
+        (["MODEL", "small.png", "x", "--lora", "nothere"], "error: nothere: there is no such folder or file"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_written(
+    words: list[str], message: str, home: Path, model: str
+) -> None:
+    before = sorted(home.iterdir())
+    said = refusal("edit", *(model if word == "MODEL" else word for word in words))
+    assert said.startswith(message) and "\n" not in said
+    assert sorted(home.iterdir()) == before
+
+
+def test_a_long_sliver_is_refused_before_it_is_enlarged(home: Path, model: str) -> None:
+    Image.new("RGB", (8000, 2)).save("sliver.png")
+    assert refusal("edit", model, "sliver.png", "x").startswith("error: sliver.png: expected edges from 4 to 4096 ")
+
+
+def test_a_canvas_that_fits_is_not_enlarged(home: Path, model: str) -> None:
+    """The pipeline's own lines do this with the same numbers; the picture's pixels are in the result."""
+    half = opened("small.png").crop((0, 0, 10, 16))
+    half.save("half.png")
+    main(["edit", model, "half.png", "x", *STEPS, "--expand", "right=6", "--out", "whole.png"])
+    whole = opened("whole.png")
+    assert whole.size == (16, 16)
+    assert whole.convert("RGB").crop((0, 0, 10, 16)).tobytes() == half.convert("RGB").tobytes()

@@ -199,3 +199,22 @@ def test_bad_styles_are_named(tmp_path: Path, drawings: list[Drawing]) -> None:
         build(tmp_path / "out", {"openmoji": tmp_path})
     with pytest.raises(ValueError, match="expected 8 to 4096"):
         build(tmp_path / "out", {}, size=1)
+
+
+def test_a_folder_of_other_pictures_is_left_alone(
+    tmp_path: Path, drawings: list[Drawing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ldm.data.emoji import openmoji
+
+    monkeypatch.setattr(compositions, "find_drawings", lambda: [named(drawings, "pizza")])
+    monkeypatch.setattr(openmoji, "find_drawings", lambda: [named(drawings, "pizza")])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/cat.txt").write_text("a cat")
+    for make in (lambda out: build(out, {}, 16), lambda out: openmoji.build(out, 16)):
+        with pytest.raises(ValueError, match="mine: expected an empty folder, none, or an earlier data set"):
+            make(tmp_path / "mine")
+        with pytest.raises(ValueError, match="expected a folder, got a file"):
+            make(tmp_path / "mine/cat.txt")
+        make(tmp_path / "new")
+        make(tmp_path / "new")  # again, over what it made
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["cat.txt"]

@@ -153,7 +153,7 @@ def test_a_lora_of_another_model_is_refused_by_shape_and_warned_of_by_weights(
             warnings.simplefilter("error", OtherBaseWarning)
             LDMPipeline.from_pretrained(folder, dtype=dtype).load_lora_weights(two[0])
     pipeline.unet.conv_in.weight.data += 0.01
-    with pytest.warns(OtherBaseWarning, match="was trained on other weights than this model's, of tiny"):
+    with pytest.warns(OtherBaseWarning, match="was trained beside tiny; this model has other weights"):
         pipeline.load_lora_weights(two[0])
     other = tiny.class_pipeline(tmp_path / "text", ("a", "b"))
     with pytest.raises(ValueError, match=f"{WEIGHTS}: is the LoRA of another model, of tiny: "):

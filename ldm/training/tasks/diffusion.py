@@ -64,6 +64,7 @@ from ldm.training.task import Recipe, Task, float32_bytes
 from ldm.training.train_state import TrainState, whole_weights
 from ldm.version import __version__
 
+STOCK_CHANNELS = 4  # of latents, which stock diffusers can inpaint
 STORED = 8  # samples in the batch that exported pipelines are checked with
 
 
@@ -357,4 +358,11 @@ class Diffusion(Task):
     def summary(self) -> str:
         folder, labels = Path(self.config.run) / "pipeline", self.source.labels if self.source else None
         prompt = ' "a prompt"' if self.config.text.encoder else f" --class-label {labels.names[0]}" if labels else ""
-        return f"U-Net: done; {folder} can be loaded; sample it with: ldm sample {folder}{prompt}"
+        done = f"U-Net: done; {folder} can be loaded"
+        if not self.config.data.inpaint:
+            return f"{done}; sample it with: ldm sample {folder}{prompt}"
+        known = "" if self.latent_shape[0] == STOCK_CHANNELS else (
+            f". Stock StableDiffusionInpaintPipeline takes latents of {STOCK_CHANNELS} channels alone, these have "
+            f"{self.latent_shape[0]}: use LDMPipeline"
+        )  # fmt: skip
+        return f"{done}; edit with it: ldm edit {folder} PICTURE{prompt} --mask PICTURE{known}"
