@@ -15,7 +15,6 @@ import pytest
 import tiny
 import torch
 
-
 #: The files that take longest. A file is run by one worker, so these begin first, or one worker waits for another.
 LONGEST = ("test_training.py", "test_lineage.py", "test_faults.py", "test_doctor.py", "test_second_device.py")
 

@@ -215,7 +215,7 @@ def _other_latents(model: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no pipeline": (lambda model: (model / "model_index.json").unlink(), "init: .*: there is no such folder; name the model"),
+    "no pipeline": (lambda model: (model / "model_index.json").unlink(), "init: .* is not a pipeline folder"),
     "no folder": (shutil.rmtree, "init: .*: there is no such folder; name the model"),
     "other latents": (_other_latents, "init: .* predicts latents of 4 channels, its VAE makes 8"),
     "other text": (
