@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
-
-from ldm import LDMPipeline
 
 
 class Stopped(Exception):
@@ -17,11 +15,14 @@ class Stopped(Exception):
 class Jobs:
     """The jobs of one pipeline, at most one for each visitor.
 
-    They take turns: a scheduler keeps the state of one generation.
+    They take turns: a scheduler keeps the state of one generation, and all visitors share the adapters.
+
+    Args:
+        make: pictures from the pipeline's arguments, `callback_on_step_end` among them.
     """
 
-    def __init__(self, pipeline: LDMPipeline) -> None:
-        self._pipeline = pipeline
+    def __init__(self, make: Callable[..., list[Any]]) -> None:
+        self._make = make
         self._turn = threading.Lock()
         self._stops: dict[str | None, threading.Event] = {}  # by visitor
 
@@ -39,10 +40,10 @@ class Jobs:
         Closing the generator stops the pipeline within a step, as `stop` does.
 
         Args:
-            arguments: the pipeline's.
+            arguments: of `make`.
         Raises:
             Stopped: if it was.
-            Exception: what the pipeline raises.
+            Exception: what `make` raises.
         """
         stopped = self._stops.setdefault(visitor, threading.Event())
         news: queue.SimpleQueue[int | list[Any] | Exception] = queue.SimpleQueue()
@@ -58,8 +59,8 @@ class Jobs:
                 with self._turn:
                     if stopped.is_set():
                         raise Stopped
-                    made: Any = self._pipeline(**arguments, callback_on_step_end=after_step)
-                news.put(made.images)
+                    made = self._make(**arguments, callback_on_step_end=after_step)
+                news.put(made)
             except Exception as error:  # raised again in the visitor's thread
                 news.put(error)
 

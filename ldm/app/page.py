@@ -7,7 +7,7 @@ import importlib.util
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ldm.app.theme import SERVING
 from ldm.data.images import decode
 from ldm.inference.defaults import EVERYWHERE
 from ldm.models.fingerprint import model_sha256
+from ldm.models.lora import active_adapters
 from ldm.sharing import png_metadata
 from ldm.system.devices import best_device, best_dtype
 
@@ -31,8 +32,7 @@ RANDOM_SEEDS = 2**31
 
 
 def build_page(pipeline: LDMPipeline) -> gr.Blocks:
-    """The page of a pipeline; launch it with SERVING."""
-    jobs = Jobs(pipeline)
+    """The page of a pipeline and the LoRAs that are loaded into it; launch it with SERVING."""
     height, width = pipeline.edge("height"), pipeline.edge("width")
     small = max(height, width) <= SMALL
     usual, timesteps = pipeline.defaults, pipeline.scheduler.config.num_train_timesteps
@@ -40,6 +40,17 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
     has_text, has_condition = pipeline.tokenizer is not None, bool(pipeline.condition_channels)
     title = "Generate pictures from text" if has_text else "Generate pictures"
+    loaded = {one.name: one.scale for one in active_adapters(pipeline)}
+
+    def make(adapters: Mapping[str, float], callback_on_step_end: Any, **arguments: Any) -> list[Any]:
+        """Pictures with these LoRAs' weights, and their settings inside."""
+        set_weights(pipeline, adapters)
+        made: Any = pipeline(**arguments, callback_on_step_end=callback_on_step_end)
+        png_metadata.stamp(made.images, pipeline, model, **arguments)
+        images: list[Any] = made.images
+        return images
+
+    jobs = Jobs(make)
 
     def begin(request: gr.Request) -> dict[Any, Any]:
         jobs.begin(request.session_hash)
@@ -50,6 +61,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         jobs.stop(request.session_hash)
 
     def generate(
+        request: gr.Request,
         text: str,
         label: str | None,
         picture: str | None,
@@ -59,7 +71,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         count: int,
         number: int | None,
         surprise: bool,
-        request: gr.Request,
+        *weights: float,
     ) -> Iterator[dict[Any, Any]]:
         """Step after step, what changes on the page."""
         first = secrets.randbelow(RANDOM_SEEDS) if surprise or number is None else number
@@ -76,13 +88,13 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                 "num_images_per_prompt": count,
                 "seed": first,
             }
-            with closing(jobs.run(request.session_hash, **arguments)) as progress:
+            adapters = dict(zip(loaded, weights, strict=True))
+            with closing(jobs.run(request.session_hash, adapters=adapters, **arguments)) as progress:
                 for done in progress:
                     if isinstance(done, int):
                         bar = f"<div class=bar><div style='width: {done / steps:.0%}'></div></div>"
                         yield {status: f"Step {done} of {steps}{bar}"}
                     else:
-                        png_metadata.stamp(done, pipeline, model, **arguments)
                         seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
                         report = f"Generated in {time.monotonic() - started:.1f} s from {seeds}."
                         columns = 1 if count == 1 else 2 if count <= 4 else 3
@@ -121,6 +133,10 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                     go = gr.Button("Generate", variant="primary", scale=3)
                     stop = gr.Button("Stop", interactive=False, scale=1)
                 status = gr.HTML("&nbsp;", elem_id="status")
+                loras = [
+                    slider(f"LoRA: {name}", 1.0 if scale is None else scale, 0, 2, info="0 is off", step=0.05)
+                    for name, scale in loaded.items()
+                ]
                 if pipeline.example_prompts:
                     examples = [[text] for text in pipeline.example_prompts]
                     gr.Examples(examples, prompt, label="For example", examples_per_page=24)
@@ -153,7 +169,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
         begun.then(
             generate,
-            inputs=[prompt, label, picture, *settings, seed, surprise],
+            inputs=[prompt, label, picture, *settings, seed, surprise, *loras],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="generate",
@@ -161,6 +177,16 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         )
         stop.click(halt, queue=False)
     return page.queue(max_size=MOST_WAITING)
+
+
+def set_weights(pipeline: LDMPipeline, adapters: Mapping[str, float]) -> None:
+    """Let loaded LoRAs count so much; those of weight 0 cost nothing."""
+    used = {name: weight for name, weight in adapters.items() if weight}
+    if used:
+        pipeline.enable_lora()
+        pipeline.set_adapters(list(used), list(used.values()))
+    elif adapters:
+        pipeline.disable_lora()
 
 
 def slider(

@@ -7,6 +7,7 @@ import importlib.util
 import socket
 
 from ldm.cli.find import DEFAULT_MODELS, default_model
+from ldm.cli.lora import add_lora_option, check_lora_engine, load_loras
 from ldm.cli.parser import Command, place, port
 from ldm.inference.defaults import ENGINES
 from ldm.pipelines import import_networks
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what computes U-Net and VAE decoder (default: auto, OpenVINO if installed and without a GPU)",
     )
+    add_lora_option(add)
     add("--share", action="store_true", help="make a public link through gradio.live")
 
 
@@ -36,10 +38,13 @@ def run(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError('the page needs gradio; pip install "ldm[app]"')
     check_host(arguments.host)
+    check_lora_engine(arguments)
     import_networks()
     from ldm.app.page import load, serve
 
-    serve(load(model, arguments.engine), host=arguments.host, port=arguments.port, share=arguments.share)
+    pipeline = load(model, "torch" if arguments.lora else arguments.engine)  # OpenVINO knows no adapters
+    load_loras(pipeline, arguments.lora)
+    serve(pipeline, host=arguments.host, port=arguments.port, share=arguments.share)
 
 
 def check_host(host: str) -> None:
@@ -57,6 +62,7 @@ COMMAND = Command(
     """
 ldm app                               (the model in models/openmoji64 or runs/demo/pipeline)
 ldm app --model runs/mine/pipeline
+ldm app --lora runs/noto/lora         (with a slider for what a LoRA counts)
 ldm app --host 0.0.0.0 --port 8000    (for other machines too)""",
     add_arguments,
     run,

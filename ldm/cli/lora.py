@@ -68,6 +68,10 @@ def load_loras(pipeline: Any, named: Sequence[Named] | None) -> None:
         return
     from ldm.models.lora_files import OtherBaseWarning
 
+    sources = [os.path.realpath(one.source) for one in named]
+    twice = next((one.source for one in named if sources.count(os.path.realpath(one.source)) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--lora: {twice} is named twice; give it one weight: --lora {twice}:2")
     names: dict[str, float] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", OtherBaseWarning)

@@ -20,6 +20,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import tiny
+import torch
 from gradio.data_classes import ImageData
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -31,6 +32,7 @@ from ldm.cli.main import main
 from ldm.data.images import decode
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.inference.defaults import Defaults
+from ldm.models.lora import LoRAConfig, add_adapters
 from ldm.sharing import png_metadata
 
 ROOT = Path(__file__).parents[2]
@@ -297,7 +299,7 @@ def drawing(pipe: LDMPipeline) -> Draw:
 
     def draw(prompt: str = "cat", steps: int = 3, seed: int = 1, count: int = 1) -> Iterator[dict[Any, Any]]:
         request = gr.Request(session_hash=f"visitor {seed}")
-        return functions[0](prompt, None, None, "", steps, 3.0, count, seed, False, request)
+        return functions[0](request, prompt, None, None, "", steps, 3.0, count, seed, False)
 
     return draw
 
@@ -382,7 +384,7 @@ def test_the_ranges_follow_the_model(pipe: LDMPipeline, usual: Defaults, ranges:
         } == ranges
         (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
         inputs = ["cat", None, None, "", 2, usual.guidance_scale, 1, 1, False]
-        (picture,) = last_pictures(function(*inputs, gr.Request(session_hash="visitor")))
+        (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         settings = png_metadata.of(picture, Path("page"))
         assert settings.guidance_scale == usual.guidance_scale
         assert tuple(settings.guidance_interval or (0.0, 1.0)) == usual.guidance_interval
@@ -410,7 +412,8 @@ def test_an_uploaded_picture_is_decoded_as_in_training(tmp_path: Path) -> None:
 
     def generate(file: Path) -> list[Any]:
         given = upload.preprocess(ImageData(path=str(file), orig_name=file.name))
-        return last_pictures(function("cat", None, given, "", 2, 3.0, 1, 5, False, gr.Request(session_hash="visitor")))
+        visitor = gr.Request(session_hash="visitor")
+        return last_pictures(function(visitor, "cat", None, given, "", 2, 3.0, 1, 5, False))
 
     upright = decode((tmp_path / "second.png").read_bytes())
     assert upright.size == (16, 24)
@@ -421,6 +424,34 @@ def test_an_uploaded_picture_is_decoded_as_in_training(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes((tmp_path / "second.png").read_bytes()[:-40])
     with pytest.raises(gr.Error, match="picture is broken"):
         generate(tmp_path / "broken.png")
+
+
+def test_each_lora_has_a_slider_and_the_picture_names_what_counted(folder: Path, tmp_path: Path) -> None:
+    pipe, plain = (LDMPipeline.from_pretrained(folder) for _ in range(2))
+    for each in (pipe, plain):
+        each.set_progress_bar_config(disable=True)
+    add_adapters(pipe.unet, None, LoRAConfig(rank=2))
+    for name, weight in pipe.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    page = app.build_page(pipe)
+    (weight,) = [one for one in page.blocks.values() if isinstance(one, gr.Slider) and one.label.startswith("LoRA")]
+    assert (weight.label, weight.value) == ("LoRA: default", 1.0)
+    (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
+
+    def made(counts: float) -> Image.Image:
+        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, counts)
+        (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
+        return picture
+
+    arguments: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 5}
+    half, off, whole = made(0.5), made(0), made(1)
+    assert np.array_equal(np.asarray(off), np.asarray(plain("cat", **arguments).images[0]))
+    pipe.set_adapters(["default"], [0.5])
+    assert np.array_equal(np.asarray(half), np.asarray(pipe("cat", **arguments).images[0]))
+    assert len({picture.tobytes() for picture in (half, off, whole)}) == 3
+    named = [png_metadata.of(picture, Path("page")).adapters for picture in (half, off, whole)]
+    assert [each and each[0]["scale"] for each in named] == [0.5, None, 1.0]
 
 
 def test_a_prompt_with_line_breaks_is_one_prompt(drawing: Draw, pipe: LDMPipeline) -> None:

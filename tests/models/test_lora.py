@@ -276,8 +276,11 @@ def test_sample_with_loras_and_the_same_again(
     capsys.readouterr()
     main([*again, "--lora", str(two[0])])
     assert "adapters: " in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--lora: OpenVINO does not support adapters"):
-        main(["sample", model, "cat", "--engine", "openvino", *loras])
+    for command in (["sample", model, "cat"], ["app", "--model", model]):
+        with pytest.raises(SystemExit, match="--lora: OpenVINO does not support adapters"):
+            main([*command, "--engine", "openvino", *loras])
+    with pytest.raises(SystemExit, match="is named twice; give it one weight"):
+        main(["sample", model, "cat", *loras, "--lora", f"{two[0]}/"])
 
 
 def test_export_merges(tiny_pipeline_folder: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
