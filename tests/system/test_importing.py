@@ -38,10 +38,14 @@ def test_no_look_for_garbage_while_networks_are_imported() -> None:
 
 @pytest.fixture
 def collector() -> Iterator[None]:
-    """Whatever a test does to it, the collector is on afterwards, and nothing is frozen."""
-    yield
+    """Nothing is frozen before; whatever a test does to it, the collector is on afterwards, and as much is frozen."""
+    frozen = gc.get_freeze_count()
     gc.unfreeze()
+    yield
     gc.enable()
+    gc.unfreeze()
+    if frozen:
+        gc.freeze()
 
 
 @pytest.mark.usefixtures("collector")

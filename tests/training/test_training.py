@@ -60,6 +60,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
+    """The recipe's six steps in one go: losses and run, which other runs must equal."""
+    run = tmp_path_factory.mktemp("whole")
+    return train_ldm(config_of(home, run)), run
+
+
 def config_of(home: Path, run: Path, **words: object) -> Config:
     return road.recipe(home, run=str(run), vae=str(home / "run" / "vae"), **words)
 
@@ -223,6 +230,7 @@ def test_every_objective_learns(home: Path, tmp_path: Path, prediction: str) -> 
         "diffusion__prediction": prediction,
         "loop__steps": 60,
         "loop__evaluate_every": 15,
+        "loop__checkpoint_every": 60,
         "loop__sample_every": 0,
     }
     train_ldm(config_of(home, tmp_path, diffusion__weighting="min_snr", optim__ema_decay=0.9, **words))
@@ -417,11 +425,11 @@ def test_the_context_has_mean_0_and_variance_1(home: Path, tmp_path: Path) -> No
 
 
 def test_a_damaged_latent_stops_the_run_and_the_next_start_mends_it(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, whole: tuple[list[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = train_ldm(config_of(home, tmp_path / "whole"))
+    losses, _ = whole
     config = config_of(home, tmp_path / "run", loop__steps=3)
-    assert train_ldm(config) == whole[:3]
+    assert train_ldm(config) == losses[:3]
     (file,) = (tmp_path / "run/cache").glob("posteriors-*.sqlite")
     store = Store(file, Kind.of(file))
     data = bytearray(file.read_bytes())
@@ -431,42 +439,37 @@ def test_a_damaged_latent_stops_the_run_and_the_next_start_mends_it(
     config = road.replace(config, loop={"steps": 6})
     with pytest.raises(DamagedError, match=r"a record is damaged; run the same command again"):
         train_ldm(config)
-    assert train_ldm(config) == whole[3:]
+    assert train_ldm(config) == losses[3:]
     assert "a record is damaged; it is made anew" in capsys.readouterr().out
 
 
-def test_accumulation_changes_nothing(home: Path, tmp_path: Path) -> None:
-    whole, parts = (
-        train_ldm(config_of(home, tmp_path / str(n), loop__accumulation=n, loop__sample_every=0)) for n in (1, 4)
-    )
-    assert np.allclose(whole, parts, rtol=1e-4)
+def test_accumulation_changes_nothing(home: Path, whole: tuple[list[float], Path], tmp_path: Path) -> None:
+    parts = train_ldm(config_of(home, tmp_path, loop__accumulation=4, loop__sample_every=0))
+    assert np.allclose(whole[0], parts, rtol=1e-4)
 
 
-def test_a_resumed_run_is_exact(home: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_exact(home: Path, whole: tuple[list[float], Path], tmp_path: Path) -> None:
     """Six steps, against three, a stop, and three more: losses equal to the last digit, weights to the last bit."""
-    straight = train_ldm(config_of(home, tmp_path / "straight"))
-    first = train_ldm(config_of(home, tmp_path / "stopped", loop__steps=3))
-    rest = train_ldm(config_of(home, tmp_path / "stopped"))
-    assert first + rest == straight
+    losses, straight = whole
+    first = train_ldm(config_of(home, tmp_path, loop__steps=3))
+    rest = train_ldm(config_of(home, tmp_path))
+    assert first + rest == losses
     for name in ("unet", "unet.ema", "unet.optimizer"):
-        files = [tmp_path / run / f"checkpoints/ldm/step_0000006/{name}.safetensors" for run in ("straight", "stopped")]
+        files = [run / f"checkpoints/ldm/step_0000006/{name}.safetensors" for run in (straight, tmp_path)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
-    assert [path.name for path in sorted((tmp_path / "straight/checkpoints/ldm").iterdir())] == [
-        "step_0000003",
-        "step_0000006",
-    ]
+    assert [path.name for path in sorted((straight / "checkpoints/ldm").iterdir())] == ["step_0000003", "step_0000006"]
 
 
 def test_a_compiled_network_trains_resumes_and_is_saved_as_a_plain_one(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, whole: tuple[list[float], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled by dynamo alone, which changes no number; what a compiler makes of it takes minutes here."""
-    plain = train_ldm(config_of(home, tmp_path / "plain"))
+    losses, plain = whole
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    parts = [config_of(home, tmp_path / "parts", loop__compile="true", loop__steps=steps) for steps in (3, 6)]
-    assert train_ldm(parts[0]) + train_ldm(parts[1]) == plain
+    parts = [config_of(home, tmp_path, loop__compile="true", loop__steps=steps) for steps in (3, 6)]
+    assert train_ldm(parts[0]) + train_ldm(parts[1]) == losses
     for name in ("checkpoints/ldm/step_0000006/unet", "pipeline/unet/diffusion_pytorch_model"):
-        one, other = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("plain", "parts"))
+        one, other = (load_file(run / f"{name}.safetensors") for run in (plain, tmp_path))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -594,9 +597,8 @@ def test_foreign_captions_are_refused(home: Path, tmp_path: Path) -> None:
         train_ldm(config_of(home, tmp_path / "run", data__source=str(tmp_path / "data")))
 
 
-def test_gradient_checkpointing_changes_memory_not_losses(home: Path, tmp_path: Path) -> None:
-    plain, checkpointed = (
-        train_ldm(config_of(home, tmp_path / f"{on}", loop__gradient_checkpointing=on, loop__sample_every=0))
-        for on in ("false", "true")
-    )
-    assert np.allclose(plain, checkpointed, rtol=1e-5)
+def test_gradient_checkpointing_changes_memory_not_losses(
+    home: Path, whole: tuple[list[float], Path], tmp_path: Path
+) -> None:
+    checkpointed = train_ldm(config_of(home, tmp_path, loop__gradient_checkpointing="true", loop__sample_every=0))
+    assert np.allclose(whole[0], checkpointed, rtol=1e-5)
