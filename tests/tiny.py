@@ -91,6 +91,13 @@ def _t5(width: int) -> tuple[Any, Any]:
     return tokenizer, transformers.T5EncoderModel(config)
 
 
+def gpt2_tokenizer() -> Any:
+    """GPT-2's tokenizer, of letters and no merges; as from the Hub it has no token for padding."""
+    letters = [*string.ascii_lowercase, ":", "Ġ", *(f"Ġ{letter}" for letter in string.ascii_lowercase)]
+    pieces = [*letters, *WORDS, "<|endoftext|>"]
+    return transformers.GPT2Tokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+
+
 def text_encoder(folder: Path, kind: Kind = "bert", max_length: int = MAX_LENGTH) -> TextEncoder:
     """A tiny encoder, through the files that `TextEncoder.load` reads."""
     return TextEncoder.load(TextConfig(encoder=str(save_text_encoder(folder, kind)), max_length=max_length))
