@@ -136,10 +136,8 @@ def from_clip(folder: CaptionFolder, names: list[str], arguments: argparse.Names
     named = re.sub(r"[^\w.-]+", "-", folder.folder.resolve().name)
     net, device = arguments.clip or Path("nets") / f"{named}-captions", best_device()
     if read_card(net) is None:
-        if arguments.clip:
-            raise ValueError(
-                f"--clip: no in-domain CLIP in {net}; leave --clip out to train one on the captions there are"
-            )
+        if net.exists():
+            raise ValueError(f"--clip: {net} holds no in-domain CLIP; name a new folder to train one")
         fit(folder, list(known), net, arguments, device)
     extractor = open_clip(net, EDGE, device)
     found = suggest(extractor, images(folder, names, "suggesting captions"), candidates, arguments.top)

@@ -27,7 +27,7 @@ SETTINGS = {
     "sampler": "sampler",
     "negative_prompt": "negative_prompt",
 }
-CHANGES = ("seed", *SETTINGS, "class_label")  # of a picture's settings, with --like
+CHANGES = ("seed", *SETTINGS, "class_label", "numbers")  # of a picture's settings, with --like
 #: Options that --like can't obey, since it makes one picture.
 NOT_WITH_LIKE = ("each", "images_per_prompt", "columns", "batch_size")
 
@@ -75,9 +75,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help="the class to generate, or to steer towards; one for all pictures or one each",
     )
+    add(
+        "--number",
+        dest="numbers",
+        action="append",
+        type=number,
+        metavar="COLUMN=NUMBER",
+        help="what the model is conditioned on besides; once for each of its columns",
+    )
     add("--condition", type=path, metavar="PICTURE", help="the second picture, for a model that is conditioned on one")
     add("--classifier", type=path, metavar="FOLDER", help="a classifier (RUN/classifier) that steers to --class-label")
     add("--classifier-scale", type=float, metavar="W", help="how strongly it steers (default: 1)")
+
+
+def number(text: str) -> tuple[str, float]:
+    """COLUMN=NUMBER => both."""
+    column, _, value = text.rpartition("=")
+    try:
+        return column, float(value) if column else float("")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected COLUMN=NUMBER, such as size=0.3, got {text[:60]!r}") from None
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +136,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    arguments.numbers = None if arguments.numbers is None else dict(arguments.numbers)
     if arguments.like is None and arguments.model is None:
         raise ValueError(f"model: name a pipeline folder or a Hub id, then the prompts; without a model, {TRAIN_ONE}")
     for made in (arguments.out and arguments.out.parent, arguments.each):
@@ -221,7 +239,7 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
     from ldm.data.images import decode
     from ldm.models.classifier import NoisyClassifier
 
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {} if arguments.numbers is None else {"numbers": arguments.numbers}
     if arguments.condition is not None:
         given["condition"] = decode(arguments.condition.read_bytes())
     if arguments.classifier is not None:
@@ -274,10 +292,12 @@ def generate_again(arguments: argparse.Namespace) -> None:
         if len(arguments.class_label) > 1:
             raise ValueError("--class-label: --like makes one picture; expected one class")
         (changes["class_label"],) = arguments.class_label
+    if "numbers" in changes:
+        changes["numbers"] = {**(wanted.numbers or {}), **changes["numbers"]}
     settings = replace(wanted, **changes)
     if settings != wanted:  # another picture, so the others of its batch don't matter
         settings = replace(settings, pictures=1, place=0)
-    extra = conditions(arguments)
+    extra = {name: value for name, value in conditions(arguments).items() if name != "numbers"}
     if "classifier" in extra and arguments.classifier_scale is None:
         extra["classifier_scale"] = wanted.classifier_scale or 1.0
 

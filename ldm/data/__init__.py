@@ -7,6 +7,7 @@ facts.py        what is known of each picture file, remembered between starts
 images.py       bytes => upright RGB => pixels
 batches.py      rows => pixels, captions and batches of them
 labels.py       classes from a column
+numbers.py      numbers from columns
 conditioned.py  pictures with all their conditions: captions, a class, a conditioning picture
 duplicates.py   pictures that are there twice, in one split or in both
 deduplication.py  the copies among them => a folder of their own

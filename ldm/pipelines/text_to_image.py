@@ -1,7 +1,7 @@
 """LDMPipeline: prompts in, pictures out.
 
     prompt -> encode_prompt -> context --+
-    class_label -> class id -------------+-> UNetDenoiser --+
+    class_label, numbers -> class_labels +-> UNetDenoiser --+
     condition -> vae.encode -> channels -+                  +-> sampling.sample -> decoding.decode -> pictures
     seed -> noise -> x_T, or image under noise -> x_t ------+
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from os import PathLike
@@ -98,6 +98,7 @@ class LDMPipeline(ConditionedPipeline):
         sampler: str | None = None,
         guidance_interval: Sequence[float] | None = None,
         class_label: str | Sequence[str | None] | None = None,
+        numbers: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
         condition: Image.Image | Sequence[Image.Image] | None = None,
         classifier: NoisyClassifier | None = None,
         classifier_scale: float = 1.0,
@@ -137,6 +138,8 @@ class LDMPipeline(ConditionedPipeline):
                 conditional model, at half the cost, elsewhere (Kynkäänniemi et al. 2024).
             class_label: one of `labels.names` for all, or one each; None is no class in particular. With a classifier,
                 the class that it guides towards, whether the model itself knows classes or not.
+            numbers: {"size": 0.3}, a number for each column that the model is conditioned on, for all or one each; None
+                is no numbers.
             condition: the second picture, for all or one each, for a model that takes one.
             classifier: of noisy latents, trained with the model's config by `ldm train classifier`; guides every step
                 (Dhariwal & Nichol 2021), beside classifier-free guidance or without it.
@@ -170,7 +173,7 @@ class LDMPipeline(ConditionedPipeline):
             height, width = edit.height, edit.width
         inputs = check_inputs(
             self, height, width, prompt=prompt, negative_prompt=negative_prompt, class_label=class_label,
-            condition=condition, classifier=classifier, classifier_scale=classifier_scale, seed=seed,
+            numbers=numbers, condition=condition, classifier=classifier, classifier_scale=classifier_scale, seed=seed,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, eta=eta,
             prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, timesteps=timesteps,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Settings:
         guidance_interval: low and high, fractions of the timesteps; None is everywhere.
         dtype: what the networks computed in; None is float32.
         engine: what computed U-Net and VAE decoder; None is torch.
-        prompt, negative_prompt, class_label: what the model was conditioned on.
+        prompt, negative_prompt, class_label, numbers: what the model was conditioned on.
         pictures, place: size of the batch and place in it, from 0; seeds count up along the batch.
         condition: the SHA-256 of the second picture that the model was conditioned on.
         image, mask: the SHA-256 of the picture that was changed, and of the mask; `strength` and `expand` (left, top,
@@ -77,6 +77,7 @@ class Settings:
     prompt: str | None = None
     negative_prompt: str | None = None
     class_label: str | None = None
+    numbers: dict[str, float] | None = None
     pictures: int = 1
     place: int = 0
     condition: str | None = None
@@ -110,6 +111,7 @@ class Settings:
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "class_label": self.class_label,
+            "numbers": self.numbers,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "sampler": self.sampler,
@@ -130,6 +132,7 @@ def stamp(
     prompt: str | None = None,
     negative_prompt: str | None = None,
     class_label: str | None = None,
+    numbers: Mapping[str, float] | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     guidance_interval: Sequence[float] | None = None,
@@ -198,6 +201,7 @@ def stamp(
             prompt=prompt,
             negative_prompt=negative_prompt,
             class_label=class_label,
+            numbers=None if numbers is None else {name: float(number) for name, number in numbers.items()},
         )
         picture.info[KEY] = settings.to_json()
 
@@ -251,6 +255,11 @@ def of(picture: Image.Image, path: Path) -> Settings:
         types = next(types for start, types in TYPES.items() if kind.startswith(start))
         if not isinstance(value, types) or isinstance(value, bool):
             raise ValueError(f"{path}: its settings: {name}: expected {kind}, got {value!r}")
+    for name, number in found.get("numbers", {}).items():
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise ValueError(
+                f"{path}: its settings: numbers: expected a number for {name[:40]}, got {str(number)[:40]}"
+            )
     for one in found.get("adapters", ()):
         if (
             not isinstance(one, dict)
