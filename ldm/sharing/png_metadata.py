@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.inference.defaults import ENGINES, EVERYWHERE, check_sampler
+from ldm.inference.defaults import AUTOGUIDANCE_SCALE, ENGINES, EVERYWHERE, check_sampler
 
 KEY = "ldm"
 FORMATS: dict[str, dict[str, Any]] = {  # suffix => arguments of Pillow's save
@@ -59,6 +59,8 @@ class Settings:
         image, mask: the SHA-256 of the picture that was changed, and of the mask; `strength` and `expand` (left, top,
             right, bottom) beside them.
         classifier: the fingerprint of the classifier that steered it, by `classifier_scale`.
+        weaker: the fingerprint of the U-Net that autoguidance moved away from; `guidance_scale` is its scale then.
+        dynamic_thresholding: its quantile.
         adapters: the LoRAs beside the model: name, sha256 (`ldm.models.lora.Adapter`) and scale of each.
         drawn_with: versions and device.
     """
@@ -87,6 +89,8 @@ class Settings:
     expand: list[int] | None = None
     classifier: str | None = None
     classifier_scale: float | None = None
+    weaker: str | None = None
+    dynamic_thresholding: float | None = None
     adapters: list[dict[str, Any]] | None = None
     drawn_with: dict[str, str] = field(default_factory=dict)
 
@@ -113,7 +117,8 @@ class Settings:
             "class_label": self.class_label,
             "numbers": self.numbers,
             "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance_scale,
+            "autoguidance_scale" if self.weaker else "guidance_scale": self.guidance_scale,
+            "dynamic_thresholding": self.dynamic_thresholding,
             "sampler": self.sampler,
             "guidance_interval": EVERYWHERE if self.guidance_interval is None else tuple(self.guidance_interval),
             "num_images_per_prompt": self.pictures,
@@ -144,6 +149,9 @@ def stamp(
     expand: Sequence[int] | None = None,
     classifier: Any = None,
     classifier_scale: float | None = None,
+    weaker: Any = None,
+    autoguidance_scale: float | None = None,
+    dynamic_thresholding: float | None = None,
     **_: Any,
 ) -> None:
     """Put its settings into each picture of one call's result, as `info`, which `save` writes into PNG files.
@@ -163,6 +171,8 @@ def stamp(
     from ldm.models.lora import active_adapters
     from ldm.version import __version__
 
+    if weaker is not None:
+        guidance_scale = AUTOGUIDANCE_SCALE if autoguidance_scale is None else autoguidance_scale
     used = pipeline.defaults.resolve(num_inference_steps, guidance_scale, guidance_interval)
     interval = used.guidance_interval
     scheduler = pipeline.scheduler if sampler is None else samplers.build(sampler, pipeline.scheduler.config)
@@ -190,6 +200,8 @@ def stamp(
             expand=None if expand is None else list(expand),
             classifier=None if classifier is None else fingerprint(classifier.network),
             classifier_scale=None if classifier is None else classifier_scale,
+            weaker=None if weaker is None else fingerprint(pipeline.weak_unet(weaker)),
+            dynamic_thresholding=dynamic_thresholding,
             adapters=adapters or None,
             drawn_with={
                 "ldm": __version__,
