@@ -123,7 +123,7 @@ def add_adapters(unet: Any, text: Any | None, config: LoRAConfig) -> None:
     if text is not None:
         if text.config.model_type not in TEXT_TARGETS:
             raise ValueError(
-                f"lora.text_encoder: it trains adapters of {', '.join(TEXT_TARGETS)}, and this model's text encoder is a "
+                f"lora.text_encoder: it adapts {', '.join(TEXT_TARGETS)}, and this model's text encoder is a "
                 f"{text.config.model_type}; set it to false"
             )
         text.add_adapter(peft_config(config, TEXT_TARGETS[text.config.model_type]), adapter_name=NAME)
