@@ -187,7 +187,7 @@ def test_a_model_of_numbers_resumes_exactly_and_can_be_started_from(home: Path, 
     (data / "metadata.jsonl").write_text("".join(lines), "utf-8")
     words = {"data__source": str(data), "data__number_columns": ["size", "angle"], "diffusion__caption_dropout": 0.5}
     run, stopped = tmp_path / "run", tmp_path / "stopped"
-    whole = train_ldm(config_of(home, run, loop__steps=2, **words))
+    whole = train_ldm(config_of(home, run, loop__steps=2, loop__checkpoint_every=1, **words))
     plain = {**words, "loop__sample_every": 0, "loop__evaluate_every": 0}
     first = train_ldm(config_of(home, stopped, loop__steps=1, **plain))
     assert first + train_ldm(config_of(home, stopped, loop__steps=2, **plain)) == whole
