@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -77,6 +78,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
         return
     suggestions = METHODS.get(arguments.source, from_model)(folder, names, arguments)
+    names = [name for name in names if name in suggestions]
+    if not names:
+        raise ValueError(f"--from: {arguments.source} suggests no caption; set --prompt or --max-tokens")
     for name in names[:LISTED]:
         print(f"{name}: {' | '.join(suggestions[name])}")
     if len(names) > LISTED:
@@ -169,11 +173,12 @@ def from_model(folder: CaptionFolder, names: list[str], arguments: argparse.Name
     captioner = Captioner.load(Path(arguments.source).expanduser(), best_device())
     pictures = images(folder, names, "captioning")
     found = captioner.captions(pictures, arguments.prompt, arguments.max_tokens, arguments.beams)
-    captions = dict(zip(names, found, strict=True))
-    silent = [name for name, caption in captions.items() if not caption]
+    captions = {name: [caption] for name, caption in zip(names, found, strict=True) if caption}
+    silent = [name for name in names if name not in captions]
     if silent:
-        raise ValueError(f"--from: {arguments.source} says nothing about {silent[0]}; set --prompt or --max-tokens")
-    return {name: [caption] for name, caption in captions.items()}
+        more = f" and {len(silent) - 1:,} more" if len(silent) > 1 else ""
+        print(f"warning: {arguments.source} says nothing about {silent[0]}{more}; they stay without", file=sys.stderr)
+    return captions
 
 
 METHODS = {"names": from_names, "clip": from_clip}

@@ -40,7 +40,7 @@ def distance(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     from ldm.data.dataset import read_captioned
-    from ldm.data.deduplication import check_target, contact_sheet, movable, move_copies, report
+    from ldm.data.deduplication import check_store, check_target, contact_sheet, movable, move_copies, report
     from ldm.data.duplicates import groups
     from ldm.data.rows import count
 
@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.apply:
         check_target(folder, to)
     pictures = read_captioned(folder, caption_columns=(), holdout=0)
+    if arguments.apply:
+        check_store(pictures)
     found = movable(groups(pictures, arguments.distance), pictures)
     if not found:
         print(f"{folder}: {count(len(pictures), 'picture')}, none of them twice")

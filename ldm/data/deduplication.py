@@ -17,7 +17,7 @@ from ldm.data.dataset import CaptionedPictures
 from ldm.data.duplicates import Pair
 from ldm.data.grid import captioned_grid
 from ldm.data.rows import BadDataError, count
-from ldm.data.sources.folders import Listing, list_folder
+from ldm.data.sources.folders import FolderStore, Listing, list_folder
 from ldm.data.sources.rewriting import file_of, rewrite_table
 from ldm.system.files import link_or_copy, put_in_place, temporary_beside
 
@@ -50,6 +50,12 @@ def check_target(folder: Path, to: Path) -> None:
         raise ValueError(f"--to: {to} is there already; name a new folder")
     if to.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--to: {to} lies in {folder}, where its pictures would be found again; name one outside")
+
+
+def check_store(pictures: CaptionedPictures) -> None:
+    """Raise a BadDataError unless the pictures are files of a folder, which can be moved."""
+    if not isinstance(pictures[0].store, FolderStore):
+        raise BadDataError(f"{pictures.source}: its pictures lie in shards or tables, which are not changed")
 
 
 def move_copies(folder: Path, names: Collection[str], to: Path) -> None:

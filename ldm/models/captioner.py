@@ -91,6 +91,8 @@ class Captioner:
             inputs = self.images(images=list(pictures), return_tensors="pt")
             if prompt:
                 inputs |= self.tokenizer([prompt] * len(pictures), return_tensors="pt", return_token_type_ids=False)
+                if self.model.config.model_type == "git":  # its caption would end with the prompt's last token, [SEP]
+                    inputs = {name: value if value.ndim > 2 else value[:, :-1] for name, value in dict(inputs).items()}
         inputs = {name: value.to(self.model.device) for name, value in dict(inputs).items()}
         tokens = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=beams)
         if chats:
