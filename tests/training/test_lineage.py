@@ -205,7 +205,8 @@ def test_a_model_of_numbers_resumes_exactly_and_can_be_started_from(home: Path, 
     with pytest.raises(RunError, match="data.number_columns"):
         train_ldm(config_of(home, run, loop__steps=8, **{**words, "data__number_columns": ["size"]}))
 
-    fine = {"init": str(run / "pipeline"), "loop__steps": 2, "data__source": str(data), **road.OF_INIT}
+    own = {"unet__attention": [False, True], "unet__head_channels": 32}  # the road's
+    fine = {"init": str(run / "pipeline"), "data__source": str(data), **road.OF_INIT, **own}
     with pytest.raises(ValueError, match=r"data.number_columns: init=.* is conditioned on size, angle; set it to"):
         train_ldm(road.recipe(home, run=str(tmp_path / "fine"), **fine))
 
