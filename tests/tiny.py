@@ -20,8 +20,8 @@ from ldm.models.unet import UNetConfig, build_unet
 from ldm.models.vae import VAEConfig, build_vae, downsampling
 from ldm.pipelines.text_to_image import LDMPipeline
 
-Kind = Literal["bert", "clip", "t5"]
-KINDS: tuple[Kind, ...] = ("bert", "clip", "t5")
+Kind = Literal["bert", "clip", "t5", "gpt2"]
+KINDS: tuple[Kind, ...] = ("bert", "clip", "t5", "gpt2")
 SIZE = 16  # edge of a picture in pixels
 MAX_LENGTH = 12  # tokens, special ones included
 WORDS = ["red", "blue", "green", "heart", "pizza", "rocket", "cat", "face", "house", "with", "garden", "flag", "japan"]
@@ -30,7 +30,7 @@ WORDS = ["red", "blue", "green", "heart", "pizza", "rocket", "cat", "face", "hou
 def save_text_encoder(folder: Path, kind: Kind, width: int = 32) -> Path:
     """Save an encoder and its tokenizer in `folder`, as they come from the Hub."""
     torch.manual_seed(1)
-    tokenizer, model = {"bert": _bert, "clip": _clip, "t5": _t5}[kind](width)
+    tokenizer, model = {"bert": _bert, "clip": _clip, "t5": _t5, "gpt2": _gpt2}[kind](width)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
@@ -89,6 +89,21 @@ def _t5(width: int) -> tuple[Any, Any]:
         vocab_size=len(pieces), d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2
     )
     return tokenizer, transformers.T5EncoderModel(config)
+
+
+def _gpt2(width: int) -> tuple[Any, Any]:
+    tokenizer = gpt2_tokenizer()
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=width, n_layer=2, n_head=2, n_inner=2 * width
+    )
+    return tokenizer, transformers.GPT2Model(config)
+
+
+def gpt2_tokenizer() -> Any:
+    """GPT-2's tokenizer, of letters and no merges; as from the Hub it has no token for padding."""
+    letters = [*string.ascii_lowercase, ":", "Ġ", *(f"Ġ{letter}" for letter in string.ascii_lowercase)]
+    pieces = [*letters, *WORDS, "<|endoftext|>"]
+    return transformers.GPT2Tokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
 
 
 def text_encoder(folder: Path, kind: Kind = "bert", max_length: int = MAX_LENGTH) -> TextEncoder:

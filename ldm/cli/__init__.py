@@ -7,6 +7,8 @@ recipes.py   recipes by name
 find.py      models by name, by hash, or where they usually are
 lora.py      --lora
 data.py      make and check data sets
+caption.py   captions for pictures that have none
+dedupe.py    pictures that are there twice
 doctor.py    can this recipe train here?
 train.py     train, or resume
 sample.py    generate pictures

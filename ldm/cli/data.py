@@ -1,10 +1,11 @@
-"""`ldm data openmoji | emoji | check | cache`: make a data set, check one, inspect a cache of latents."""
+"""`ldm data openmoji | emoji | check | caption | dedupe | cache`: make a data set, check and complete one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from ldm.cli import caption, dedupe
 from ldm.cli.parser import Command, add_commands, path, place
 
 
@@ -135,6 +136,8 @@ ldm data emoji data/emoji --style noto=icons/noto      (with another style; `mak
         add_check,
         run_check,
     ),
+    "caption": caption.COMMAND,
+    "dedupe": dedupe.COMMAND,
     "cache": Command(
         "list what a cache of latents holds and check every record; exit status 1 if any is damaged",
         "ldm data cache runs/demo/cache",

@@ -26,8 +26,9 @@ SETTINGS = {
     "guidance_interval": "guidance_interval",
     "sampler": "sampler",
     "negative_prompt": "negative_prompt",
+    "dynamic_thresholding": "dynamic_thresholding",
 }
-CHANGES = ("seed", *SETTINGS, "class_label")  # of a picture's settings, with --like
+CHANGES = ("seed", *SETTINGS, "class_label", "numbers")  # of a picture's settings, with --like
 #: Options that --like can't obey, since it makes one picture.
 NOT_WITH_LIKE = ("each", "images_per_prompt", "columns", "batch_size")
 
@@ -75,9 +76,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help="the class to generate, or to steer towards; one for all pictures or one each",
     )
+    add(
+        "--number",
+        dest="numbers",
+        action="append",
+        type=number,
+        metavar="COLUMN=NUMBER",
+        help="what the model is conditioned on besides; once for each of its columns",
+    )
     add("--condition", type=path, metavar="PICTURE", help="the second picture, for a model that is conditioned on one")
+    add(
+        "--weaker", type=place, metavar="MODEL", help="a weaker model of the same data to move away from (autoguidance)"
+    )
+    add("--autoguidance-scale", type=float, metavar="W", help="how far, in place of --guidance-scale (default: 2)")
+    add(
+        "--dynamic-thresholding",
+        type=float,
+        metavar="Q",
+        help="clamp predictions at this quantile, such as 0.995, and bring it to 1; for latents within [-1, 1]",
+    )
     add("--classifier", type=path, metavar="FOLDER", help="a classifier (RUN/classifier) that steers to --class-label")
     add("--classifier-scale", type=float, metavar="W", help="how strongly it steers (default: 1)")
+
+
+def number(text: str) -> tuple[str, float]:
+    """COLUMN=NUMBER => both."""
+    column, _, value = text.rpartition("=")
+    try:
+        return column, float(value) if column else float("")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected COLUMN=NUMBER, such as size=0.3, got {text[:60]!r}") from None
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +147,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    arguments.numbers = None if arguments.numbers is None else dict(arguments.numbers)
     if arguments.like is None and arguments.model is None:
         raise ValueError(f"model: name a pipeline folder or a Hub id, then the prompts; without a model, {TRAIN_ONE}")
     for made in (arguments.out and arguments.out.parent, arguments.each):
@@ -126,6 +155,8 @@ def run(arguments: argparse.Namespace) -> None:
             make_writable(made)
     if arguments.classifier_scale is not None and arguments.classifier is None:
         raise ValueError("--classifier-scale: there is no --classifier to scale")
+    if arguments.autoguidance_scale is not None and arguments.weaker is None:
+        raise ValueError("--autoguidance-scale: there is no --weaker model to move away from")
     check_lora_engine(arguments)
     import_networks()
     if arguments.like is None:
@@ -221,7 +252,9 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
     from ldm.data.images import decode
     from ldm.models.classifier import NoisyClassifier
 
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {} if arguments.numbers is None else {"numbers": arguments.numbers}
+    if arguments.weaker is not None:
+        given |= {"weaker": arguments.weaker, "autoguidance_scale": arguments.autoguidance_scale}
     if arguments.condition is not None:
         given["condition"] = decode(arguments.condition.read_bytes())
     if arguments.classifier is not None:
@@ -261,6 +294,8 @@ def generate_again(arguments: argparse.Namespace) -> None:
         )
     if wanted.classifier and arguments.classifier is None:
         raise ValueError(f"{arguments.like}: it was steered by a classifier; name it with --classifier")
+    if wanted.weaker and arguments.weaker is None:
+        raise ValueError(f"{arguments.like}: it was guided by a weaker model; name it with --weaker")
     if arguments.dtype is not None:
         raise ValueError(f"--dtype: with --like it is that of {arguments.like}; leave it out")
     engine = arguments.engine or wanted.engine
@@ -274,12 +309,16 @@ def generate_again(arguments: argparse.Namespace) -> None:
         if len(arguments.class_label) > 1:
             raise ValueError("--class-label: --like makes one picture; expected one class")
         (changes["class_label"],) = arguments.class_label
+    if "numbers" in changes:
+        changes["numbers"] = {**(wanted.numbers or {}), **changes["numbers"]}
     settings = replace(wanted, **changes)
     if settings != wanted:  # another picture, so the others of its batch don't matter
         settings = replace(settings, pictures=1, place=0)
-    extra = conditions(arguments)
+    extra = {name: value for name, value in conditions(arguments).items() if name != "numbers"}
     if "classifier" in extra and arguments.classifier_scale is None:
         extra["classifier_scale"] = wanted.classifier_scale or 1.0
+    if "weaker" in extra and extra["autoguidance_scale"] is None and wanted.weaker:
+        del extra["autoguidance_scale"]  # the picture's own
 
     pipeline, model = find_by_hash(arguments.model, wanted.model, wanted.dtype or "float32", engine)
     if arguments.lora:
@@ -289,6 +328,8 @@ def generate_again(arguments: argparse.Namespace) -> None:
     if engine == "openvino":
         pipeline.enable_openvino()
     given = settings.arguments() | extra
+    if "weaker" in extra:
+        given.pop("guidance_scale", None)
     made: Any = pipeline(**given)
     png_metadata.stamp(made.images, pipeline, model, **given)
     picture, out = made.images[settings.place], arguments.out or OUT

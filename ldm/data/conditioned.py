@@ -1,4 +1,4 @@
-"""Pictures with all that a model can be conditioned on: captions, a class, a conditioning picture.
+"""Pictures with all that a model can be conditioned on: captions, a class or numbers, a conditioning picture.
 
 pictures = ConditionedPictures.read(read_captioned("pictures"), label_column="kind", condition_column="sketch")
 pictures.train.class_ids                     # int64, one a row
@@ -21,6 +21,7 @@ from ldm.data.dataset import CaptionedPictures, Row
 from ldm.data.facts import UNKNOWN, Fact
 from ldm.data.images import BadPictureError
 from ldm.data.labels import Labels
+from ldm.data.numbers import Numbers
 from ldm.data.rows import BadDataError, Problem, require_columns
 from ldm.data.sources.folders import FolderStore
 
@@ -34,12 +35,14 @@ class ConditionedPictures:
         labels: the classes, where rows have one.
         condition_column: the column that names a row's conditioning picture, relative to the data's folder.
         condition_facts: what is known of the conditioning pictures, by their locators.
+        numbers: the number columns, where rows have some.
     """
 
     pictures: CaptionedPictures
     labels: Labels | None = None
     condition_column: str | None = None
     condition_facts: Mapping[str, Fact] = field(default_factory=dict, repr=False)
+    numbers: Numbers | None = None
 
     @classmethod
     def read(
@@ -48,6 +51,7 @@ class ConditionedPictures:
         label_column: str | None = None,
         condition_column: str | None = None,
         *,
+        number_columns: Sequence[str] = (),
         progress: bool = True,
         facts: Path | None = None,
     ) -> ConditionedPictures:
@@ -56,10 +60,11 @@ class ConditionedPictures:
         Args:
             facts: a folder in which what is known of the conditioning pictures is remembered, as for `read_captioned`.
         Raises:
-            BadDataError: listing the rows without a class or without a readable conditioning picture.
+            BadDataError: listing the rows without a class, a number or a readable conditioning picture.
         """
         labels = Labels.read(pictures, label_column) if label_column else None
-        read = cls(pictures, labels, condition_column)
+        numbers = Numbers.read(pictures, number_columns) if number_columns else None
+        read = cls(pictures, labels, condition_column, numbers=numbers)
         if condition_column:
             return replace(read, condition_facts=read._check_conditions(condition_column, progress, facts))
         return read
@@ -92,6 +97,18 @@ class ConditionedPictures:
         """The class of each row, int64 [N]; for rows that have one."""
         assert self.labels is not None
         return self.labels.ids(self.pictures)
+
+    @cached_property
+    def class_inputs(self) -> npt.NDArray[np.int64] | npt.NDArray[np.float32] | None:
+        """What a stock U-Net takes as `class_labels` of each row: classes [N], numbers [N,K+1], or None for neither."""
+        if self.numbers:
+            return self.numbers.vectors(self.pictures)
+        return self.class_ids if self.labels else None
+
+    @property
+    def null_input(self) -> int | npt.NDArray[np.float32]:
+        """The same of a picture whose class or numbers were dropped."""
+        return self.numbers.null if self.numbers else self.null_class
 
     @property
     def all_pictures(self) -> Sequence[Row]:

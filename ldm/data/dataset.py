@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -25,7 +25,7 @@ from PIL import Image, ImageColor
 
 from ldm.data.checks import Drafts, gather, without_broken
 from ldm.data.images import BadPictureError, decode
-from ldm.data.rows import BadDataError, Problem, Split, Store, count, split_of
+from ldm.data.rows import BadDataError, Found, Problem, Split, Store, count, split_of
 from ldm.data.sources.opening import open_source
 from ldm.system.files import typed_path
 
@@ -201,6 +201,7 @@ def read_captioned(
     progress: bool = True,
     check: bool = True,
     facts: Path | None = None,
+    only: Collection[Any] | None = None,
 ) -> CaptionedPictures:
     """Read and check captioned pictures.
 
@@ -219,6 +220,7 @@ def read_captioned(
         check: decode every picture now; without it, a broken one raises when it is read.
         facts: a folder in which what is known of the pictures is remembered, so that the next start decodes only those
             that are new or have changed. All ranks of a run name the same one, and share the work.
+        only: locators of the pictures to read; all others, and what is wrong with them, are left out silently.
     Returns:
         At least one row.
     Raises:
@@ -240,6 +242,8 @@ def read_captioned(
     store, findings, listing = open_source(
         shown, is_path, image_column, caption_columns, hub_config, hub_split, progress
     )
+    if only is not None:
+        findings = (found for found in findings if isinstance(found, Found) and found.locator in only)
     problems: list[Problem] = []
     rows = gather(findings, problems, bool(caption_columns))
     if check:

@@ -61,6 +61,36 @@ def duplicates(pictures: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:
     return within, across
 
 
+def groups(pictures: Sequence[Row], most: float = NEAR) -> list[list[Pair]]:
+    """Each picture that has copies, paired with every one of them, whatever the splits.
+
+    The copy to keep is the largest, of several the first. All others of a group are near it, not merely near each
+    other: a chain of small changes is no group.
+
+    Args:
+        most: the largest distance of a copy, of 255 levels; 0 is another file of the same thumbnail.
+    """
+    sizes = [-row.size[0] * row.size[1] for row in pictures]
+    order = sorted(range(len(pictures)), key=lambda i: (sizes[i], i))
+    small = thumbnails(pictures)[order]
+    kept = np.ones(len(small), bool)
+    found: dict[int, list[Pair]] = {}
+    chunks = np.array_split(np.arange(len(small)), -(-len(small) // CHUNK))
+    for numbers in tqdm(chunks, "comparing pictures", unit="chunk", leave=False, disable=len(chunks) < 16):
+        distances = _distances(small[numbers], small[: numbers[-1] + 1])
+        for number, row in zip(numbers.tolist(), distances, strict=True):
+            near = np.flatnonzero((row[:number] <= most) & kept[:number])
+            if len(near):
+                best = int(near[row[near].argmin()])
+                kept[number] = False
+                pair = Pair(pictures[order[best]], pictures[order[number]], float(row[best]))
+                found.setdefault(best, []).append(pair)
+    return [
+        sorted(pairs, key=lambda pair: pair.distance)
+        for _, pairs in sorted(found.items(), key=lambda each: order[each[0]])
+    ]
+
+
 def _distances(some: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Root of the mean squared difference of each pair, float64 [len(some), len(others)]."""
     one, two = some.astype(np.float64), others.astype(np.float64)

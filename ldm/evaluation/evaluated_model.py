@@ -58,7 +58,7 @@ class EvaluatedModel:
     """
 
     def __init__(self, pipeline: Any, folder: Path) -> None:
-        if pipeline.tokenizer is None or pipeline.labels or pipeline.extra_channels:
+        if pipeline.tokenizer is None or pipeline.labels or pipeline.numbers or pipeline.extra_channels:
             raise ValueError(f"{folder}: only models that are conditioned on text, and nothing else, can be evaluated")
         self.pipeline = pipeline
         self.folder = folder

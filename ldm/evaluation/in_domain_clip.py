@@ -143,7 +143,7 @@ def read_card(folder: Path) -> dict[str, Any] | None:
 
 
 def load_clip(folder: Path, pictures: CaptionedPictures, size: int, device: torch.device) -> FeatureExtractor:
-    """The frozen in-domain CLIP in a folder.
+    """The frozen in-domain CLIP in a folder, to evaluate models with.
 
     Args:
         pictures: the data set to evaluate on; its training split must be the one that the network was trained on.
@@ -153,13 +153,25 @@ def load_clip(folder: Path, pictures: CaptionedPictures, size: int, device: torc
             those of its card.
     """
     card = read_card(folder)
-    if card is None:
-        raise ValueError(f"net: no in-domain CLIP in {folder}; train one with: ldm evaluate --data DATA --fit-net")
-    if card["training_pictures"] != fingerprint(pictures.train):
+    if card is not None and card["training_pictures"] != fingerprint(pictures.train):
         raise ValueError(
             f"net: the in-domain CLIP in {folder} was trained on other pictures than the training split of "
             f"{pictures.source}; train it again with --fit-net, or name another folder with --net"
         )
+    return open_clip(folder, size, device)
+
+
+def open_clip(folder: Path, size: int, device: torch.device) -> FeatureExtractor:
+    """The frozen in-domain CLIP in a folder, whatever it was trained on: to suggest captions with, not to evaluate.
+
+    Args:
+        size: edge of the pictures to embed.
+    Raises:
+        ValueError: if there is none, or its weights are not those of its card.
+    """
+    card = read_card(folder)
+    if card is None:
+        raise ValueError(f"net: no in-domain CLIP in {folder}; train one with: ldm evaluate --data DATA --fit-net")
     if (found := sha256_of([folder / WEIGHTS])) != card["sha256"]:
         raise ValueError(
             f"net: {folder / WEIGHTS} has SHA-256 {found}, but {CARD} states {card['sha256']}; "

@@ -21,6 +21,7 @@ FILE = "defaults.json"
 EVERYWHERE = (0.0, 1.0)
 #: What a stock pipeline does with a call that doesn't name them.
 STOCK_STEPS, STOCK_GUIDANCE_SCALE = 50, 7.5
+AUTOGUIDANCE_SCALE = 2.0  # of a call that names a weaker model and no scale
 ENGINES = ("torch", "openvino")  # that may compute U-Net and VAE decoder
 #: Names of samplers; ldm.inference.samplers says what they are.
 SAMPLERS = (

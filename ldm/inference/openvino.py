@@ -114,7 +114,9 @@ class OpenVINO:
             "sample": torch.zeros(1, unet.config.in_channels, *sizes),
             "timestep": torch.zeros(1),
             "encoder_hidden_states": torch.zeros(1, tokens, unet.config.cross_attention_dim),
-            "class_labels": torch.zeros(1, dtype=torch.long),
+            "class_labels": torch.zeros(1, dtype=torch.long)
+            if unet.config.num_class_embeds
+            else torch.zeros(1, unet.config.projection_class_embeddings_input_dim or 1),
         }
         self._unet(unet).model({name: given[name] for name in inputs_of(unet)})
         self._decoder(pipeline.vae).model({"sample": torch.zeros(1, pipeline.vae.config.latent_channels, *sizes)})

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +36,8 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "deis": ("DEISMultistepScheduler", {}),
 }
+#: Samplers whose stock scheduler has dynamic thresholding.
+THRESHOLDING = ("ddpm", "ddim", "dpm++", "dpm++sde", "unipc", "deis")
 #: Stock schedulers that ignore `rescale_betas_zero_snr`, and would leave the trained process without a word.
 NO_ZERO_SNR = ("heun", "lms", "pndm", "deis")
 
@@ -56,6 +60,26 @@ def build(name: str, config: Mapping[str, Any]) -> Any:
     if name == "lms" and not diffusers.utils.is_scipy_available():
         raise ModuleNotFoundError("sampler: lms needs SciPy; pip install scipy", name="scipy")
     return getattr(diffusers, kind).from_config({**config, **more})
+
+
+def thresholding(scheduler: Any, quantile: Any) -> Any:
+    """A scheduler of the same class and process with dynamic thresholding (Saharia et al. 2022, section 2.3).
+
+    At each step x0 is clamped to s, the quantile of its absolute values, and divided by s, if s is above 1.
+
+    Raises:
+        ValueError: for a quantile outside (0, 1], or a scheduler that has no such setting.
+    """
+    if not isinstance(quantile, int | float) or isinstance(quantile, bool) or not 0 < quantile <= 1:
+        raise ValueError(f"dynamic_thresholding: expected a quantile above 0, up to 1, such as 0.995, got {quantile!r}")
+    kind = type(scheduler)
+    config = scheduler.config
+    if "thresholding" not in inspect.signature(kind.__init__).parameters or config.get("algorithm_type") == "dpmsolver":
+        raise ValueError(
+            f"dynamic_thresholding: {kind.__name__} has none; use one of the samplers {', '.join(THRESHOLDING)}"
+        )
+    on = {"thresholding": True, "dynamic_thresholding_ratio": float(quantile), "sample_max_value": math.inf}
+    return kind.from_config({**config, **on})
 
 
 class _TwoEvaluations:

@@ -8,6 +8,7 @@ lora.py          adapters beside frozen weights
 lora_files.py    a LoRA from anywhere => a file of adapters of this model's shapes
 ema.py           the average of the U-Net's weights
 classifier.py    x_t, t => class
+captioner.py     pictures => captions, by any image-to-text network in a folder
 loading.py       a folder => the network in it, with every weight
 safety.py        a model folder from anywhere => one that holds data and nothing that runs
 fingerprint.py   what a network computes, in 32 hex digits

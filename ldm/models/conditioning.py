@@ -20,7 +20,8 @@ class Conditioning:
 
     Attributes:
         context: [B,L,D], of the captions.
-        class_labels: int64 [B]; the last class of a network is the null class.
+        class_labels: int64 [B]; the last class of a network is the null class. Or float [B,K+1], K numbers and a 1;
+            zeros are the null condition (`ldm.data.numbers`).
         channels: [B,K,h,w], what follows the channels of x_t.
     """
 

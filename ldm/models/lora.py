@@ -121,6 +121,11 @@ def add_adapters(unet: Any, text: Any | None, config: LoRAConfig) -> None:
     check_targets(unet, config.targets)
     unet.add_adapter(peft_config(config, config.targets, dora=config.dora), adapter_name=NAME)
     if text is not None:
+        if text.config.model_type not in TEXT_TARGETS:
+            raise ValueError(
+                f"lora.text_encoder: it adapts {', '.join(TEXT_TARGETS)}, and this model's text encoder is a "
+                f"{text.config.model_type}; set it to false"
+            )
         text.add_adapter(peft_config(config, TEXT_TARGETS[text.config.model_type]), adapter_name=NAME)
 
 

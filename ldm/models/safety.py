@@ -26,14 +26,14 @@ PIPELINES = (
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionInpaintPipeline",
 )
-TOKENIZERS = ("CLIPTokenizer", "BertTokenizer", "T5Tokenizer")
+TOKENIZERS = ("CLIPTokenizer", "BertTokenizer", "T5Tokenizer", "GPT2Tokenizer")
 FAST = (*(f"{name}Fast" for name in TOKENIZERS), "PreTrainedTokenizerFast", "TokenizersBackend")
 #: component => library => classes that it may be. Every scheduler of diffusers computes, and loads nothing but numbers.
 COMPONENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "vae": {"diffusers": ("AutoencoderKL", "AutoencoderTiny")},
     "unet": {"diffusers": ("UNet2DConditionModel",)},
     "scheduler": {"diffusers": ("*Scheduler",)},
-    "text_encoder": {"transformers": ("CLIPTextModel", "BertModel", "T5EncoderModel")},
+    "text_encoder": {"transformers": ("CLIPTextModel", "BertModel", "T5EncoderModel", "GPT2Model", "GPTNeoModel")},
     "tokenizer": {"transformers": (*TOKENIZERS, *FAST)},
     "safety_checker": {"stable_diffusion": ("StableDiffusionSafetyChecker",)},
     "feature_extractor": {"transformers": ("CLIPImageProcessor", "CLIPFeatureExtractor")},

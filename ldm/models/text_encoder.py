@@ -1,4 +1,4 @@
-"""captions => context: a frozen CLIP, BERT or T5 encoder.
+"""captions => context: a frozen CLIP, BERT, T5 or GPT-2.
 
 The context of a caption is the encoder's last hidden state over the caption padded to `max_length`
 tokens, the very tensor that stock StableDiffusionPipeline computes when it draws. The two must agree
@@ -30,12 +30,14 @@ MINILM = "minilm"
 TOKENS_AT_ONCE = 2**10
 
 # config.model_type => (transformers class, whether padding is masked in the encoder). CLIP was trained
-# with causal attention and no mask; BERT and T5 give other embeddings if they see the padding.
+# with causal attention and no mask, and so was GPT-2; BERT and T5 give other embeddings if they see the padding.
 ENCODERS = {
     "clip": ("CLIPTextModel", False),
     "clip_text_model": ("CLIPTextModel", False),
     "bert": ("BertModel", True),
     "t5": ("T5EncoderModel", True),
+    "gpt2": ("GPT2Model", False),
+    "gpt_neo": ("GPTNeoModel", False),
 }
 
 
@@ -76,8 +78,8 @@ class TextEncoder:
         Args:
             weights: whether to load them; without, they are on the meta device.
         Raises:
-            ValueError: if it is neither CLIP, BERT nor T5, can't take `max_length` tokens, has another's tokenizer, or
-                holds more than data (`ldm.models.safety`).
+            ValueError: if it is neither CLIP, BERT, T5 nor GPT-2, can't take `max_length` tokens, has another's
+                tokenizer, or holds more than data (`ldm.models.safety`).
             OSError: if there is no such folder or id.
         """
         import transformers
@@ -90,7 +92,7 @@ class TextEncoder:
             check_model_folder(part)
         model_type = read_json(folder / "config.json").get("model_type")
         if model_type not in ENCODERS:
-            raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT or T5")
+            raise ValueError(f"text.encoder: {config.encoder} is a {model_type}; expected CLIP, BERT, T5 or GPT-2")
         class_name, masked = ENCODERS[model_type]
         kind = getattr(transformers, class_name)
         if weights:
@@ -100,6 +102,8 @@ class TextEncoder:
                 model, device = kind(kind.config_class.from_pretrained(folder)), "meta"
         with loading(words):
             tokenizer = transformers.AutoTokenizer.from_pretrained(words, local_files_only=True)
+        if tokenizer.pad_token is None:  # GPT-2 has none; as in its batched generation, the end of a text fills up
+            tokenizer.pad_token = tokenizer.eos_token
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ValueError(f"text.max_length: {config.encoder} takes up to {longest} tokens, got {config.max_length}")
@@ -148,7 +152,9 @@ class TextEncoder:
             ValueError: if most channels are constant.
         """
         norms = [
-            part for name, part in self.model.named_modules() if name.lower().endswith(("layernorm", "layer_norm"))
+            part
+            for name, part in self.model.named_modules()
+            if name.lower().endswith(("layernorm", "layer_norm", "ln_f"))
         ]
         norm = norms[-1]
         bias = getattr(norm, "bias", None)

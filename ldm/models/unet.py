@@ -86,6 +86,7 @@ def build_unet(
     latent_shape: tuple[int, int, int],
     context_dim: int | None,
     classes: int = 0,
+    numbers: int = 0,
     condition_channels: int = 0,
     learned_variance: bool = False,
 ) -> UNet2DConditionModel:
@@ -95,6 +96,7 @@ def build_unet(
         latent_shape: (C, h, w) with h = w, which is stored in the config: pipelines find their default size there.
         context_dim: width of the text encoder's output; None for a network that knows no text.
         classes: class embeddings to add to the time embedding, the null class among them; 0 for none.
+        numbers: length of the vectors of numbers that are projected and added to the time embedding; 0 for none.
         condition_channels: channels that follow those of x_t in the input.
         learned_variance: answer 2C channels, the second half for the variance (Nichol & Dhariwal 2021, section 3.1).
     Raises:
@@ -134,6 +136,8 @@ def build_unet(
         else tuple(width // number for width, number in zip(config.channels, heads, strict=True)),
         resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
         num_class_embeds=classes or None,
+        class_embed_type="simple_projection" if numbers else None,
+        projection_class_embeddings_input_dim=numbers or None,
         addition_embed_type="text" if config.pooled_text else None,
         addition_embed_type_num_heads=pooling_heads(context_dim or 1),
     )

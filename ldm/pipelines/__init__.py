@@ -3,6 +3,7 @@
 text_to_image.py  LDMPipeline
 conditions.py     prompts, classes, second pictures => conditions of the denoiser
 editing.py        pictures to change, masks, larger canvases
+weaker.py         the weaker model of autoguidance
 walks.py          pictures between two prompts or seeds
 inputs.py         arguments, checked against their ranges and against the model
 loading.py        a pipeline and its folder

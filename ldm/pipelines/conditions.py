@@ -32,8 +32,9 @@ class ConditionedPipeline(SavedPipeline):
                 inputs.prompts or None, device, copies, contrast, inputs.negatives or None, **embedding
             )
         if inputs.class_ids:
-            labels = torch.tensor(inputs.class_ids, device=device).repeat_interleave(copies)
-            no_class = torch.full_like(labels, self.unet.config.num_class_embeds - 1)
+            kind = self.unet.dtype if self.numbers else torch.int64
+            labels = torch.tensor(inputs.class_ids, device=device, dtype=kind).repeat_interleave(copies, 0)
+            no_class = torch.full_like(labels, 0 if self.numbers else self.unet.config.num_class_embeds - 1)
         if inputs.conditions:
             pixels = torch.stack(inputs.conditions)  # pixels => scaled latents
             channels = encode(self.vae, pixels, device).mean.repeat_interleave(copies, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.data.images import to_pixels, to_rgb, to_square
 from ldm.data.labels import Labels
+from ldm.data.numbers import Numbers
 
 MAX_CHARACTERS = 20_000  # a limit before the tokenizer's own, which takes time to find out
 MAX_PER_PROMPT = 1024
@@ -31,7 +32,7 @@ class Inputs:
         batch: number of prompts, classes or conditions.
         images: number of pictures, `num_images_per_prompt` for each of them.
         prompts, negatives: texts.
-        class_ids: of the model's own classes.
+        class_ids: of the model's own classes; or standardized numbers, a list each (`ldm.data.numbers`).
         targets: classes that a classifier guides towards.
         conditions: second pictures, as pixels [3,H,W].
         generators: one per picture; None for new noise each time.
@@ -41,7 +42,7 @@ class Inputs:
     images: int
     prompts: list[str]
     negatives: list[str]
-    class_ids: list[int]
+    class_ids: list[Any]
     targets: list[int]
     conditions: list[Tensor]
     generators: list[torch.Generator] | None
@@ -72,7 +73,8 @@ def check_inputs(pipe: Any, height: int, width: int, **given: Any) -> Inputs:
     names = given["class_label"]
     names = list(names) if isinstance(names, list | tuple) else [names]
     targets = [classifier.class_id(name) for name in names] if classifier is not None else []
-    class_ids = known_classes(names if pipe.labels is not None or not targets else [None], pipe.labels)
+    class_ids: list[Any] = known_classes(names if pipe.labels is not None or not targets else [None], pipe.labels)
+    class_ids += known_numbers(given["numbers"], pipe.numbers)
     conditions = known_conditions(given["condition"], pipe.condition_channels, height, width)
     lengths = (1 if embeds is None else len(embeds), len(prompts), len(class_ids), len(targets), len(conditions))
     batch = max(given["sources"], *lengths)
@@ -87,7 +89,7 @@ def check_inputs(pipe: Any, height: int, width: int, **given: Any) -> Inputs:
         images=images,
         prompts=one_each("prompt", prompts, batch) if prompts else [],
         negatives=one_each("negative_prompt", negatives, batch) if negatives else [],
-        class_ids=one_each("class_label", class_ids, batch) if class_ids else [],
+        class_ids=one_each("numbers" if pipe.numbers else "class_label", class_ids, batch) if class_ids else [],
         targets=one_each("class_label", targets, batch) if targets else [],
         conditions=one_each("condition", conditions, batch) if conditions else [],
         generators=one_generator_each(given["generator"], given["seed"], images),
@@ -233,6 +235,18 @@ def known_classes(names: list[Any], labels: Labels | None) -> list[int]:
         return []
     null_class = len(labels.names)
     return [null_class if name is None else labels.id(name) for name in names]
+
+
+def known_numbers(numbers: Any, known: Numbers | None) -> list[list[float]]:
+    """The vectors of these numbers, that of none for None; no vectors for a model without numbers."""
+    if known is None:
+        if numbers is not None:
+            raise ValueError("numbers: this model is conditioned on none")
+        return []
+    listed = numbers if isinstance(numbers, list | tuple) else [numbers]
+    if not listed or not all(each is None or isinstance(each, Mapping) for each in listed):
+        raise ValueError(f"numbers: expected such as {{{known.columns[0]!r}: 0.5}}, or a list of them, got {numbers!r}")
+    return [(known.null if each is None else known.vector(each)).tolist() for each in listed]
 
 
 def known_conditions(pictures: Any, channels: int, height: int, width: int) -> list[Tensor]:

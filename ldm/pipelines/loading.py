@@ -5,6 +5,7 @@ without this package. Three files beside model_index.json are read here only:
 
     prompts.txt    example prompts, one a line
     labels.json    the names of the classes
+    numbers.json   the numbers that it is conditioned on, with their scale
     defaults.json  sampling settings (ldm.inference.defaults)
 
 A saved folder is a function of the model. diffusers writes the path that a network was loaded from into its config;
@@ -29,6 +30,7 @@ from diffusers import (
 from transformers import PreTrainedModel
 
 from ldm.data.labels import Labels
+from ldm.data.numbers import Numbers
 from ldm.inference.defaults import FILE as DEFAULTS_FILE
 from ldm.inference.defaults import Defaults
 from ldm.models.loading import load_networks, loading
@@ -37,7 +39,7 @@ from ldm.models.lora_files import FINDING, OtherBaseWarning, check_fits, find_lo
 from ldm.models.safety import check_index, check_model_folder, read_json
 from ldm.models.text_encoder import TextEncoder
 
-PROMPTS_FILE, LABELS_FILE = "prompts.txt", "labels.json"
+PROMPTS_FILE, LABELS_FILE, NUMBERS_FILE = "prompts.txt", "labels.json", "numbers.json"
 #: Arguments of diffusers' from_pretrained that run code of a folder's, and those that place networks.
 CODE = ("custom_pipeline", "trust_remote_code", "use_flashpack", "use_onnx")
 PLACES = ("device_map", "quantization_config")
@@ -51,11 +53,13 @@ class SavedPipeline(StableDiffusionPipeline):
     Attributes:
         example_prompts: prompts that the model was trained on; may be empty.
         labels: the classes that it knows; None if it knows none.
+        numbers: the columns of numbers that it is conditioned on; None without any.
         defaults: the settings of a call that names neither steps nor guidance.
     """
 
     example_prompts: tuple[str, ...] = ()
     labels: Labels | None = None
+    numbers: Numbers | None = None
     defaults: Defaults = Defaults()
 
     @classmethod
@@ -99,6 +103,8 @@ class SavedPipeline(StableDiffusionPipeline):
         pipeline.example_prompts = read_prompts(folder / PROMPTS_FILE)
         if (folder / LABELS_FILE).exists():
             pipeline.labels = Labels.load(folder / LABELS_FILE)
+        if (folder / NUMBERS_FILE).exists():
+            pipeline.numbers = Numbers.load(folder / NUMBERS_FILE)
         pipeline.defaults = Defaults.load(folder)
         return pipeline
 
@@ -113,7 +119,7 @@ class SavedPipeline(StableDiffusionPipeline):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.unet.dtype)  # stock casts them to float32
         made: Self = super().from_pipe(pipeline, **kwargs)
-        for name in ("example_prompts", "labels", "defaults"):
+        for name in ("example_prompts", "labels", "numbers", "defaults"):
             if hasattr(pipeline, name):
                 setattr(made, name, getattr(pipeline, name))
         return made
@@ -177,13 +183,15 @@ class SavedPipeline(StableDiffusionPipeline):
                 kept["_class_name"] = f"StableDiffusion{stock}Pipeline"
             if kept != settings:
                 path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        for name in (PROMPTS_FILE, LABELS_FILE, DEFAULTS_FILE):
+        for name in (PROMPTS_FILE, LABELS_FILE, NUMBERS_FILE, DEFAULTS_FILE):
             (folder / name).unlink(missing_ok=True)  # of a pipeline that was saved here before
         if self.example_prompts:
             lines = (" ".join(prompt.split()) for prompt in self.example_prompts)
             (folder / PROMPTS_FILE).write_text("\n".join(lines) + "\n", "utf-8")
         if self.labels:
             self.labels.save(folder / LABELS_FILE)
+        if self.numbers:
+            self.numbers.save(folder / NUMBERS_FILE)
         if self.defaults != Defaults():
             self.defaults.save(folder)
 

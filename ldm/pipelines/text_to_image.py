@@ -1,7 +1,7 @@
 """LDMPipeline: prompts in, pictures out.
 
     prompt -> encode_prompt -> context --+
-    class_label -> class id -------------+-> UNetDenoiser --+
+    class_label, numbers -> class_labels +-> UNetDenoiser --+
     condition -> vae.encode -> channels -+                  +-> sampling.sample -> decoding.decode -> pictures
     seed -> noise -> x_T, or image under noise -> x_t ------+
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from os import PathLike
@@ -35,14 +35,16 @@ from ldm.diffusion.guidance import NEGATIVE, POSITIVE, ClassifierGuidance, Guida
 from ldm.diffusion.schedule import prediction_from_config
 from ldm.inference import samplers
 from ldm.inference.decoding import decode
-from ldm.inference.defaults import check_sampler
+from ldm.inference.defaults import AUTOGUIDANCE_SCALE, check_sampler
 from ldm.inference.openvino import OpenVINO
 from ldm.inference.sampling import sample
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, UNetDenoiser
+from ldm.models.fingerprint import weights_state
 from ldm.pipelines.conditions import ConditionedPipeline
 from ldm.pipelines.editing import check_edit
 from ldm.pipelines.inputs import Inputs, check_inputs, check_known
+from ldm.pipelines.weaker import check_weaker, load_weaker
 from ldm.system.devices import best_device
 
 MAX_EDGE = 4096
@@ -60,6 +62,7 @@ class LDMPipeline(ConditionedPipeline):
     """
 
     engine: OpenVINO | None = None
+    _weaker: tuple[Any, Any] | None = None  # what was loaded, and its U-Net
 
     @property
     def config(self) -> Any:
@@ -98,10 +101,14 @@ class LDMPipeline(ConditionedPipeline):
         sampler: str | None = None,
         guidance_interval: Sequence[float] | None = None,
         class_label: str | Sequence[str | None] | None = None,
+        numbers: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
         condition: Image.Image | Sequence[Image.Image] | None = None,
         classifier: NoisyClassifier | None = None,
         classifier_scale: float = 1.0,
         weak_unet: Any = None,
+        weaker: str | PathLike[str] | None = None,
+        autoguidance_scale: float | None = None,
+        dynamic_thresholding: float | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -137,12 +144,18 @@ class LDMPipeline(ConditionedPipeline):
                 conditional model, at half the cost, elsewhere (Kynkäänniemi et al. 2024).
             class_label: one of `labels.names` for all, or one each; None is no class in particular. With a classifier,
                 the class that it guides towards, whether the model itself knows classes or not.
+            numbers: {"size": 0.3}, a number for each column that the model is conditioned on, for all or one each; None
+                is no numbers.
             condition: the second picture, for all or one each, for a model that takes one.
             classifier: of noisy latents, trained with the model's config by `ldm train classifier`; guides every step
                 (Dhariwal & Nichol 2021), beside classifier-free guidance or without it.
             classifier_scale: of that guidance; 0 is off.
             weak_unet: a weaker U-Net of the same shape, such as an early checkpoint's: `guidance_scale` then moves away
                 from its prediction (autoguidance, Karras et al. 2024) instead of the negative prompt's.
+            weaker: the folder of such a model, whose latents, texts and classes must be this model's; checked once.
+            autoguidance_scale: of autoguidance, in place of guidance_scale; 1 is off, 2 the default with `weaker`.
+            dynamic_thresholding: the quantile of |x0| that is brought to 1 at each step (Saharia et al. 2022), above 0,
+                up to 1; for schedulers that have it. Made for pixels in [-1, 1]: larger latents shrink.
             image: the picture to change, for all or one each: PIL, of any mode; an array [H,W,3] or [B,H,W,3], a tensor
                 [3,H,W] or [B,3,H,W], uint8 or in [0,1]; or latents [B,C,h,w].
             mask_image: where it is to be new (white); elsewhere the result has the picture's own pixels, to the bit in
@@ -159,6 +172,9 @@ class LDMPipeline(ConditionedPipeline):
         check_known(unknown, set(inspect.signature(LDMPipeline.__call__).parameters) - {"self", "unknown"})
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        check_weaker(weaker, weak_unet, autoguidance_scale, guidance_scale, negative_prompt)
+        if weaker is not None or autoguidance_scale is not None:
+            guidance_scale = AUTOGUIDANCE_SCALE if autoguidance_scale is None else autoguidance_scale
         steps = len(timesteps or sigmas or ()) or num_inference_steps
         settings = self.defaults.resolve(steps, guidance_scale, guidance_interval)
         edit = check_edit(
@@ -170,7 +186,7 @@ class LDMPipeline(ConditionedPipeline):
             height, width = edit.height, edit.width
         inputs = check_inputs(
             self, height, width, prompt=prompt, negative_prompt=negative_prompt, class_label=class_label,
-            condition=condition, classifier=classifier, classifier_scale=classifier_scale, seed=seed,
+            numbers=numbers, condition=condition, classifier=classifier, classifier_scale=classifier_scale, seed=seed,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents, eta=eta,
             prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, timesteps=timesteps,
@@ -182,6 +198,10 @@ class LDMPipeline(ConditionedPipeline):
         if sampler is not None:
             check_sampler("sampler", sampler)
         scheduler = self.scheduler if sampler is None else samplers.build(sampler, self.scheduler.config)
+        if dynamic_thresholding is not None:
+            scheduler = samplers.thresholding(scheduler, dynamic_thresholding)
+        if weaker is not None:
+            weak_unet = self.weak_unet(weaker)
         if classifier is not None:
             classifier.check_process(scheduler)
 
@@ -274,6 +294,13 @@ class LDMPipeline(ConditionedPipeline):
             embedded = self.get_guidance_scale_embedding(scales, embedding_dim=self.unet.config.time_cond_proj_dim)
             given["timestep_cond"] = embedded.to(device=device, dtype=dtype)
         return given
+
+    def weak_unet(self, weaker: str | PathLike[str]) -> Any:
+        """The U-Net of a weaker model's folder, on this pipeline's device; the last one is kept."""
+        key = str(weaker), self.unet.dtype, weights_state(self.unet)
+        if self._weaker is None or self._weaker[0] != key:
+            self._weaker = (key, load_weaker(self, weaker))
+        return self._weaker[1].to(self._execution_device)
 
     def _call_back(
         self,

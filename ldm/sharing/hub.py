@@ -28,7 +28,7 @@ SHARD = "5GB"  # maximum of weights in one file, so that an interrupted download
 GALLERY, LOSS = "gallery.png", "loss_by_t.png"
 #: Files that a push deletes if it doesn't write them, so that nothing of an older model stays, such as its metrics.
 REPLACED = ["unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*", "pictures/*", GALLERY, LOSS,
-            PAGE, FILE, "prompts.txt", "labels.json", "defaults.json"]  # fmt: skip
+            PAGE, FILE, "prompts.txt", "labels.json", "numbers.json", "defaults.json"]  # fmt: skip
 
 
 def write_model(

@@ -93,7 +93,7 @@ def model_card(
         examples=examples,
         defaults=pipeline.defaults,
         sampling=sampling,
-        stock=pipeline.labels is None and not pipeline.extra_channels,
+        stock=pipeline.labels is None and pipeline.numbers is None and not pipeline.extra_channels,
         call=example_call(pipeline),
         nothing="" if pipeline.tokenizer is not None else ", text_encoder=None, tokenizer=None",
         headline=list(headline(evaluation)) if evaluation else [],
@@ -126,6 +126,9 @@ def example_call(pipeline: Any) -> str:
         arguments.append(json.dumps((pipeline.example_prompts or ("a picture",))[0], ensure_ascii=False))
     if pipeline.labels:
         arguments.append(f"class_label={json.dumps(pipeline.labels.names[0], ensure_ascii=False)}")
+    if pipeline.numbers:
+        typical = {name: round(mean, 3) for name, mean in zip(pipeline.numbers.columns, pipeline.numbers.mean)}
+        arguments.append(f"numbers={json.dumps(typical, ensure_ascii=False)}")
     if pipeline.condition_channels:
         arguments.append('condition=Image.open("sketch.png")')
     if pipeline.inpaints:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.inference.defaults import ENGINES, EVERYWHERE, check_sampler
+from ldm.inference.defaults import AUTOGUIDANCE_SCALE, ENGINES, EVERYWHERE, check_sampler
 
 KEY = "ldm"
 FORMATS: dict[str, dict[str, Any]] = {  # suffix => arguments of Pillow's save
@@ -53,12 +53,14 @@ class Settings:
         guidance_interval: low and high, fractions of the timesteps; None is everywhere.
         dtype: what the networks computed in; None is float32.
         engine: what computed U-Net and VAE decoder; None is torch.
-        prompt, negative_prompt, class_label: what the model was conditioned on.
+        prompt, negative_prompt, class_label, numbers: what the model was conditioned on.
         pictures, place: size of the batch and place in it, from 0; seeds count up along the batch.
         condition: the SHA-256 of the second picture that the model was conditioned on.
         image, mask: the SHA-256 of the picture that was changed, and of the mask; `strength` and `expand` (left, top,
             right, bottom) beside them.
         classifier: the fingerprint of the classifier that steered it, by `classifier_scale`.
+        weaker: the fingerprint of the U-Net that autoguidance moved away from; `guidance_scale` is its scale then.
+        dynamic_thresholding: its quantile.
         adapters: the LoRAs beside the model: name, sha256 (`ldm.models.lora.Adapter`) and scale of each.
         drawn_with: versions and device.
     """
@@ -77,6 +79,7 @@ class Settings:
     prompt: str | None = None
     negative_prompt: str | None = None
     class_label: str | None = None
+    numbers: dict[str, float] | None = None
     pictures: int = 1
     place: int = 0
     condition: str | None = None
@@ -86,6 +89,8 @@ class Settings:
     expand: list[int] | None = None
     classifier: str | None = None
     classifier_scale: float | None = None
+    weaker: str | None = None
+    dynamic_thresholding: float | None = None
     adapters: list[dict[str, Any]] | None = None
     drawn_with: dict[str, str] = field(default_factory=dict)
 
@@ -110,8 +115,10 @@ class Settings:
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "class_label": self.class_label,
+            "numbers": self.numbers,
             "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance_scale,
+            "autoguidance_scale" if self.weaker else "guidance_scale": self.guidance_scale,
+            "dynamic_thresholding": self.dynamic_thresholding,
             "sampler": self.sampler,
             "guidance_interval": EVERYWHERE if self.guidance_interval is None else tuple(self.guidance_interval),
             "num_images_per_prompt": self.pictures,
@@ -130,6 +137,7 @@ def stamp(
     prompt: str | None = None,
     negative_prompt: str | None = None,
     class_label: str | None = None,
+    numbers: Mapping[str, float] | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     guidance_interval: Sequence[float] | None = None,
@@ -141,6 +149,9 @@ def stamp(
     expand: Sequence[int] | None = None,
     classifier: Any = None,
     classifier_scale: float | None = None,
+    weaker: Any = None,
+    autoguidance_scale: float | None = None,
+    dynamic_thresholding: float | None = None,
     **_: Any,
 ) -> None:
     """Put its settings into each picture of one call's result, as `info`, which `save` writes into PNG files.
@@ -160,6 +171,8 @@ def stamp(
     from ldm.models.lora import active_adapters
     from ldm.version import __version__
 
+    if weaker is not None:
+        guidance_scale = AUTOGUIDANCE_SCALE if autoguidance_scale is None else autoguidance_scale
     used = pipeline.defaults.resolve(num_inference_steps, guidance_scale, guidance_interval)
     interval = used.guidance_interval
     scheduler = pipeline.scheduler if sampler is None else samplers.build(sampler, pipeline.scheduler.config)
@@ -187,6 +200,8 @@ def stamp(
             expand=None if expand is None else list(expand),
             classifier=None if classifier is None else fingerprint(classifier.network),
             classifier_scale=None if classifier is None else classifier_scale,
+            weaker=None if weaker is None else fingerprint(pipeline.weak_unet(weaker)),
+            dynamic_thresholding=dynamic_thresholding,
             adapters=adapters or None,
             drawn_with={
                 "ldm": __version__,
@@ -198,6 +213,7 @@ def stamp(
             prompt=prompt,
             negative_prompt=negative_prompt,
             class_label=class_label,
+            numbers=None if numbers is None else {name: float(number) for name, number in numbers.items()},
         )
         picture.info[KEY] = settings.to_json()
 
@@ -251,6 +267,11 @@ def of(picture: Image.Image, path: Path) -> Settings:
         types = next(types for start, types in TYPES.items() if kind.startswith(start))
         if not isinstance(value, types) or isinstance(value, bool):
             raise ValueError(f"{path}: its settings: {name}: expected {kind}, got {value!r}")
+    for name, number in found.get("numbers", {}).items():
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise ValueError(
+                f"{path}: its settings: numbers: expected a number for {name[:40]}, got {str(number)[:40]}"
+            )
     for one in found.get("adapters", ()):
         if (
             not isinstance(one, dict)

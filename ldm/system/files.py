@@ -49,6 +49,20 @@ def put_in_place(temporary: Path, final: Path) -> None:
     settle(final)
 
 
+def write_in_place(path: str | os.PathLike[str], data: bytes) -> None:
+    """Give a file new content in one atomic step: whoever reads it finds the old bytes or the new ones, whole."""
+    final = Path(os.path.realpath(path))  # a link stays one
+    temporary = final.with_name(f".{final.name}.new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():
+        shutil.copymode(final, temporary)
+    temporary.replace(final)
+    sync(final.parent)
+
+
 def settle(final: Path) -> None:
     """Finish or undo what a killed process left around a folder's name."""
     old = old_of(final)
@@ -56,6 +70,16 @@ def settle(final: Path) -> None:
         old.rename(final)
     for left in (old, final.with_name(f".{final.name}.new")):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def link_or_copy(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> None:
+    """The same file under another name; a copy where the file system has no such links, or it is a link itself."""
+    try:
+        if os.path.islink(file):
+            raise OSError("a relative link would lead elsewhere")
+        os.link(file, to)
+    except OSError:
+        shutil.copy2(file, to)
 
 
 def old_of(final: Path) -> Path:

@@ -36,6 +36,8 @@ class DataConfig:
             for a model that knows no text, pictures need no captions.
         label_column: the column of a class that the model is conditioned on, beside captions or instead of them, and
             that the classifier learns.
+        number_columns: columns of numbers, such as a size, that the model is conditioned on, beside captions or instead
+            of them; not beside a class, for which stock U-Nets have the same input.
         condition_column: the column that names a second picture, of the same folder, which the model is
             conditioned on: its latents are concatenated to x_t.
         inpaint: learn to fill in masked parts of pictures: a mask, and the latents of the picture without what it
@@ -59,6 +61,7 @@ class DataConfig:
     hub_split: str = "train"
     caption_columns: tuple[str, ...] = ("text",)
     label_column: str | None = None
+    number_columns: tuple[str, ...] = ()
     condition_column: str | None = None
     inpaint: bool = False
     size: int = 64
@@ -84,6 +87,10 @@ class DataConfig:
         object.__setattr__(self, "cache", typed_path(str(self.cache)))
         if self.crop == "random" and self.cache != "off":
             raise ValueError("data.crop: random crops can't be encoded once; set data.cache=off or data.crop=center")
+        if self.number_columns and self.label_column is not None:
+            raise ValueError("data.number_columns: a stock U-Net takes a class or numbers; leave data.label_column out")
+        if len(set(self.number_columns)) < len(self.number_columns):
+            raise ValueError(f"data.number_columns: a column is named twice: {', '.join(self.number_columns)}")
         if self.inpaint and self.condition_column is not None:
             raise ValueError("data.inpaint: the masked picture is the second one; leave data.condition_column out")
 

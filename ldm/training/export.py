@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import sys
 import warnings
@@ -34,7 +33,7 @@ from ldm.models.lora_files import OtherBaseWarning
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.errors import RunError
-from ldm.system.files import put_in_place, temporary_beside
+from ldm.system.files import link_or_copy, put_in_place, temporary_beside
 from ldm.system.memory import give_back
 from ldm.training.checkpoint import DISK_ERRORS
 from ldm.training.distributed import Tick, on_rank_0
@@ -87,7 +86,7 @@ def export(final: Path, step: int, write: Callable[[Path, Tick], None], *, must:
 def write_pipeline(folder: Path, frozen: Path, unet: Any, expected: float, loss_of: Callable[[Any], float],
                    precision: str) -> None:  # fmt: skip
     """Fill a folder with RUN/frozen, which `save_frozen` left, and a U-Net; check it as `check_unet` does."""
-    shutil.copytree(frozen, folder, copy_function=link, dirs_exist_ok=True)
+    shutil.copytree(frozen, folder, copy_function=link_or_copy, dirs_exist_ok=True)
     unet.save_pretrained(folder / "unet")
     check_unet(folder, unet, expected, loss_of, precision)
 
@@ -188,14 +187,6 @@ def save_network(network: Any, folder: Path) -> tuple[type, str]:
     network.to("meta")  # what a pipeline's index holds of it is still there
     give_back()
     return facts
-
-
-def link(file: str, to: str) -> None:
-    """The same file under another name; a copy where the file system has no such links."""
-    try:
-        os.link(file, to)
-    except OSError:
-        shutil.copy2(file, to)
 
 
 # --- what was written is what was trained ---------------------------------------------------------------

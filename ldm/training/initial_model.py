@@ -23,6 +23,7 @@ from torch import nn
 
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.labels import Labels
+from ldm.data.numbers import Numbers
 from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.schedule import NoiseSchedule, prediction_from_config, schedule_from_config
 from ldm.models.fingerprint import fingerprint
@@ -30,13 +31,13 @@ from ldm.models.loading import load_network
 from ldm.models.safety import check_model_folder, read_json
 from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig, described
-from ldm.pipelines.loading import LABELS_FILE, find_pipeline
+from ldm.pipelines.loading import LABELS_FILE, NUMBERS_FILE, find_pipeline
 from ldm.training.config import Config
 from ldm.training.facts import RunFacts, folder_stamp
 from ldm.training.objective import build_schedule
 
 #: Settings of a U-Net that this training has nothing to feed with.
-UNFED = ("time_cond_proj_dim", "class_embed_type")
+UNFED = ("time_cond_proj_dim",)
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 
 
@@ -50,6 +51,7 @@ class InitialModel:
         unet, vae, scheduler: the configs, with the defaults of their classes.
         text: the text encoder's config; None for a model that knows no text.
         labels: the classes that it knows; None if it knows none.
+        numbers: the numbers that it is conditioned on; None without any.
     """
 
     name: str
@@ -59,6 +61,7 @@ class InitialModel:
     scheduler: Mapping[str, Any]
     text: Mapping[str, Any] | None
     labels: Labels | None
+    numbers: Numbers | None = None
 
     @classmethod
     def open(cls, name: str) -> InitialModel:
@@ -100,6 +103,7 @@ class InitialModel:
             name, folder, config("unet"), config("vae"), config("scheduler"),
             read_json(folder / "text_encoder/config.json") if has_text else None,
             Labels.load(folder / LABELS_FILE) if (folder / LABELS_FILE).exists() else None,
+            Numbers.load(folder / NUMBERS_FILE) if (folder / NUMBERS_FILE).exists() else None,
         )  # fmt: skip
         model._check()
         return model
@@ -119,6 +123,13 @@ class InitialModel:
         for key in UNFED:
             if unet[key] is not None:
                 raise ValueError(f"{self.folder}: its U-Net has {key}={unet[key]}, which this training can't train")
+        width = self.numbers.width if self.numbers else None
+        numbers = ("simple_projection" if self.numbers else None, width)
+        if (unet["class_embed_type"], unet["projection_class_embeddings_input_dim"]) != numbers:
+            raise ValueError(
+                f"{self.folder}: its U-Net has class_embed_type={unet['class_embed_type']}, which is trained "
+                f"with the numbers that {NUMBERS_FILE} names alone"
+            )
         if unet["addition_embed_type"] not in (None, "text"):
             raise ValueError(f"{self.folder}: its U-Net has addition_embed_type={unet['addition_embed_type']}")
         classes = unet["num_class_embeds"]
@@ -129,8 +140,8 @@ class InitialModel:
                 f"named in {LABELS_FILE}"
             )
         if self.text is not None:
-            width, dim = unet["encoder_hid_dim"] or unet["cross_attention_dim"], self.text.get("hidden_size")
-            dim = self.text.get("d_model") if dim is None else dim
+            width = unet["encoder_hid_dim"] or unet["cross_attention_dim"]
+            dim = next((self.text[name] for name in ("hidden_size", "d_model", "n_embd") if name in self.text), None)
             if width != dim:
                 raise ValueError(f"{self.folder}: its U-Net attends to {width} channels, its text encoder has {dim}")
         _ = self.schedule, self.prediction
@@ -216,11 +227,13 @@ class InitialModel:
     # --- its classes --------------------------------------------------------------------------------
 
     def with_its_labels(self, source: ConditionedPictures) -> ConditionedPictures:
-        """The pictures with the model's numbers of their classes.
+        """The pictures with the model's numbers of their classes, and its scale of their numbers.
 
         Raises:
             ValueError: for a class that the model doesn't know.
         """
+        if self.numbers is not None:
+            return replace(source, numbers=self.numbers)
         if source.labels is None or self.labels is None:
             return source
         unknown = [name for name in source.labels.names if name not in self.labels.names]
@@ -308,6 +321,12 @@ def _check_conditions(config: Config, model: InitialModel) -> None:
         raise ValueError(
             f"data.label_column: init={model.name} knows the classes {', '.join(model.labels.names)}; name the column "
             "that has them"
+        )
+    known = model.numbers.columns if model.numbers else ()
+    if data.number_columns != known:
+        raise ValueError(
+            f"data.number_columns: init={model.name} is conditioned on {', '.join(known) or 'no numbers'}; "
+            f"set it to [{', '.join(known)}]"
         )
     keys = {
         model.vae["latent_channels"]: ("data.condition_column", "takes a second picture; name the column that has it"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Prompt:
 
     Attributes:
         caption: the text under it.
-        prompt, class_label: arguments of LDMPipeline.
+        prompt, class_label, numbers: arguments of LDMPipeline.
         condition: the row that reads the argument `condition`, when a preview needs it.
         picture: the row that reads the argument `image`, which is masked.
     """
@@ -39,11 +39,12 @@ class Prompt:
     class_label: str | None = None
     condition: Row | None = None
     picture: Row | None = None
+    numbers: Mapping[str, float] | None = None
 
 
 def build_prompt_set(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:
     """The config's prompts, else some captions; without text, classes; for conditioning pictures, some rows."""
-    if source.condition_column or config.data.inpaint:
+    if source.condition_column or config.data.inpaint or source.numbers:
         rows = evenly(source.heldout if len(source.heldout) else source.train, DEFAULT)
         return [prompt_of(config, rows, number) for number in range(len(rows))]
     if text:
@@ -66,7 +67,10 @@ def prompt_of(config: Config, rows: ConditionedPictures, number: int) -> Prompt:
     name = rows.labels.names[rows.class_ids[number]] if rows.labels else None
     prompt = row.captions[0] if config.text.encoder is not None else None
     condition = rows.condition(number) if rows.condition_column else None
-    return Prompt(prompt or name or "", prompt, name, condition, row if config.data.inpaint else None)
+    numbers = {column: float(row.extra[column]) for column in rows.numbers.columns} if rows.numbers else None
+    said = ", ".join(f"{column} {number:g}" for column, number in (numbers or {}).items())
+    caption = ": ".join(words for words in (prompt or name, said) if words)
+    return Prompt(caption, prompt, name, condition, row if config.data.inpaint else None, numbers)
 
 
 def generate_grid(
@@ -89,7 +93,7 @@ def generate_grid(
         part = prompts[start : start + AT_ONCE]
         given: dict[str, Any] = {
             name: [getattr(prompt, name) for prompt in part]
-            for name in ("prompt", "class_label", "condition")
+            for name in ("prompt", "class_label", "condition", "numbers")
             if getattr(part[0], name) is not None
         }
         if "condition" in given:

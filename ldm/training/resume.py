@@ -67,9 +67,19 @@ _LDM = (
 #: What each task doesn't read.
 UNREAD = {
     "ldm": ("vae_model.", "vae_training.", "classifier.", "classifier_training."),
-    "vae": (*_LDM, "vae", "diffusion.", "classifier.", "classifier_training.", "data.cache", "data.label_column"),
+    "vae": (
+        *_LDM,
+        "vae",
+        "diffusion.",
+        "classifier.",
+        "classifier_training.",
+        "data.cache",
+        "data.label_column",
+        "data.number_columns",
+    ),
     "classifier": (
         *_LDM,
+        "data.number_columns",
         "vae_model.",
         "vae_training.",
         *(

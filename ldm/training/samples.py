@@ -113,6 +113,7 @@ class LatentSamples:
             row.captions,
             label,
             self.source.condition(number).content.hex() if self.source.condition_column else "",
+            *(row.extra[name] for name in (self.source.numbers.columns if self.source.numbers else ())),
         ]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -126,8 +127,8 @@ class LatentSamples:
         caption = choose_caption(row.captions, drawn.caption) if row.captions else ""
         flip = drawn.flip and self.data.flip
         sample: dict[str, Any] = {"u": drawn.u, "eps": drawn.eps, "posterior_noise": drawn.posterior_noise}
-        if self.source.labels:
-            sample["class"] = self.source.null_class if drawn.caption is None else self.source.class_ids[drawn.row]
+        if self.source.class_inputs is not None:
+            sample["class"] = self.source.null_input if drawn.caption is None else self.source.class_inputs[drawn.row]
         load = partial(load_pixels, size=self.data.size, crop=self.data.crop, position=drawn.crop, flip=flip)
         pixels = load(row) if self.cache is None or self.masking else None
         if self.masking and pixels is not None:
@@ -165,7 +166,7 @@ def validation_set(
     x0, second = encoded.to(device).split(len(source)) if source.condition_column else (encoded.to(device), None)
     if config.data.inpaint:
         second = masked_channels(config, source.pictures, encoders, latent_shape)
-    classes = torch.from_numpy(source.class_ids).to(device) if source.labels else None
+    classes = None if source.class_inputs is None else torch.from_numpy(source.class_inputs).to(device)
     rng = generator(config.seed, "held out")
     conditioning = Conditioning(None if context is None else context[:-1].to(device), classes, second)
     true = ValidationSet.fixed(x0, conditioning, config.diffusion.timesteps, rng)

@@ -117,7 +117,7 @@ def test_a_standardized_context_is_the_old_one_shifted_and_scaled(tmp_path: Path
     text = tiny.text_encoder(tmp_path, kind)
     with torch.no_grad():  # an encoder says mostly the same, and its channels differ in spread
         norm = text.model.encoder.layer[-1].output.LayerNorm if kind == "bert" else text.model.get_submodule(
-            "final_layer_norm" if kind == "clip" else "encoder.final_layer_norm"
+            {"clip": "final_layer_norm", "t5": "encoder.final_layer_norm", "gpt2": "ln_f"}[kind]
         )  # fmt: skip
         norm.weight.mul_(torch.linspace(0.5, 3, text.dim))
         if kind != "t5":
@@ -181,7 +181,9 @@ def test_the_unknown_rate_counts_what_the_vocabulary_lacks(encoders: dict[tiny.K
 # --- loading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "width", "masked"), [("bert", 32, True), ("clip", 32, False), ("t5", 32, True)])
+@pytest.mark.parametrize(
+    ("kind", "width", "masked"), [("bert", 32, True), ("clip", 32, False), ("t5", 32, True), ("gpt2", 32, False)]
+)
 def test_an_encoder_loads_frozen_with_its_limits(
     encoders: dict[tiny.Kind, TextEncoder], kind: tiny.Kind, width: int, masked: bool
 ) -> None:
@@ -198,14 +200,26 @@ def test_the_limits_are_saved_with_the_pipeline(tiny_pipeline_folders: dict[tiny
     folder = tiny_pipeline_folders[kind]
     assert transformers.AutoTokenizer.from_pretrained(folder / "tokenizer").model_max_length == tiny.MAX_LENGTH
     config = transformers.AutoConfig.from_pretrained(folder / "text_encoder")
-    assert config.use_attention_mask is (kind != "clip")
+    assert config.use_attention_mask is (kind not in ("clip", "gpt2"))
 
 
-@pytest.mark.parametrize("kind", ["bert", "clip"])
+@pytest.mark.parametrize("kind", ["bert", "clip", "gpt2"])
 def test_more_tokens_than_the_encoder_takes_is_an_error(tmp_path: Path, kind: tiny.Kind) -> None:
     assert tiny.text_encoder(tmp_path / "fits", kind, max_length=64).encode(["cat"]).shape == (1, 64, 32)
     with pytest.raises(ValueError, match=r"text.max_length: .* takes up to 64 tokens, got 65"):
         tiny.text_encoder(tmp_path / "too-long", kind, max_length=65)
+
+
+def test_gpt2_comes_without_padding_and_gets_the_end_of_a_text(encoders: dict[tiny.Kind, TextEncoder]) -> None:
+    """Causal: what follows a caption changes no token of it, and the padding's own states depend on the caption."""
+    assert tiny.gpt2_tokenizer().pad_token is None
+    encoder = encoders["gpt2"]
+    assert encoder.tokenizer.pad_token == encoder.tokenizer.eos_token == "<|endoftext|>"
+    assert encoder.tokenizer.padding_side == "right"
+    short = encoder.tokenizer(["red"]).input_ids[0]
+    alone = encoder.model(torch.tensor([short]))[0]
+    assert torch.allclose(encoder.encode(["red"])[:, : len(short)], alone, atol=1e-6)
+    assert encoder.encode([""]).shape == (1, tiny.MAX_LENGTH, 32)
 
 
 def test_t5_takes_any_length(tmp_path: Path) -> None:
@@ -232,8 +246,8 @@ def test_a_whole_clip_model_gives_its_text_half(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
-    transformers.GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a gpt2; expected CLIP, BERT or T5"):
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a vit; expected CLIP, BERT, T5 or GPT-2"):
         TextEncoder.load(TextConfig(encoder=str(tmp_path)))
 
 

@@ -183,6 +183,7 @@ CONTRADICTIONS = {
     "diffusion.timesteps": ({"diffusion__timesteps": 100}, r"diffusion\.timesteps: init=.* brings 1000"),
     "diffusion.variance": ({"diffusion__variance": "learned"}, r"diffusion\.variance: init=.* brings 'fixed'"),
     "no classes": ({"data__label_column": "color"}, r"data\.label_column: init=.* knows no classes"),
+    "no numbers": ({"data__number_columns": ["size"]}, r"data\.number_columns: init=.* is conditioned on no numbers"),
     "classes": ({"init": "classes"}, r"data\.label_column: init=.* knows the classes blue, green, red, yellow"),
     "a second picture": ({"init": "pictures"}, r"data\.condition_column: init=.* takes a second picture"),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from ldm.diffusion.reverse import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import load_vae
+from ldm.system.errors import RunError
 from ldm.training.config import Config
 from ldm.training.encoders import Encoders
 from ldm.training.latent_cache import build_cache
@@ -175,6 +177,38 @@ def test_a_class_conditional_model_by_config_alone(home: Path, tmp_path: Path) -
         ours(class_label="rde")
     with pytest.raises(ValueError, match="class_label: this model knows no classes"):
         tiny.pipeline(tmp_path / "plain")("red heart", class_label="red")
+
+
+def test_a_model_of_numbers_resumes_exactly_and_can_be_started_from(home: Path, tmp_path: Path) -> None:
+    """Its folder has the scale of the numbers, the weights its input; a run from it keeps both."""
+    data = shutil.copytree(home / "data", tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
+    lines = (json.dumps({**row, "size": i / 8, "angle": str(i % 5)}) + "\n" for i, row in enumerate(rows))
+    (data / "metadata.jsonl").write_text("".join(lines), "utf-8")
+    words = {"data__source": str(data), "data__number_columns": ["size", "angle"], "diffusion__caption_dropout": 0.5}
+    run, stopped = tmp_path / "run", tmp_path / "stopped"
+    whole = train_ldm(config_of(home, run, loop__steps=2, loop__checkpoint_every=1, **words))
+    plain = {**words, "loop__sample_every": 0, "loop__evaluate_every": 0}
+    first = train_ldm(config_of(home, stopped, loop__steps=1, **plain))
+    assert first + train_ldm(config_of(home, stopped, loop__steps=2, **plain)) == whole
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (run / "pipeline" / weights).read_bytes() == (stopped / "pipeline" / weights).read_bytes()
+    assert (run / "samples/step_0000002.png").exists()
+    pipeline = quiet(LDMPipeline.from_pretrained(run / "pipeline"))
+    assert pipeline.unet.config.class_embed_type == "simple_projection" and moved(run)["class_embedding.weight"]
+    train = read_captioned(data, holdout=0.2, progress=False).train
+    raw = np.array([[row.extra["size"], float(row.extra["angle"])] for row in train])
+    assert np.allclose(pipeline.numbers.mean, raw.mean(0)) and np.allclose(pipeline.numbers.std, raw.std(0))
+    one, other = (pipeline("red heart", numbers={"size": size, "angle": 1}, num_inference_steps=2, seed=0,
+                           output_type="np").images for size in (0.1, 2.9))  # fmt: skip
+    assert not np.array_equal(one, other)
+    with pytest.raises(RunError, match="data.number_columns"):
+        train_ldm(config_of(home, run, loop__steps=8, **{**words, "data__number_columns": ["size"]}))
+
+    own = {"unet__attention": [False, True], "unet__head_channels": 32}  # the road's
+    fine = {"init": str(run / "pipeline"), "data__source": str(data), **road.OF_INIT, **own}
+    with pytest.raises(ValueError, match=r"data.number_columns: init=.* is conditioned on size, angle; set it to"):
+        train_ldm(road.recipe(home, run=str(tmp_path / "fine"), **fine))
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def json_row(line: bytes) -> Row:
 def _csv(data: bytes, path: str, columns: set[str]) -> Iterator[tuple[int, Row]]:
     # Bytes that are not UTF-8 become lone surrogates here, and a problem of their own row below.
     text = data.decode(errors="surrogateescape")
-    reader, header = _open_csv(text, path)
+    reader, header, _ = open_csv(text, path)
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise BadDataError(f"column {twice[0]!r} appears twice: {path} row 1")
@@ -109,8 +109,8 @@ def _csv(data: bytes, path: str, columns: set[str]) -> Iterator[tuple[int, Row]]
             yield number, _csv_row(header, cells)
 
 
-def _open_csv(text: str, path: str) -> tuple[Iterator[list[str]], list[str]]:
-    """A reader of the rows behind the header, and the header.
+def open_csv(text: str, path: str) -> tuple[Iterator[list[str]], list[str], str]:
+    """A reader of the rows behind the header, the header, and the delimiter.
 
     Cells are separated by commas, unless another delimiter finds the column that must be there or, if none does, more
     than one column.
@@ -119,7 +119,7 @@ def _open_csv(text: str, path: str) -> tuple[Iterator[list[str]], list[str]]:
     for delimiter in DELIMITERS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         try:
-            found.append((reader, next(reader, [])))
+            found.append((reader, next(reader, []), delimiter))
         except csv.Error as error:
             first_error = first_error or error
     if not found:

@@ -208,9 +208,11 @@ def nll_of_pipeline(
         latents.append(posterior.sample(noise))
         if text is not None:
             contexts.append(text.encode([row.captions[0] for row in rows]))
+    named = pipeline.numbers.vectors(pictures) if pipeline.numbers else None
+    named = pipeline.labels.ids(pictures) if pipeline.labels else named
     conditioning = Conditioning(
         context=torch.cat(contexts) if contexts else None,
-        class_labels=torch.from_numpy(pipeline.labels.ids(pictures)).to(device) if pipeline.labels else None,
+        class_labels=None if named is None else torch.from_numpy(named).to(device),
     )
     return nll(
         lambda x_t, t, conditioning: denoise(pipeline.unet, x_t, t, conditioning).float(),

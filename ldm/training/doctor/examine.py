@@ -83,7 +83,10 @@ def _examine(config: Config) -> Iterator[Finding]:
     check_sizes(config, "ldm")
     pictures = read_captioned(config.data.source, **config.data.reading())
     require_training(pictures)
-    source = ConditionedPictures.read(pictures, config.data.label_column, config.data.condition_column)
+    data = config.data
+    source = ConditionedPictures.read(
+        pictures, data.label_column, data.condition_column, number_columns=data.number_columns
+    )
     message = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     if pictures.skipped:
         named = "".join(f"\n{problem}" for problem in pictures.skipped[:3])

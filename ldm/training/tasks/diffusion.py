@@ -3,16 +3,16 @@
     x_t = alpha_t x0 + sigma_t eps,   loss = |prediction(x_t, t, conditioning) - target|**2   (ldm.diffusion.losses)
 
 What is trained and how is the config's `unet` and `diffusion` sections, or what `init` brings; what it is conditioned
-on follows from the data (`text.encoder`, `data.label_column`, `data.condition_column`, `data.inpaint`). The averaged
-weights are validated, exported and used for previews. The latents of half the size in the first `loop.half_size_steps`
-are progressive resizing.
+on follows from the data (`text.encoder`, `data.label_column`, `data.number_columns`, `data.condition_column`,
+`data.inpaint`). The averaged weights are validated, exported and used for previews. The latents of half the size in the
+first `loop.half_size_steps` are progressive resizing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -103,7 +103,12 @@ class Diffusion(Task):
         data, device, dtype = config.data, accelerator.device, encoding_dtype(accelerator)
         main, facts = accelerator.is_main_process, config.facts_folder()
         source = ConditionedPictures.read(
-            pictures, data.label_column, data.condition_column, facts=facts, progress=main
+            pictures,
+            data.label_column,
+            data.condition_column,
+            number_columns=data.number_columns,
+            facts=facts,
+            progress=main,
         )
         initial = InitialModel.of(config)
         if initial:
@@ -159,6 +164,7 @@ class Diffusion(Task):
             latent_shape=self.latent_shape,
             context_dim=text.dim if text else None,
             classes=len(source.labels.names) + 1 if source.labels else 0,
+            numbers=source.numbers.width if source.numbers else 0,
             condition_channels=self.condition_channels,
             learned_variance=learned_variance,
         )
@@ -199,6 +205,8 @@ class Diffusion(Task):
         scheduler = scheduler_config(self.schedule, self.config.diffusion.prediction)
         labels = self.source.labels.names if self.source and self.source.labels else None
         made_of = [__version__, encoders.identity, scheduler, [prompt.prompt for prompt in self.prompts], labels]
+        if self.source and self.source.numbers:
+            made_of.append(asdict(self.source.numbers))
 
         def state() -> str:
             return stamp(made_of, written_stamp(folder))
@@ -341,7 +349,7 @@ class Diffusion(Task):
         scheduler = scheduler_config(self.schedule, self.config.diffusion.prediction)
         pipeline = LDMPipeline.from_components(vae, text, self.weightless_unet(), scheduler)
         pipeline.example_prompts = tuple(prompt.prompt for prompt in self.prompts if prompt.prompt)
-        pipeline.labels = self.source.labels
+        pipeline.labels, pipeline.numbers = self.source.labels, self.source.numbers
         return pipeline
 
     def preview(self, step: int, interrupted: Callable[[], bool]) -> Image.Image | None:
