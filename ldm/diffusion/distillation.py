@@ -82,7 +82,7 @@ def ddim_step(
 
 
 def pseudo_huber(difference: Tensor, c: float) -> Tensor:
-    """sqrt(a**2 + c**2) - c, the mean over each sample's values: [B, ...] => [B] (Song & Dhariwal 2024, section 3.3)."""
+    """sqrt(a**2 + c**2) - c, the mean of each sample: [B, ...] => [B] (Song & Dhariwal 2024, section 3.3)."""
     return ((difference**2 + c**2).sqrt() - c).flatten(1).mean(1)
 
 
