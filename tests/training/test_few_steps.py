@@ -18,7 +18,7 @@ from ldm.data.dataset import read_captioned
 from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
 from ldm.inference.defaults import Defaults
 from ldm.models.conditioning import scale_embedding
-from ldm.models.unet import choose_attention
+from ldm.models.unet import choose_attention, student_of
 from ldm.training.config import Config
 from ldm.training.distributed import build_accelerator
 from ldm.training.initial_model import resolved
@@ -139,6 +139,15 @@ def test_step_0_is_the_teacher_s_to_the_last_bit_at_every_scale(home: Path, tmp_
     torch.testing.assert_close(task.guided(x_t, t, batch.conditioning, scale), expected, rtol=1e-4, atol=1e-4)
     theirs = stock.get_guidance_scale_embedding(scale - 1, embedding_dim=256)
     torch.testing.assert_close(scale_embedding(scale, 256), theirs, rtol=0, atol=1e-3)
+
+
+def test_a_student_of_a_config_with_gaps_is_given_the_scale(home: Path) -> None:
+    """Older models leave settings out of config.json; diffusers then takes its own defaults again, whatever is set."""
+    teacher = LDMPipeline.from_pretrained(home / "model").unet
+    teacher.register_to_config(_use_default_values=["time_cond_proj_dim", "dropout"])
+    student = student_of(teacher, 16)
+    assert student.config.time_cond_proj_dim == 16 and student.time_embedding.cond_proj is not None
+    assert not student.time_embedding.cond_proj.weight.any()
 
 
 @pytest.fixture(scope="module")
