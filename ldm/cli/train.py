@@ -1,6 +1,6 @@
-"""`ldm train vae | ldm | classifier`: run a training, or resume it.
+"""`ldm train vae | ldm | distill | classifier`: run a training, or resume it.
 
-train/train_vae.py, train/train_ldm.py and train/train_classifier.py are the same, for `accelerate launch`.
+train/train_vae.py, train_ldm.py, train_distill.py and train_classifier.py are the same, for `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ TASKS = {
     "vae": "Train the autoencoder on the pictures of data.source and save it, normalized, in RUN/vae.",
     "ldm": "Train the diffusion model on the captioned pictures of data.source and save it in RUN/pipeline. It needs a "
     "VAE: `ldm train vae` with the same recipe trains one, vae=<folder or Hub id> names a pretrained one.",
+    "distill": "Train a student of the model that init names, which generates in one to four steps of one network "
+    "evaluation each what its teacher takes dozens for, and save it in RUN/pipeline.",
     "classifier": "Train a classifier of noisy latents on data.label_column and save it in RUN/classifier. It steers "
     "sampling: ldm sample … --classifier RUN/classifier --class-label NAME.",
 }
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    "train the autoencoder, the diffusion model, or a classifier; run it again to resume",
+    "train the autoencoder, the diffusion model, a student of few steps, or a classifier; run it again to resume",
     """
 ldm train vae --config demo
 ldm train ldm --config demo

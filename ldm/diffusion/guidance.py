@@ -40,7 +40,7 @@ Classifier = Callable[[Tensor, Tensor], Tensor]
 LogProb = Callable[[Tensor, Tensor], Tensor]
 
 
-def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+def guide(positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
     """negative + scale * (positive - negative), for predictions of one kind at one x_t.
 
     - Classifier-free guidance (Ho & Salimans 2022): the prediction with the condition, and with the null condition.

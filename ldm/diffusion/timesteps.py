@@ -6,12 +6,12 @@ objective (logit-normal) or corrects for itself: the mean over t of L_t is also 
 2021, eq. 18). It matters for L_vlb, whose terms differ by orders of magnitude, and hardly for L_simple. The moments
 aren't known, so the last few losses of each t stand in for them, and until each t has as many the draw is uniform.
 
-All three invert their distribution function at u, so that whoever owns chance keeps it.
+All of them invert their distribution function at u, so that whoever owns chance keeps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,12 @@ def logit_normal(T: int, mean: float = 0.0, std: float = 1.0) -> TimestepSampler
     Another objective, not another estimate of the same one: the weight is 1.
     """
     return lambda u: (at_share((mean + std * torch.special.ndtri(u)).sigmoid(), T), torch.ones_like(u))
+
+
+def among(steps: Sequence[int]) -> TimestepSampler:
+    """Each of these alike, and no other: a network of few steps needs no answer at a t that it never meets."""
+    table = torch.tensor(steps, dtype=torch.int64)
+    return lambda u: (table[at_share(u, len(table))], torch.ones_like(u))
 
 
 def at_share(share: Tensor, T: int) -> Tensor:

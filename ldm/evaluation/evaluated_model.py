@@ -23,7 +23,7 @@ from ldm.diffusion.parameterization import DIFFUSERS_NAMES, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.evaluation_set import PromptSet
 from ldm.inference.defaults import EVERYWHERE
-from ldm.models.conditioning import Conditioning, denoise
+from ldm.models.conditioning import Conditioning, denoise, scale_embedding
 from ldm.models.fingerprint import model_sha256
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import encode
@@ -76,8 +76,12 @@ class EvaluatedModel:
         return torch.device(self.pipeline.device)
 
     def network(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net's prediction."""
-        return denoise(self.pipeline.unet, x_t, t, conditioning)
+        """The U-Net's prediction; a distilled one's at guidance scale 1."""
+        stock: dict[str, Tensor] = {}
+        dim = self.pipeline.unet.config.time_cond_proj_dim
+        if dim is not None:
+            stock["timestep_cond"] = scale_embedding(torch.ones(len(x_t)), dim).to(x_t)
+        return denoise(self.pipeline.unet, x_t, t, conditioning, **stock)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
@@ -85,11 +89,13 @@ class EvaluatedModel:
         return encode(self.pipeline.vae, pixels.to(self.device)).mean
 
     def unet_evaluations(self, settings: SamplingSettings) -> int:
-        """U-Net evaluations per picture: two at a guided step, one at any other."""
+        """U-Net evaluations per picture: two at a guided step, one at any other and at all of a distilled model's."""
         stock = self.pipeline.scheduler
         scheduler = type(stock).from_config(stock.config)
         scheduler.set_timesteps(settings.steps)
+        distilled = self.pipeline.unet.config.time_cond_proj_dim is not None
         T, scale, interval = self.schedule.T, settings.guidance_scale, settings.guidance_interval
+        scale = 1.0 if distilled else scale
         guided = [interval_scale(scale, t, T, interval) > 1 for t in scheduler.timesteps.tolist()]
         return len(guided) + sum(guided)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from ldm.diffusion.forward import q_sample
 from ldm.diffusion.guidance import Classifier
-from ldm.diffusion.parameterization import Prediction, to_eps
+from ldm.diffusion.parameterization import Prediction, to_eps, to_x0
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.evaluation.metrics.intervals import RESAMPLES, mean_estimate
 from ldm.models.conditioning import Conditioning
@@ -68,6 +68,14 @@ class ValidationSet:
         """Fix t and eps for these latents, from a CPU generator."""
         return cls(x0, conditioning, *fixed_noise(x0, T, generator))
 
+    @classmethod
+    def at(
+        cls, x0: Tensor, conditioning: Conditioning, timesteps: Sequence[int], generator: torch.Generator
+    ) -> ValidationSet:
+        """Fix eps for these latents at each of these timesteps, a row each in place of the quarters."""
+        t = torch.tensor(timesteps)[:, None].expand(-1, len(x0))
+        return cls(x0, conditioning, t, torch.randn(*t.shape, *x0.shape[1:], generator=generator).to(x0.device))
+
 
 @torch.no_grad()
 def squared_errors(
@@ -76,8 +84,10 @@ def squared_errors(
     prediction: Prediction,
     validation: ValidationSet,
     batch_size: int = 64,
+    of: Literal["eps", "x0"] = "eps",
 ) -> Tensor:
-    """The mean squared error of eps of every (sample, t), float32 [4,B] on the CPU, one row a quarter of t."""
+    """The mean squared error of eps, or of x0, of every (sample, t), float32 [4,B] on the CPU, a row a quarter of t."""
+    convert = to_eps if of == "eps" else to_x0
     by_quarter = []
     for t, eps in zip(validation.t, validation.eps, strict=True):
         errors = []
@@ -86,7 +96,8 @@ def squared_errors(
             x_t = q_sample(schedule, x0, t[part], noise)
             output = network(x_t, t[part], validation.conditioning[part]).float()
             alpha, sigma = schedule.at(t[part], x0)
-            errors.append((to_eps(prediction, output, x_t, alpha, sigma) - noise).square().flatten(1).mean(1))
+            answer = noise if of == "eps" else x0
+            errors.append((convert(prediction, output, x_t, alpha, sigma) - answer).square().flatten(1).mean(1))
         by_quarter.append(torch.cat(errors).cpu())
     return torch.stack(by_quarter)
 
@@ -95,6 +106,12 @@ def by_quarter(errors: Tensor) -> dict[str, float]:
     """Errors [4,B] => their means {"total": ..., "q1": ..., "q4": ...}; q1 is the quarter with the least noise."""
     quarters = errors.mean(1).tolist()
     return {"total": sum(quarters) / QUARTERS, **{f"q{i + 1}": value for i, value in enumerate(quarters)}}
+
+
+def by_timestep(errors: Tensor, timesteps: Sequence[int]) -> dict[str, float]:
+    """Errors [N,B] at N timesteps => their means {"total": ..., "t999": ..., "t499": ...}."""
+    means = errors.mean(1).tolist()
+    return {"total": sum(means) / len(means), **{f"t{t}": value for t, value in zip(timesteps, means, strict=True)}}
 
 
 @dataclass(frozen=True)
@@ -157,18 +174,29 @@ class CaptionLosses:
 
 
 def caption_losses(
-    network: Network, schedule: NoiseSchedule, prediction: Prediction, validation: CaptionedValidationSet
+    network: Network,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    validation: CaptionedValidationSet,
+    of: Literal["eps", "x0"] = "eps",
 ) -> CaptionLosses:
     """The validation loss with each kind of caption."""
 
-    def errors(context: Tensor | None) -> Tensor:
-        conditioning = replace(validation.true.conditioning, context=context)
-        return squared_errors(network, schedule, prediction, replace(validation.true, conditioning=conditioning))
+    def errors(true: ValidationSet) -> Tensor:
+        return squared_errors(network, schedule, prediction, true, of=of)
 
-    shuffled, null = (
-        None if context is None else errors(context) for context in (validation.shuffled, validation.null)
-    )
-    return CaptionLosses(errors(validation.true.conditioning.context), shuffled, null)
+    return with_each_caption(errors, validation)
+
+
+def with_each_caption(errors: Callable[[ValidationSet], Tensor], validation: CaptionedValidationSet) -> CaptionLosses:
+    """A measurement [4,B] of a validation set, taken with each kind of caption."""
+
+    def found(context: Tensor | None) -> Tensor:
+        conditioning = replace(validation.true.conditioning, context=context)
+        return errors(replace(validation.true, conditioning=conditioning))
+
+    shuffled, null = (None if context is None else found(context) for context in (validation.shuffled, validation.null))
+    return CaptionLosses(found(validation.true.conditioning.context), shuffled, null)
 
 
 def derangement(captions: Sequence[Sequence[str]], generator: torch.Generator) -> Tensor | None:

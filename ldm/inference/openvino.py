@@ -25,7 +25,7 @@ from ldm.models.fingerprint import weights_state
 #: Batch sizes that a network stays compiled for, each with a copy of its weights: those of a guidance interval.
 MOST_COMPILED = 2
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "class_labels")
+UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond")
 
 
 def log(message: str) -> None:
@@ -117,6 +117,7 @@ class OpenVINO:
             "class_labels": torch.zeros(1, dtype=torch.long)
             if unet.config.num_class_embeds
             else torch.zeros(1, unet.config.projection_class_embeddings_input_dim or 1),
+            "timestep_cond": torch.zeros(1, unet.config.time_cond_proj_dim or 0),
         }
         self._unet(unet).model({name: given[name] for name in inputs_of(unet)})
         self._decoder(pipeline.vae).model({"sample": torch.zeros(1, pipeline.vae.config.latent_channels, *sizes)})
@@ -135,6 +136,7 @@ class OpenVINO:
             timestep: Any,
             encoder_hidden_states: Tensor | None = None,
             class_labels: Tensor | None = None,
+            timestep_cond: Tensor | None = None,
             return_dict: bool = False,
             **others: Any,
         ) -> tuple[Tensor]:
@@ -143,7 +145,8 @@ class OpenVINO:
                     f"{unsupported[0]}: the OpenVINO engine doesn't support it; call disable_openvino() first"
                 )
             each = torch.as_tensor(timestep).expand(len(sample)).float()
-            given = dict(zip(UNET_INPUTS, (sample, each, encoder_hidden_states, class_labels), strict=True))
+            values = (sample, each, encoder_hidden_states, class_labels, timestep_cond)
+            given = dict(zip(UNET_INPUTS, values, strict=True))
             predicted = network({name: given[name] for name in names})  # type: ignore[misc]
             return (predicted.to(sample.dtype),)
 
@@ -216,6 +219,7 @@ def inputs_of(unet: Any) -> list[str]:
     attends = any(getattr(part, "is_cross_attention", False) for part in unet.modules())
     unused = set() if attends else {"encoder_hidden_states"}
     unused |= set() if unet.class_embedding is not None else {"class_labels"}
+    unused |= set() if unet.config.time_cond_proj_dim is not None else {"timestep_cond"}
     return [name for name in UNET_INPUTS if name not in unused]
 
 

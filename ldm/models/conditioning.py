@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 
@@ -70,6 +71,11 @@ def denoise(unet: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning, **sto
         **stock,
     )[0]
     return output
+
+
+def scale_embedding(scales: Tensor, dim: int) -> Tensor:
+    """What a distilled U-Net is given of its guidance scales [B], float32 [B,dim]: as stock pipelines embed them."""
+    return get_timestep_embedding(1000 * (scales - 1), dim, downscale_freq_shift=1)
 
 
 class UNetDenoiser:

@@ -198,3 +198,17 @@ def choose_attention(unet: UNet2DConditionModel, device: torch.device) -> str:
         }
     )
     return name
+
+
+def student_of(teacher: UNet2DConditionModel, embedding: int) -> UNet2DConditionModel:
+    """A copy of a U-Net that also takes a guidance scale, embedded in so many channels, which changes nothing yet."""
+    from diffusers import UNet2DConditionModel
+
+    given = {key: value for key, value in teacher.config.items() if not key.startswith("_")}  # "_" undoes the new one
+    with torch.device("meta"):
+        student: UNet2DConditionModel = UNet2DConditionModel.from_config({**given, "time_cond_proj_dim": embedding})
+    first = teacher.time_embedding.linear_1.weight  # (D, channels of the embedded timestep)
+    name = "time_embedding.cond_proj.weight"
+    weights = {key: weight.detach().clone() for key, weight in teacher.state_dict().items()}
+    student.load_state_dict({**weights, name: first.new_zeros(first.shape[1], embedding)}, assign=True)
+    return student

@@ -35,7 +35,7 @@ from ldm.diffusion.guidance import NEGATIVE, POSITIVE, ClassifierGuidance, Guida
 from ldm.diffusion.schedule import prediction_from_config
 from ldm.inference import samplers
 from ldm.inference.decoding import decode
-from ldm.inference.defaults import AUTOGUIDANCE_SCALE, check_sampler
+from ldm.inference.defaults import AUTOGUIDANCE_SCALE, EVERYWHERE, check_sampler
 from ldm.inference.openvino import OpenVINO
 from ldm.inference.sampling import sample
 from ldm.models.classifier import NoisyClassifier
@@ -127,7 +127,8 @@ class LDMPipeline(ConditionedPipeline):
                 multiples of the VAE's factor.
             num_inference_steps: sampling steps, from 1 to the number of timesteps of the training.
             timesteps, sigmas: the steps themselves, for schedulers that take them.
-            guidance_scale: of classifier-free guidance (Ho & Salimans 2022); up to 1 is off.
+            guidance_scale: of classifier-free guidance (Ho & Salimans 2022); up to 1 is off. A distilled model takes it
+                as an input, at no cost.
             negative_prompt: what guidance moves away from; one for all prompts, or one each.
             num_images_per_prompt: pictures of each prompt; they follow each other in the result.
             eta: of DDIM, from 0 (no noise) to 1.
@@ -177,6 +178,7 @@ class LDMPipeline(ConditionedPipeline):
             guidance_scale = AUTOGUIDANCE_SCALE if autoguidance_scale is None else autoguidance_scale
         steps = len(timesteps or sigmas or ()) or num_inference_steps
         settings = self.defaults.resolve(steps, guidance_scale, guidance_interval)
+        self._check_distilled(settings.guidance_interval, weak_unet)
         edit = check_edit(
             self, image, mask_image, strength, expand, height, width, steps or settings.num_inference_steps
         )
@@ -301,6 +303,14 @@ class LDMPipeline(ConditionedPipeline):
         if self._weaker is None or self._weaker[0] != key:
             self._weaker = (key, load_weaker(self, weaker))
         return self._weaker[1].to(self._execution_device)
+
+    def _check_distilled(self, interval: tuple[float, float], weak_unet: Any) -> None:
+        """Raise a ValueError for guidance that a U-Net with the scale as an input can't have: stock ignores it."""
+        if self.unet.config.time_cond_proj_dim is None:
+            return
+        for name, given in (("guidance_interval", interval != EVERYWHERE), ("weak_unet", weak_unet is not None)):
+            if given:
+                raise ValueError(f"{name}: the model is distilled, guided by guidance_scale alone; leave {name} out")
 
     def _call_back(
         self,

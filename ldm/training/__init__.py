@@ -1,7 +1,7 @@
 """The training loop, its tasks, and what keeps a run safe.
 
 config.py          one frozen dataclass = one YAML file
-run.py             train("vae" | "ldm" | "classifier", config)
+run.py             train("vae" | "ldm" | "distill" | "classifier", config)
 trainer.py         one step, and the loop around it
 task.py            what a kind of training is
 sizes.py           data.size fits everything that halves it

@@ -111,14 +111,14 @@ class Budget:
         return self.half_size_steps * self.half_seconds + (self.steps - self.half_size_steps) * self.seconds
 
 
-def read_budget(config: Config) -> Budget | None:
-    """The budget that a run began with; None for a run that has not begun.
+def read_budget(config: Config, task: str = "ldm") -> Budget | None:
+    """The budget that a run of a task began with; None for a run that has not begun.
 
     Raises:
         RunError: if it began with other minutes, or without a budget.
     """
     file = Path(config.run) / FILE
-    begun = has_begun(config.run, "ldm")
+    begun = has_begun(config.run, task)
     try:
         budget = Budget(**json.loads(file.read_text("utf-8")))
     except FileNotFoundError:

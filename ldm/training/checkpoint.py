@@ -128,7 +128,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], files: Mapp
 
 
 def checkpoint_folder(run: str | Path, task: str) -> Path:
-    """Where a run keeps the checkpoints of a task: "vae", "ldm" or "classifier"."""
+    """Where a run keeps the checkpoints of a task: "vae", "ldm", "distill" or "classifier"."""
     return Path(run) / "checkpoints" / task
 
 

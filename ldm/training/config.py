@@ -21,7 +21,7 @@ from ldm.system.checks import check
 from ldm.system.files import typed_path
 from ldm.training.objective import DiffusionConfig
 
-PREVIEW_STEPS = 20
+PREVIEW_STEPS, PREVIEW_SCALE = 20, 3.0
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,41 @@ class ClassifierTrainingConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """How `ldm train distill` makes a student of few steps out of the model that init names.
+
+    Attributes:
+        steps: sampling steps of the previews, and the pipeline's default; the student is trained for any number.
+        guidance_scale: lowest and highest scale that the teacher is guided with; the middle is the pipeline's default.
+        solver_steps: steps from noise to picture that the teacher would take; it must divide the timesteps.
+        embedding: channels of the embedded scale.
+        huber_c: where the pseudo-Huber distance goes over from a square to an absolute value.
+    """
+
+    steps: int = 4
+    guidance_scale: tuple[float, float] = (1.0, 5.0)
+    solver_steps: int = 50
+    embedding: int = 256
+    huber_c: float = 0.001
+
+    def __post_init__(self) -> None:
+        check("distill.solver_steps", self.solver_steps, at_least=1)
+        check("distill.steps", self.steps, at_least=1, at_most=self.solver_steps)
+        low, high = self.guidance_scale
+        check("distill.guidance_scale", low, at_least=1, at_most=high)
+        check("distill.guidance_scale", high, at_most=100)
+        check("distill.embedding", self.embedding, at_least=4)
+        check("distill.huber_c", self.huber_c, above=0)
+        if self.embedding % 2:
+            raise ValueError(f"distill.embedding: half of it are sines, half cosines; got the odd {self.embedding}")
+
+    @property
+    def usual_scale(self) -> float:
+        """The guidance scale of validation, previews and the pipeline's default."""
+        return sum(self.guidance_scale) / 2
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its learning rate.
 
@@ -229,7 +264,8 @@ class LoopConfig:
         log_every, sample_every, evaluate_every, checkpoint_every: in steps; 0 is never (log_every excepted).
         keep: checkpoints kept.
         prompts: of the previews, every `sample_every` steps and at the end; without any, some training captions.
-        guidance_scale, num_inference_steps: of the previews; null is 20 steps, or diffusion.timesteps if fewer.
+        guidance_scale, num_inference_steps: of the previews; null is a scale of 3 and 20 steps, or diffusion.timesteps
+            if fewer; of a model of few steps what its pipeline does by default.
         evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
         max_skipped: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
         spike: a loss so many robust standard deviations above the running median is written to log.jsonl with the
@@ -251,7 +287,7 @@ class LoopConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     prompts: tuple[str, ...] = ()
-    guidance_scale: float = 3.0
+    guidance_scale: float | None = None
     num_inference_steps: int | None = None
     evaluation_pictures: int = 64
     max_skipped: int = 20
@@ -264,7 +300,8 @@ class LoopConfig:
         for name in ("minutes", "half_size_steps", "threads", *every, "evaluation_pictures", "spike"):
             check(f"loop.{name}", getattr(self, name), at_least=0)
         check("loop.threads", self.threads, at_most=4096)
-        check("loop.guidance_scale", self.guidance_scale, at_least=0, at_most=100)
+        if self.guidance_scale is not None:
+            check("loop.guidance_scale", self.guidance_scale, at_least=0, at_most=100)
         if self.num_inference_steps is not None:
             check("loop.num_inference_steps", self.num_inference_steps, at_least=1)
         if self.batch_size % self.accumulation:
@@ -296,6 +333,7 @@ class Config:
             null means random weights. VAE, text encoder, U-Net, noise schedule and prediction type are the model's.
         vae: a pretrained VAE, as a folder or a Hub id; null means the one that `ldm train vae` saves in RUN/vae.
         vae_model: the autoencoder that `ldm train vae` builds.
+        distill: the student that `ldm train distill` trains.
         classifier: the classifier that `ldm train classifier` builds.
         doctor: before a run's first step, check disk and memory, and take a few steps to measure how long they take and
             whether anything is learned. `ldm doctor` does that and more, and trains nothing.
@@ -313,6 +351,7 @@ class Config:
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -341,8 +380,14 @@ class Config:
     @property
     def preview_steps(self) -> int:
         """Sampling steps of previews."""
-        steps = self.loop.num_inference_steps
-        return min(PREVIEW_STEPS, self.diffusion.timesteps) if steps is None else steps
+        steps = self.loop.num_inference_steps or self.diffusion.few_steps
+        return steps or min(PREVIEW_STEPS, self.diffusion.timesteps)
+
+    @property
+    def preview_scale(self) -> float:
+        """Guidance scale of previews."""
+        scale = self.loop.guidance_scale
+        return scale if scale is not None else 1.0 if self.diffusion.few_steps else PREVIEW_SCALE
 
     def cache_folder(self) -> Path | None:
         """Where latents and contexts are kept; None if they aren't."""

@@ -274,11 +274,13 @@ def resolved(config: Config, task: str) -> Config:
     """The config with what its `init` brings; a config without `init` as it is.
 
     Args:
-        task: "vae", "ldm" or "classifier".
+        task: "vae", "ldm", "distill" or "classifier".
     Raises:
         ValueError: names a key that contradicts the model. A key at its default counts as not set.
         OSError: if there is no such model.
     """
+    if task == "distill":
+        config = _for_student(config)
     if config.init is None:
         return config
     if task == "vae":
@@ -298,9 +300,22 @@ def resolved(config: Config, task: str) -> Config:
         except ValueError as error:
             if name != "unet":  # whose section can't describe every stock U-Net
                 raise ValueError(f"init: {model.folder}: {error}") from None
-    if task == "ldm":
+    if task in ("ldm", "distill"):
         _check_conditions(config, model)
     return replace(config, **brought)
+
+
+def _for_student(config: Config) -> Config:
+    """The config with previews as its student generates; raises a ValueError for what distillation can't do."""
+    if config.init is None:
+        raise ValueError("init: a student learns from a teacher; name the model, init=FOLDER or a Hub id")
+    for key, value in (("lora.rank", config.lora.rank), ("diffusion.few_steps", config.diffusion.few_steps)):
+        if value:
+            raise ValueError(f"{key}: is for `ldm train ldm`; to distill leave it out")
+    loop, distill = config.loop, config.distill
+    steps = distill.steps if loop.num_inference_steps is None else loop.num_inference_steps
+    scale = distill.usual_scale if loop.guidance_scale is None else loop.guidance_scale
+    return replace(config, loop=replace(loop, num_inference_steps=steps, guidance_scale=scale))
 
 
 def _agree(model: InitialModel, key: str, given: Any, default: Any, brought: Any) -> None:

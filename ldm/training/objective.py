@@ -40,6 +40,8 @@ class DiffusionConfig:
         vlb_weight: of the bound in the hybrid loss, which l2 becomes when the variance is learned.
         timestep_sampling: which t a step learns at: uniform, logit_normal (Esser et al. 2024), or by the
             loss_second_moment (Nichol & Dhariwal 2021), which is for vlb.
+        few_steps: learn at the timesteps of a sampler of so many steps alone, a power of two to serve its halves as
+            well; the pipeline then takes so many, unguided. 0 is every timestep.
         caption_dropout: share of captions replaced by "", and of class labels by the null class with them, for
             classifier-free guidance (Ho & Salimans 2022).
     """
@@ -56,10 +58,12 @@ class DiffusionConfig:
     variance: Literal["fixed", "learned"] = "fixed"
     vlb_weight: float = 0.001
     timestep_sampling: Literal["uniform", "logit_normal", "loss_second_moment"] = "uniform"
+    few_steps: int = 0
     caption_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         check("diffusion.timesteps", self.timesteps, at_least=1)
+        check("diffusion.few_steps", self.few_steps, at_least=0, at_most=self.timesteps)
         check("diffusion.caption_dropout", self.caption_dropout, at_least=0, at_most=1)
         for name in ("min_snr_gamma", "p2_k", "vlb_weight"):
             check(f"diffusion.{name}", getattr(self, name), above=0)
@@ -73,6 +77,10 @@ class DiffusionConfig:
             raise ValueError(f"diffusion.weighting: {self.weighting} weighs the squared error; with it use loss=l2")
         if self.variance == "learned" and self.loss == "l1":
             raise ValueError("diffusion.loss: l1 does not train the variance; to learn it use l2 or vlb")
+        if self.few_steps and (self.loss == "vlb" or self.variance == "learned"):
+            raise ValueError("diffusion.few_steps: the bound is a sum over every timestep; use loss=l2, variance=fixed")
+        if self.few_steps and self.timestep_sampling != "uniform":
+            raise ValueError("diffusion.few_steps: names the timesteps; leave diffusion.timestep_sampling out")
 
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
@@ -80,8 +88,10 @@ def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
     return NoiseSchedule.from_name(config.schedule, config.timesteps, zero_terminal_snr=config.zero_terminal_snr)
 
 
-def build_timesteps(config: DiffusionConfig) -> timesteps.TimestepSampler:
+def build_timesteps(config: DiffusionConfig, schedule: NoiseSchedule) -> timesteps.TimestepSampler:
     """How t is sampled. LossSecondMoment has a memory, which belongs into checkpoints."""
+    if config.few_steps:
+        return timesteps.among(schedule.timesteps(config.few_steps))
     if config.timestep_sampling == "loss_second_moment":
         return timesteps.LossSecondMoment(config.timesteps)
     return {"uniform": timesteps.uniform, "logit_normal": timesteps.logit_normal}[config.timestep_sampling](

@@ -108,7 +108,7 @@ def generate_grid(
         output = pipeline(
             **(given or {"num_images_per_prompt": len(part)}),
             num_inference_steps=config.preview_steps,
-            guidance_scale=config.loop.guidance_scale,
+            guidance_scale=config.preview_scale,
             seed=config.seed + start,
             callback_on_step_end=check,
         )

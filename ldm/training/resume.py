@@ -54,6 +54,7 @@ _LDM = (
     "text.",
     "unet.",
     "lora.",
+    "distill.",
     "optim.",
     "data.condition_column",
     "data.inpaint",
@@ -66,7 +67,11 @@ _LDM = (
 )
 #: What each task doesn't read.
 UNREAD = {
-    "ldm": ("vae_model.", "vae_training.", "classifier.", "classifier_training."),
+    "ldm": ("vae_model.", "vae_training.", "classifier.", "classifier_training.", "distill."),
+    "distill": (
+        *("vae_model.", "vae_training.", "classifier.", "classifier_training.", "lora."),
+        *("distill.steps", "diffusion.loss", "diffusion.weighting", "diffusion.timestep_sampling"),
+    ),
     "vae": (
         *_LDM,
         "vae",
@@ -122,7 +127,7 @@ def covers(names: Collection[str], key: str) -> bool:
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], task: str, facts: Mapping[str, tuple[Any, Any]], done: int
 ) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ and matter to a task ("ldm", "vae" or "classifier"): key => (old, new).
+    """The keys whose values differ and matter to a task (`ldm.training.run.TASKS`): key => (old, new).
 
     A key that the checkpoint's version did not have counts only if its value is not what that version did: today's
     default, or `BEFORE`.

@@ -1,14 +1,14 @@
-"""train("vae" | "ldm" | "classifier", config): what `ldm train` and train/*.py run."""
+"""train("vae" | "ldm" | "distill" | "classifier", config): what `ldm train` and train/*.py run."""
 
 from __future__ import annotations
 
 from ldm.training.config import Config
 
-TASKS = ("vae", "ldm", "classifier")
+TASKS = ("vae", "ldm", "distill", "classifier")
 
 
 def train(task: str, config: Config) -> list[float]:
-    """Train "vae", "ldm" or "classifier" from its newest checkpoint, or from the start, to its last step.
+    """Train "vae", "ldm", "distill" or "classifier" from its newest checkpoint, or from the start, to its last step.
 
     Returns:
         The loss of each step that this call trained, averaged over all processes.
@@ -34,6 +34,7 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.tasks.autoencoder import Autoencoder
     from ldm.training.tasks.classifier import Classifier
     from ldm.training.tasks.diffusion import Diffusion
+    from ldm.training.tasks.distillation import Distillation
     from ldm.training.tasks.lora import LoRA
     from ldm.training.trainer import Trainer
 
@@ -56,11 +57,12 @@ def train(task: str, config: Config) -> list[float]:
     tasks: dict[str, type[Task]] = {
         "vae": Autoencoder,
         "ldm": LoRA if config.lora.rank else Diffusion,
+        "distill": Distillation,
         "classifier": Classifier,
     }
     kind = tasks[task]
-    timed = task == "ldm" and config.loop.minutes > 0
-    budget = read_budget(config) if timed else None
+    timed = task in ("ldm", "distill") and config.loop.minutes > 0
+    budget = read_budget(config, task) if timed else None
     job = create(budget.apply(config) if budget else config)
     before_first_step(job, pictures)
     if timed and budget is None:

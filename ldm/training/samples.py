@@ -152,10 +152,14 @@ def validation_set(
     encoders: Encoders,
     latent_shape: tuple[int, int, int],
     device: torch.device,
+    timesteps: Sequence[int] = (),
 ) -> CaptionedValidationSet | None:
     """The held-out pictures with their first captions at fixed (t, eps), and the same with other captions.
 
-    None if no pictures are held out. Every rank must call it.
+    Args:
+        timesteps: those t; without any, one in each quarter.
+    Returns:
+        None if no pictures are held out. Every rank must call it.
     """
     source = validation_pictures(config, heldout)
     if not len(source):
@@ -169,7 +173,10 @@ def validation_set(
     classes = None if source.class_inputs is None else torch.from_numpy(source.class_inputs).to(device)
     rng = generator(config.seed, "held out")
     conditioning = Conditioning(None if context is None else context[:-1].to(device), classes, second)
-    true = ValidationSet.fixed(x0, conditioning, config.diffusion.timesteps, rng)
+    if timesteps:
+        true = ValidationSet.at(x0, conditioning, timesteps, rng)
+    else:
+        true = ValidationSet.fixed(x0, conditioning, config.diffusion.timesteps, rng)
     if context is None:
         return CaptionedValidationSet(true)
     return CaptionedValidationSet.of(true, captions, context[-1:].to(device), rng)

@@ -16,7 +16,7 @@ def check_sizes(config: Config, task: str) -> None:
     """Check data.size against everything that halves pictures, before anything runs.
 
     Args:
-        task: "vae", "ldm" or "classifier"; before a VAE is trained its U-Net is checked, too.
+        task: "vae", "ldm", "distill" or "classifier"; before a VAE is trained its U-Net is checked, too.
     Raises:
         ValueError: naming each key that data.size does not fit, and sizes that fit all of them.
     """

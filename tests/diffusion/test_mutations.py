@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import pytest
+import test_distillation
 import test_forward
 import test_guidance
 import test_likelihood
@@ -43,6 +44,19 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # distillation
+    Fault("c_skip and c_out swapped", "distillation.consistency", "c_skip * x_t + c_out", "c_out * x_t + c_skip",
+          test_distillation.test_f_is_what_stock_s_scheduler_shows, ("v",)),
+    Fault("boundary in timesteps, not tenths", "distillation.boundary_scalings", "* TIMESTEP_SCALING", "",
+          test_distillation.test_f_is_what_stock_s_scheduler_shows, ("x0",)),
+    Fault("the solver stays at its noise level", "distillation.ddim_step", "there[1]", "here[1]",
+          test_distillation.test_the_solver_s_step_is_stock_s, ("eps",)),
+    Fault("pairs end one stride too early", "distillation.solver_pairs", "(t - stride)", "(t - 2 * stride)",
+          test_distillation.test_pairs_are_stock_s_timesteps_and_what_is_left_is_uniform),
+    Fault("the target learns, too", "distillation.consistency_loss", "with torch.no_grad():", "if True:",
+          test_distillation.test_only_the_student_gets_a_gradient),
+    Fault("half the timesteps are never learned", "timesteps.among", "len(table))", "len(table) // 2)",
+          test_timesteps.test_only_the_steps_that_are_used_are_learned),
     # the forward process
     Fault("t off by one", "schedule.gather", "table[t]", "table[(t - 1).clamp(min=0)]",
           test_forward.test_each_sample_has_its_own_t),

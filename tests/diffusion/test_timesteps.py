@@ -36,6 +36,13 @@ def test_uniform_t_is_uniform(T: int) -> None:
     assert int(timesteps.uniform(T)(torch.tensor([1 - 1e-16], dtype=torch.float64))[0]) == T - 1
 
 
+def test_only_the_steps_that_are_used_are_learned() -> None:
+    """Each of them owns an equal part of [0, 1)."""
+    u = torch.arange(300, dtype=torch.float64) / 300
+    t, weight = timesteps.among([999, 666, 332])(u)
+    assert t.tolist() == [999] * 100 + [666] * 100 + [332] * 100 and bool((weight == 1).all())
+
+
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.7)])
 def test_logit_normal_t_has_the_published_density(mean: float, std: float) -> None:
     """The share of draws in each tenth of the chain is the normal distribution function of the logit's edges."""

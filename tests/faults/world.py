@@ -38,7 +38,7 @@ from ldm.training import normalization, trainer
 from ldm.training.checkpoint import checkpoint_folder, checkpoints, step_of
 from ldm.training.config import Config
 from ldm.training.run import train
-from ldm.training.tasks import classifier, diffusion
+from ldm.training.tasks import classifier, diffusion, distillation
 from ldm.training.tasks.autoencoder import Autoencoder
 
 torch.set_num_threads(1)
@@ -46,11 +46,13 @@ HANG = 240.0  # seconds after which a child counts as hanging
 STEPS, SAVE_EVERY = 9, 3
 PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "previewing")
 #: kind of training => its task
-KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm"}
+KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm",
+         "distill": "distill"}  # fmt: skip
 #: task => the file that it leaves in its run
 RESULTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "ldm": "pipeline/unet/diffusion_pytorch_model.safetensors",
+    "distill": "pipeline/unet/diffusion_pytorch_model.safetensors",
     "classifier": "classifier/model.safetensors",
 }
 
@@ -161,6 +163,7 @@ def watched(board: Board) -> None:
     for task in (Autoencoder, diffusion.Diffusion, classifier.Classifier):
         for method, phase in {"export": "exporting", "validate": "evaluating", "preview": "previewing"}.items():
             announce(task, method, phase)
+    announce(distillation.Distillation, "validate", "evaluating")  # its own
     step = trainer.Trainer.step
 
     def counted(self: Any, number: int, *args: Any) -> Any:
@@ -188,6 +191,7 @@ class World:
         vae = build_vae(VAEConfig(channels=(16, 16), layers=1)).eval().requires_grad_(False)
         normalize(vae, *normalization.measure_latents(vae, pictures, tiny.SIZE, 24))
         vae.save_pretrained(home / "vae")
+        tiny.pipeline(home / "encoder").save_pretrained(home / "model")
 
     def recipe(self, kind: str, run: Path, **words: Any) -> Config:
         """The config of one kind of training."""
@@ -221,6 +225,7 @@ class World:
             "vae": {"data__workers": 2},
             "classifier": {"data__label_column": "color", "data__flip": "true"},
             "inpaint": {"data__inpaint": "true", "data__workers": 2},
+            "distill": {"init": str(self.home / "model"), "unet__channels": [32, 64], **road.OF_INIT},
         }
         return road.recipe(self.home, **{**shared, **kinds[kind], **words})
 

@@ -394,11 +394,13 @@ def test_the_config_names_the_process_and_the_sampling_of_t() -> None:
             config = DiffusionConfig(schedule=name, timesteps=77, zero_terminal_snr=zero, prediction="v")  # type: ignore[arg-type]
             expected = NoiseSchedule.from_name(name, 77, zero_terminal_snr=zero)
             assert torch.equal(build_schedule(config).betas, expected.betas)
-    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    u, process = torch.linspace(0, 0.999, 50, dtype=torch.float64), NoiseSchedule.linear(77)
     for name, expected_draw in (("uniform", timesteps.uniform(77)), ("logit_normal", timesteps.logit_normal(77))):
-        draw = build_timesteps(DiffusionConfig(timesteps=77, timestep_sampling=name))  # type: ignore[arg-type]
+        draw = build_timesteps(DiffusionConfig(timesteps=77, timestep_sampling=name), process)  # type: ignore[arg-type]
         assert torch.equal(draw(u)[0], expected_draw(u)[0])
-    draw = build_timesteps(DiffusionConfig(timesteps=77, loss="vlb", timestep_sampling="loss_second_moment"))
+    draw = build_timesteps(
+        DiffusionConfig(timesteps=77, loss="vlb", timestep_sampling="loss_second_moment"), NoiseSchedule.linear(77)
+    )
     assert isinstance(draw, timesteps.LossSecondMoment) and len(draw.count) == 77
 
 

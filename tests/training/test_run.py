@@ -26,7 +26,7 @@ def doctor(config: Config) -> None:
 
 
 ENTRIES: dict[str, Callable[[Config], object]] = {
-    **{task: partial(train, task) for task in ("vae", "ldm", "classifier")},
+    **{task: partial(train, task) for task in ("vae", "ldm", "distill", "classifier")},
     "doctor": doctor,
 }
 

@@ -32,6 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ldm": {"loop__sample_every": 0},
     "classifier": {"data__label_column": "color", "classifier__channels": [8, 16], "data__flip": True},
     "lora": {"loop__sample_every": 0, "lora__rank": 2},
+    "distill": {"loop__sample_every": 0, "optim__ema_decay": 0.6},
 }
 #: What each task leaves in its run.
 EXPORTED = {
@@ -39,6 +40,7 @@ EXPORTED = {
     "ldm": "pipeline/model_index.json",
     "classifier": "classifier/config.json",
     "lora": "lora/lora.json",
+    "distill": "pipeline/scheduler/scheduler_config.json",
 }
 NAMED = {task: task for task in RECIPES} | {"lora": "ldm"}  # what `ldm train` calls it
 
@@ -60,7 +62,7 @@ def recipe(home: Path, run: Path, task: str, **words: Any) -> Config:
     for section in ("loop", "vae_training", "classifier_training"):
         settings |= {f"{section}__steps": STEPS, f"{section}__batch_size": 8, f"{section}__log_every": 1}
         settings |= {f"{section}__checkpoint_every": 3}
-    if task == "lora":
+    if task in ("lora", "distill"):
         settings |= {"init": str(home / "base"), **road.OF_INIT}
     return road.recipe(home, **settings | RECIPES[task] | words)
 
@@ -116,9 +118,9 @@ def test_every_task_logs_under_its_name_and_validates_exports_and_previews(
     assert all(key.startswith(f"{name}/") for key in names)
     assert {f"{name}/{key}" for key in ("loss", "lr", "images_per_second")} <= names
     assert list(road.logged(run, f"{name}/loss").values()) == losses
-    metric = {"vae": "vae/heldout/psnr", "ldm": None, "classifier": "classifier/heldout/q1", "lora": None}[task]
+    metric = {"vae": "vae/heldout/psnr", "classifier": "classifier/heldout/q1"}.get(task)
     assert metric is None or list(road.logged(run, metric)) == [3, 6]
-    previews = {"vae": ["step_0000003.png", "step_0000006.png"], "ldm": [], "classifier": [], "lora": []}[task]
+    previews = ["step_0000003.png", "step_0000006.png"] if task == "vae" else []
     assert sorted(path.name for path in run.glob("*/step_*.png")) == previews
     assert [path.name for path in run.iterdir() if path.name.endswith("checkpoints")] == ["checkpoints"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == [name]

@@ -3,5 +3,6 @@
 autoencoder.py  the VAE
 diffusion.py    the U-Net
 lora.py         adapters beside a U-Net
+distillation.py a student of few steps, beside the U-Net it learns from
 classifier.py   the classifier of noisy latents
 """

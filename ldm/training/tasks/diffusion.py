@@ -5,17 +5,18 @@
 What is trained and how is the config's `unet` and `diffusion` sections, or what `init` brings; what it is conditioned
 on follows from the data (`text.encoder`, `data.label_column`, `data.number_columns`, `data.condition_column`,
 `data.inpaint`). The averaged weights are validated, exported and used for previews. The latents of half the size in the
-first `loop.half_size_steps` are progressive resizing.
+first `loop.half_size_steps` are progressive resizing. With `diffusion.few_steps` only the timesteps of a sampler of so
+few steps are learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,8 @@ from ldm.data.dataset import CaptionedPictures
 from ldm.diffusion.losses import diffusion_loss
 from ldm.diffusion.schedule import beside, scheduler_config
 from ldm.diffusion.timesteps import LossSecondMoment, at_share
-from ldm.evaluation.validation import CaptionedValidationSet, by_quarter, caption_losses
+from ldm.evaluation.validation import CaptionedValidationSet, CaptionLosses, by_quarter, by_timestep, caption_losses
+from ldm.inference.defaults import Defaults
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged
 from ldm.models.text_encoder import TextEncoder
@@ -91,7 +93,9 @@ class Diffusion(Task):
         config = self.config
         self.initial = InitialModel.of(config)
         self.schedule = self.initial.schedule if self.initial else build_schedule(config.diffusion)
-        self.timesteps = build_timesteps(config.diffusion)
+        self.timesteps = build_timesteps(config.diffusion, self.schedule)
+        few = config.diffusion.few_steps
+        self.used: Sequence[int] = self.schedule.timesteps(few) if few else ()
         self.objective = build_objective(config.diffusion, self.schedule)
         if self.encoders is not None and self.source is not None:
             self.latent_shape = latent_shape(self.encoders.vae_outline, config.data.size)
@@ -193,7 +197,7 @@ class Diffusion(Task):
             cache = build_cache(config, source.train.all_pictures, encoders, shape)
             self.samples = LatentSamples.of(config, source.train, shape, cache)
             self.workers = config.data.workers if config.data.inpaint else 0
-        self.heldout = validation_set(config, source.heldout, encoders, shape, self.accelerator.device)
+        self.heldout = validation_set(config, source.heldout, encoders, shape, self.accelerator.device, self.used)
         if config.cache_folder() is not None:
             encoders.free()
         self.save_frozen(encoders)
@@ -202,9 +206,9 @@ class Diffusion(Task):
     def save_frozen(self, encoders: Encoders) -> None:
         """Save RUN/frozen, unless it is there as it was saved, and of the same."""
         folder, facts = Path(self.config.run) / "frozen", RunFacts(self.config.run)
-        scheduler = scheduler_config(self.schedule, self.config.diffusion.prediction)
         labels = self.source.labels.names if self.source and self.source.labels else None
-        made_of = [__version__, encoders.identity, scheduler, [prompt.prompt for prompt in self.prompts], labels]
+        sampling = [self.scheduler, *astuple(self.defaults)]
+        made_of = [__version__, encoders.identity, sampling, [prompt.prompt for prompt in self.prompts], labels]
         if self.source and self.source.numbers:
             made_of.append(asdict(self.source.numbers))
 
@@ -300,10 +304,9 @@ class Diffusion(Task):
             def prediction(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
                 return self.output(unet, x_t, t, conditioning)[:, : x_t.shape[1]]
 
-            use = caption_losses(prediction, self.schedule, self.config.diffusion.prediction, self.heldout)
-        names = {"shuffled": "text_gap", "null": "null_gap"}
-        gaps = {names[name]: float(gap.mean()) for name, gap in use.gaps().items()}
-        return {f"heldout/{name}": value for name, value in {**by_quarter(use.true), **gaps}.items()}
+            of: Literal["eps", "x0"] = "x0" if self.used else "eps"  # of few steps, each shows its x0
+            use = caption_losses(prediction, self.schedule, self.config.diffusion.prediction, self.heldout, of)
+        return validation_metrics(use, self.used)
 
     @torch.no_grad()
     def error(self, unet: nn.Module) -> float:
@@ -343,11 +346,22 @@ class Diffusion(Task):
         with torch.device("meta"):
             return self.fresh_unet().eval()
 
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The config of the pipeline's scheduler, of first order for few steps, whose timesteps are no ODE's grid."""
+        order = {"solver_order": 1} if self.used else {}
+        return scheduler_config(self.schedule, self.config.diffusion.prediction) | order
+
+    @property
+    def defaults(self) -> Defaults:
+        """The pipeline's sampling settings: of few steps those that were learned, unguided."""
+        return Defaults(len(self.used), guidance_scale=1.0) if self.used else Defaults()
+
     def weightless_pipeline(self, vae: Any, text: TextEncoder | None) -> LDMPipeline:
         """A pipeline of these encoders, with all but the U-Net's weights."""
         assert self.source is not None
-        scheduler = scheduler_config(self.schedule, self.config.diffusion.prediction)
-        pipeline = LDMPipeline.from_components(vae, text, self.weightless_unet(), scheduler)
+        pipeline = LDMPipeline.from_components(vae, text, self.weightless_unet(), self.scheduler)
+        pipeline.defaults = self.defaults
         pipeline.example_prompts = tuple(prompt.prompt for prompt in self.prompts if prompt.prompt)
         pipeline.labels, pipeline.numbers = self.source.labels, self.source.numbers
         return pipeline
@@ -366,7 +380,7 @@ class Diffusion(Task):
     def summary(self) -> str:
         folder, labels = Path(self.config.run) / "pipeline", self.source.labels if self.source else None
         prompt = ' "a prompt"' if self.config.text.encoder else f" --class-label {labels.names[0]}" if labels else ""
-        done = f"U-Net: done; {folder} can be loaded"
+        done = f"{self.title}: done; {folder} can be loaded"
         if not self.config.data.inpaint:
             return f"{done}; sample it with: ldm sample {folder}{prompt}"
         known = "" if self.latent_shape[0] == STOCK_CHANNELS else (
@@ -374,3 +388,11 @@ class Diffusion(Task):
             f"{self.latent_shape[0]}: use LDMPipeline"
         )  # fmt: skip
         return f"{done}; edit with it: ldm edit {folder} PICTURE{prompt} --mask PICTURE{known}"
+
+
+def validation_metrics(use: CaptionLosses, timesteps: Sequence[int] = ()) -> dict[str, float]:
+    """What is logged of held-out pictures: the loss, by timestep or by quarter of t, and what other captions add."""
+    names = {"shuffled": "text_gap", "null": "null_gap"}
+    gaps = {names[name]: float(gap.mean()) for name, gap in use.gaps().items()}
+    parts = by_timestep(use.true, timesteps) if timesteps else by_quarter(use.true)
+    return {f"heldout/{name}": value for name, value in {**parts, **gaps}.items()}

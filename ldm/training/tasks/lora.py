@@ -154,7 +154,8 @@ class LoRA(Diffusion):
 
     def summary(self) -> str:
         folder = Path(self.config.run) / self.result
-        return f'LoRA: done; sample it with: ldm sample {self.config.init} "a prompt" --lora {folder}'
+        few = f" --steps {len(self.used)} --guidance-scale 1 --sampler ddim" if self.used else ""
+        return f'LoRA: done; sample it with: ldm sample {self.config.init} "a prompt" --lora {folder}{few}'
 
 
 def networks_of(module: nn.Module) -> dict[str, Any]:
