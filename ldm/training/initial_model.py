@@ -24,7 +24,7 @@ from torch import nn
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.labels import Labels
 from ldm.diffusion.parameterization import Prediction
-from ldm.diffusion.schedule import NoiseSchedule, prediction_from_config, schedule_from_config
+from ldm.diffusion.schedule import NoiseSchedule, RectifiedFlow, prediction_from_config, schedule_from_config
 from ldm.models.fingerprint import fingerprint
 from ldm.models.loading import load_network
 from ldm.models.safety import check_model_folder, read_json
@@ -37,7 +37,7 @@ from ldm.training.objective import build_schedule
 
 #: Settings of a U-Net that this training has nothing to feed with.
 UNFED = ("time_cond_proj_dim", "class_embed_type")
-SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
+SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")  # of betas
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,8 @@ class InitialModel:
                 known = NoiseSchedule.from_name(name, self.schedule.T, zero_terminal_snr=zero)
                 if torch.allclose(known.betas, self.schedule.betas, rtol=1e-9):
                     diffusion |= {"schedule": name, "zero_terminal_snr": zero}
+        if isinstance(self.schedule, RectifiedFlow):
+            diffusion |= {"schedule": "rectified_flow", "zero_terminal_snr": False, "flow_shift": self.schedule.shift}
         diffusion |= {"prediction": self.prediction, "variance": "fixed"}
         return {"vae": self.name, "text": text, "unet": unet, "diffusion": diffusion}
 

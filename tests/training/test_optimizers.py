@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from ldm.models.ema_snapshots import rebuild, snapshots
 from ldm.system.errors import RunError
 from ldm.training.config import Config, OptimConfig
 from ldm.training.ema_snapshots import drop_later_snapshots, keep_snapshot
+from ldm.training.objective import DiffusionConfig
 from ldm.training.optimizer import update
 from ldm.training.optimizers import MOMENTUM, build_optimizer, by_shape, check_optimizer, own_average
 from ldm.training.run import train
@@ -219,6 +221,9 @@ def config_of(home: Path) -> Callable[..., Config]:
         settings |= {"data__cache": str(home / "cache"), "loop__steps": 4, "loop__batch_size": 4}
         if name == "muon":
             settings |= {"optim__ema_widths": [0.05, 0.1], "optim__ema_snapshot_every": 1}
+        else:  # on rectified flow, so that two runs show two things
+            settings |= {"diffusion__schedule": "rectified_flow", "diffusion__prediction": "flow"}
+            settings |= {"diffusion__timestep_sampling": "logit_normal", "diffusion__flow_shift": 2.0}
         return road.recipe(home, **settings | words)
 
     return make
@@ -269,7 +274,9 @@ def test_schedule_free_exports_its_own_average(runs: dict[str, Path]) -> None:
     checkpoint = max(run.glob("checkpoints/ldm/step_*"))
     y, state = load_file(checkpoint / "unet.safetensors"), load_file(checkpoint / "unet.optimizer.safetensors")
     assert not (checkpoint / "unet.ema.safetensors").exists()
-    stock = StableDiffusionPipeline.from_pretrained(run / "pipeline").unet.state_dict()
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "pipeline")
+    assert (pipeline.scheduler.config.prediction_type, pipeline.scheduler.config.flow_shift) == ("flow_prediction", 2.0)
+    stock = pipeline.unet.state_dict()
     for name, weight in stock.items():
         x = y[name].lerp(state[f"{name}:z"], 1 - 1 / 0.9)
         torch.testing.assert_close(weight, x, rtol=0, atol=0)
@@ -298,6 +305,7 @@ def test_widths_are_tried_and_the_best_is_exported(
 
 def test_another_optimizer_can_not_resume_a_run(config_of: Callable[..., Config], runs: dict[str, Path]) -> None:
     changed = config_of(runs["muon"], "adamw", resume__allow=["optim.name", "optim.ema_widths"])
+    changed = replace(changed, diffusion=DiffusionConfig())
     with pytest.raises(RunError, match=r"optim\.name='muon', not 'adamw'"):
         train("ldm", changed)
 
