@@ -105,12 +105,12 @@ class NoiseSchedule:
             ValueError: for another name, or rectified flow with zero terminal SNR.
         """
         makers: dict[str, Callable[[int], NoiseSchedule]] = {
-            "rectified_flow": RectifiedFlow.straight,
             "linear": cls.linear,
             "scaled_linear": cls.scaled_linear,
             "cosine": cls.cosine,
             "sigmoid": cls.sigmoid,
             "variance_exploding": cls.variance_exploding,
+            "rectified_flow": RectifiedFlow.straight,
         }
         if name not in makers:
             raise ValueError(f"schedule: expected one of {', '.join(makers)}, got {name!r}")
@@ -321,4 +321,6 @@ def prediction_from_config(config: Mapping[str, Any]) -> Prediction:
     ours: dict[str, Prediction] = {name: prediction for prediction, name in DIFFUSERS_NAMES.items()}
     if theirs not in ours:
         raise ValueError(f"prediction_type: expected one of {', '.join(ours)}, got {theirs!r}")
+    if (theirs == "flow_prediction") != bool(config.get("use_flow_sigmas")):
+        raise ValueError(f"prediction_type: flow_prediction and use_flow_sigmas go together, got {theirs!r}")
     return ours[theirs]
