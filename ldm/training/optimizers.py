@@ -114,13 +114,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
         weight_decay: float,
         fused: bool,
     ) -> None:
-        if not matrices or not others:
-            raise ValueError("optim.name: muon needs linear maps or convolutions, and other weights beside them")
+        if not matrices:
+            raise ValueError("optim.name: muon needs linear maps or convolutions, and none learn here; use adamw")
         self.flat = [nn.Parameter(weight.detach().flatten(1)) for weight in matrices]
         self.muon = torch.optim.Muon(
             self.flat, lr=lr, weight_decay=weight_decay, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
         )
-        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+        groups = [{"params": list(others)}]  # none beside adapters, all of which are matrices
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
         super().__init__([{"params": list(matrices)}, {"params": list(others)}], {"lr": lr})
 
     @torch.no_grad()
