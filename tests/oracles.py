@@ -141,7 +141,8 @@ class Mixture:
             x = x_t.double().flatten(1)
             alpha, sigma = schedule.alpha[t.long()][:, None], schedule.sigma[t.long()][:, None]
             x0 = self.denoise(x, alpha, sigma)
-            answer = {"x0": x0, "eps": (x - alpha * x0) / sigma, "v": (alpha * x - x0) / sigma}[prediction]
+            eps = (x - alpha * x0) / sigma
+            answer = {"x0": x0, "eps": eps, "v": (alpha * x - x0) / sigma, "flow": eps - x0}[prediction]
             return answer.reshape(x_t.shape).to(x_t)
 
         return forward

@@ -17,7 +17,7 @@ from ldm.pipelines import import_networks
 
 if TYPE_CHECKING:
     from ldm.data.dataset import CaptionedPictures
-    from ldm.evaluation.evaluated_model import EvaluatedModel
+    from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
     from ldm.evaluation.features import FeatureExtractor
 
 
@@ -57,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fit-net", action="store_true", help="first train the data set's own CLIP on its training pictures")
     add("--net-epochs", type=int, metavar="N", help="epochs of its training (default: 20)")
     add("--net-text", default="minilm", type=place, metavar="ENCODER", help="its text encoder (default: minilm)")
+    add = parser.add_argument_group("width of the average").add_argument
+    add(
+        "--ema",
+        type=width_range,
+        metavar="LOW:HIGH",
+        help="only try averages of these widths, rebuilt from the run's snapshots (optim.ema_widths); pick the best",
+    )
+    add("--ema-count", type=int, default=7, metavar="N", help="widths to try (default: 7)")
     add = parser.add_argument_group("guidance and steps").add_argument
     add("--sweep", action="store_true", help="try a grid of guidance scales, steps and intervals")
     add("--sweep-guidance", nargs="+", type=float, metavar="SCALE", help="(default: 1 2 3 4 6)")
@@ -108,6 +116,18 @@ def interval(text: str) -> tuple[float, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}; for example 0.2:0.8") from None
 
 
+def width_range(text: str) -> tuple[float, float]:
+    """LOW:HIGH => both; one width is a range of itself."""
+    low, _, high = text.partition(":")
+    try:
+        values = float(low), float(high or low)
+    except ValueError:
+        values = (0.0, 0.0)
+    if not 0 < values[0] <= values[1] <= 0.288:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 < LOW <= HIGH <= 0.288, for example 0.02:0.2")
+    return values
+
+
 def run(arguments: argparse.Namespace) -> None:
     import_networks()
     import torch
@@ -129,6 +149,8 @@ def run(arguments: argparse.Namespace) -> None:
         fit(pictures, net, arguments, device)
     if folder is not None and home is not None and arguments.nll:
         bound_likelihood(folder, arguments.out or home, pictures, arguments)
+    elif folder is not None and home is not None and arguments.ema:
+        try_ema_widths(folder, arguments.out or home, pictures, arguments)
     elif folder is not None and home is not None:
         out = arguments.out or home
         if (folder / RUN_FILE).exists():  # written by `ldm export`
@@ -215,10 +237,50 @@ def bound_likelihood(folder: Path, out: Path, pictures: CaptionedPictures, argum
         print(f"and in {write_report(out)}")
 
 
+def try_ema_widths(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:
+    """Try averages of several widths, print a table, and how to export the best."""
+    from ldm.cli.find import run_of
+    from ldm.evaluation.ema_width import CHART, FILE, table, try_widths, widths_between
+    from ldm.evaluation.evaluated_model import EvaluatedModel
+    from ldm.models.ema_snapshots import put_into, rebuild
+    from ldm.pipelines.text_to_image import LDMPipeline
+
+    if arguments.ema_count < 1:
+        raise ValueError(f"--ema-count: expected at least 1, got {arguments.ema_count}")
+    run = run_of(folder)[0] or folder
+    pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
+
+    def load(width: float) -> tuple[EvaluatedModel, float]:
+        rebuilt = rebuild(run, width)
+        put_into(pipeline.unet, rebuilt)
+        return EvaluatedModel(pipeline, folder), rebuilt.left
+
+    report = try_widths(
+        load,
+        widths_between(arguments.ema[0], arguments.ema[1], arguments.ema_count),
+        pictures,
+        lambda model: load_extractors(arguments, pictures, model),
+        sampling_settings(pipeline, arguments),
+        out,
+        most=16 if arguments.quick and arguments.pictures is None else arguments.pictures,
+        batch_size=arguments.batch_size,
+    )
+    print(f"\n{table(report)}\nsaved in {out / FILE} and {out / CHART}")
+    print(f"export the best with: ldm export {run} FOLDER --ema {report['best']:g}")
+
+
+def sampling_settings(pipeline: Any, arguments: argparse.Namespace) -> SamplingSettings:
+    """Of the pictures: what the command names, the pipeline's defaults where it names nothing."""
+    from ldm.evaluation.evaluated_model import SamplingSettings
+
+    used = pipeline.defaults.resolve(arguments.steps, arguments.guidance_scale, arguments.guidance_interval)
+    return SamplingSettings(used.num_inference_steps, used.guidance_scale, arguments.seed, used.guidance_interval)
+
+
 def examine(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:
     """Evaluate the model and print a summary."""
     from ldm.evaluation.evaluate import QUICK, Plan, evaluate
-    from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
+    from ldm.evaluation.evaluated_model import EvaluatedModel
     from ldm.evaluation.report.page import FILE, PAGE
     from ldm.evaluation.report.text import summary
     from ldm.pipelines.text_to_image import LDMPipeline
@@ -227,8 +289,7 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, arguments: arg
     load_loras(pipeline, arguments.lora)
     model = EvaluatedModel(pipeline, folder)
     extractors = load_extractors(arguments, pictures, model)
-    used = pipeline.defaults.resolve(arguments.steps, arguments.guidance_scale, arguments.guidance_interval)
-    settings = SamplingSettings(used.num_inference_steps, used.guidance_scale, arguments.seed, used.guidance_interval)
+    settings = sampling_settings(pipeline, arguments)
     typed: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         "heldout_pictures": (arguments.pictures, int),
         "train_pictures": (arguments.train_pictures, int),
@@ -260,6 +321,7 @@ ldm evaluate --data data/openmoji --fit-net          (train the data set's own f
 ldm evaluate runs/demo                               (all metrics, in runs/demo/evaluation/report.html)
 ldm evaluate runs/demo --quick                       (a first look)
 ldm evaluate runs/demo --nll                         (a bound on the likelihood of held-out latents, by timestep)
+ldm evaluate runs/demo --ema 0.02:0.2                (which width of the average? needs optim.ema_widths)
 ldm evaluate runs/demo --sweep --write-defaults      (and the guidance scale and steps that suit the model)""",
     add_arguments,
     run,

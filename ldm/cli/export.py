@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", type=place, metavar="RUN_OR_MODEL", help="a run or a pipeline folder")
     add("out", type=path, metavar="FOLDER", help="the folder to make")
     add_lora_option(add)
+    add(
+        "--ema", type=float, metavar="WIDTH", help="of the average, rebuilt from the run's snapshots (optim.ema_widths)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -26,6 +29,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder, _, config = find_model(arguments.model)
     pipeline = LDMPipeline.from_pretrained(folder)
+    if arguments.ema is not None:
+        from ldm.models.ema_snapshots import put_into, rebuild
+
+        rebuilt = rebuild(run_of(folder)[0] or folder, arguments.ema)
+        put_into(pipeline.unet, rebuilt)
+        print(
+            f"the average of width {arguments.ema:g} at step {rebuilt.step}; {rebuilt.left:.2%} of its profile missed"
+        )
     load_loras(pipeline, arguments.lora)
     if arguments.lora:
         pipeline.merge_adapters()
@@ -40,6 +51,7 @@ COMMAND = Command(
     "save a model in half the size: fp16 weights, computed in float32",
     """
 ldm export runs/demo models/demo
+ldm export runs/demo models/demo --ema 0.08     (an average of another width, chosen by ldm evaluate --ema)
 ldm export models/openmoji64 models/noto --lora runs/noto/lora   (a LoRA merged into the model)""",
     add_arguments,
     run,

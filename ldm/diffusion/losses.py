@@ -11,6 +11,7 @@ One weight for every prediction. x_t is given, so an error d of x0 is an error (
 d/sigma of v. Squared, with snr = alpha**2 / sigma**2 and 1/sigma**2 = snr + 1:
 
     |error of eps|**2 = snr |error of x0|**2          |error of v|**2 = (snr + 1) |error of x0|**2
+    |error of flow|**2 = (sqrt(snr) + 1)**2 |error of x0|**2
 
 A weighting below is the weight of the squared error of x0 as a function of the SNR; `loss_weight`
 divides by these factors. Least squares may be any of the following; all have the same minimizer.
@@ -77,7 +78,7 @@ def loss_weight(
     if weighting is None:
         return torch.ones_like(snr)
     snr = snr.clamp(min=torch.finfo(torch.float64).tiny)  # 0 at zero terminal SNR: take the limit of w / snr
-    factor = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[prediction]
+    factor = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr), "flow": (snr.sqrt() + 1) ** 2}[prediction]
     return weighting(snr) / factor
 
 

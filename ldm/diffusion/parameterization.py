@@ -7,6 +7,7 @@ broadcast against it, as `NoiseSchedule.at` gives them):
     eps     the noise                               Ho et al. 2020
     x0      the clean sample
     v       alpha eps - sigma x0                    Salimans & Ho 2022, appendix D
+    flow    eps - x0, the velocity of a straight path from x0 to eps    Liu et al. 2023
     score   grad log q(x_t) = -eps / sigma          Song et al. 2021, and Tweedie's formula below
 
 With alpha = cos(phi) and sigma = sin(phi), (x_t, v) is (x0, eps) turned by the angle phi, so the way
@@ -27,10 +28,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Prediction = Literal["eps", "x0", "v"]
+Prediction = Literal["eps", "x0", "v", "flow"]
 
 #: Our names => diffusers' `prediction_type`.
-DIFFUSERS_NAMES: dict[Prediction, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+DIFFUSERS_NAMES: dict[Prediction, str] = {
+    "eps": "epsilon",
+    "x0": "sample",
+    "v": "v_prediction",
+    "flow": "flow_prediction",
+}
 
 
 def v_from(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -62,6 +68,14 @@ def v_from_eps(x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
     return (eps - sigma * x_t) / alpha  # not finite at alpha = 0
 
 
+def x0_from_flow(x_t: Tensor, flow: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (x_t - sigma * flow) / (alpha + sigma)  # which is 1 on the straight path
+
+
+def eps_from_flow(x_t: Tensor, flow: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (x_t + alpha * flow) / (alpha + sigma)
+
+
 def score_from_eps(eps: Tensor, sigma: Tensor) -> Tensor:
     return -eps / sigma
 
@@ -78,7 +92,9 @@ def target(kind: Prediction, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tens
         return x0
     if kind == "v":
         return v_from(x0, eps, alpha, sigma)
-    raise ValueError(f"prediction: expected eps, x0 or v, got {kind!r}")
+    if kind == "flow":
+        return eps - x0
+    raise ValueError(f"prediction: expected eps, x0, v or flow, got {kind!r}")
 
 
 def to_eps(kind: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -89,7 +105,9 @@ def to_eps(kind: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: 
         return eps_from_x0(x_t, output, alpha, sigma)
     if kind == "v":
         return eps_from_v(x_t, output, alpha, sigma)
-    raise ValueError(f"prediction: expected eps, x0 or v, got {kind!r}")
+    if kind == "flow":
+        return eps_from_flow(x_t, output, alpha, sigma)
+    raise ValueError(f"prediction: expected eps, x0, v or flow, got {kind!r}")
 
 
 def to_x0(kind: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -100,7 +118,9 @@ def to_x0(kind: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: T
         return output
     if kind == "v":
         return x0_from_v(x_t, output, alpha, sigma)
-    raise ValueError(f"prediction: expected eps, x0 or v, got {kind!r}")
+    if kind == "flow":
+        return x0_from_flow(x_t, output, alpha, sigma)
+    raise ValueError(f"prediction: expected eps, x0, v or flow, got {kind!r}")
 
 
 def to_v(kind: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -111,13 +131,24 @@ def to_v(kind: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Te
         return v_from_x0(x_t, output, alpha, sigma)
     if kind == "v":
         return output
-    raise ValueError(f"prediction: expected eps, x0 or v, got {kind!r}")
+    if kind == "flow":
+        x0, eps = x0_from_flow(x_t, output, alpha, sigma), eps_from_flow(x_t, output, alpha, sigma)
+        return v_from(x0, eps, alpha, sigma)
+    raise ValueError(f"prediction: expected eps, x0, v or flow, got {kind!r}")
+
+
+def to_flow(kind: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """A network's answer of any kind => pred_eps - pred_x0."""
+    if kind == "flow":
+        return output
+    return to_eps(kind, output, x_t, alpha, sigma) - to_x0(kind, output, x_t, alpha, sigma)
 
 
 def add_to_score(kind: Prediction, output: Tensor, change: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """A network's answer of any kind, as it would be if the score were larger by `change`, at the same x_t.
 
-    eps moves by -sigma change. At one x_t, x0 and v follow eps with slopes -sigma / alpha and 1 / alpha. Where alpha
+    eps moves by -sigma change. At one x_t, x0, v and flow follow eps with slopes -sigma / alpha, 1 / alpha and
+    (alpha + sigma) / alpha. Where alpha
     is 0 x_t says nothing about x0, no condition has a gradient there, and x0 and v stay what they are.
     """
     if kind == "eps":
@@ -127,4 +158,6 @@ def add_to_score(kind: Prediction, output: Tensor, change: Tensor, alpha: Tensor
         return output + sigma**2 * per_alpha * change
     if kind == "v":
         return output - sigma * per_alpha * change
-    raise ValueError(f"prediction: expected eps, x0 or v, got {kind!r}")
+    if kind == "flow":
+        return output - sigma * (alpha + sigma) * per_alpha * change
+    raise ValueError(f"prediction: expected eps, x0, v or flow, got {kind!r}")

@@ -3,7 +3,7 @@
 Given both ends, a point in the middle of the chain is Gaussian. For any s < t (the neighbor s = t - 1
 is Ho et al. 2020, eq. 6-7; any s is Kingma et al. 2021, appendix A), with alpha_{t|s} = alpha_t / alpha_s:
 
-    q(x_t | x_s)     = N(alpha_{t|s} x_s, beta_{t|s} I)          beta_{t|s} = 1 - alpha_{t|s}**2
+    q(x_t | x_s)     = N(alpha_{t|s} x_s, beta_{t|s} I)          beta_{t|s} = sigma_t**2 - alpha_{t|s}**2 sigma_s**2
     q(x_s | x0)      = N(alpha_s x0, sigma_s**2 I)
     q(x_s | x_t, x0) = N(mean, beta_tilde I)                     by Bayes, where precisions add:
 
@@ -13,8 +13,9 @@ is Ho et al. 2020, eq. 6-7; any s is Kingma et al. 2021, appendix A), with alpha
     =>  beta_tilde = beta_{t|s} sigma_s**2 / sigma_t**2
         mean       = alpha_s beta_{t|s} / sigma_t**2 x0 + alpha_{t|s} sigma_s**2 / sigma_t**2 x_t
 
+With preserved variance beta_{t|s} = 1 - alpha_{t|s}**2.
 A sampler doesn't know x0. It puts the network's pred_x0 into the mean and picks a variance: beta_{t|s},
-right for x0 ~ N(0, I); beta_tilde, right for a single known x0; or, learned, a point between the two
+right for x0 ~ N(0, I) then; beta_tilde, right for a single known x0; or, learned, a point between the two
 (Nichol & Dhariwal 2021, eq. 15). s = -1 stands for the clean sample, with alpha = 1 and sigma = 0.
 """
 
@@ -27,7 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.diffusion.parameterization import Prediction, score_from_eps, to_eps, to_v, to_x0
+from ldm.diffusion.parameterization import Prediction, score_from_eps, to_eps, to_flow, to_v, to_x0
 from ldm.diffusion.schedule import NoiseSchedule
 
 Variance = Literal["beta", "beta_tilde", "learned"]
@@ -77,6 +78,10 @@ class Denoiser:
         """pred_v, shaped like x_t."""
         return to_v(self.prediction, self.split(x_t, t)[0], x_t, *self.schedule.at(t, x_t))
 
+    def flow(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """pred_eps - pred_x0, shaped like x_t."""
+        return to_flow(self.prediction, self.split(x_t, t)[0], x_t, *self.schedule.at(t, x_t))
+
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
         """grad log q(x_t), shaped like x_t."""
         return score_from_eps(self.eps(x_t, t), self.schedule.at(t, x_t)[1])
@@ -101,10 +106,10 @@ def bridge(schedule: NoiseSchedule, t: Tensor, s: Tensor, ndim: int) -> Bridge:
     if not bool(((s >= -1) & (s < t) & (t < schedule.T)).all()):
         raise IndexError(f"timesteps: expected -1 <= s < t < {schedule.T}, got t = {t.tolist()}, s = {s.tolist()}")
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar]).reshape(-1, *[1] * (ndim - 1))
-    alpha_bar_t, alpha_bar_s = alpha_bar[t + 1], alpha_bar[s + 1]  # (B, 1, ..., 1)
-    sigma2_t, sigma2_s = 1 - alpha_bar_t, 1 - alpha_bar_s
+    sigma2 = torch.cat([torch.zeros(1, dtype=torch.float64), schedule.sigma2]).reshape(alpha_bar.shape)
+    alpha_bar_t, alpha_bar_s, sigma2_t, sigma2_s = alpha_bar[t + 1], alpha_bar[s + 1], sigma2[t + 1], sigma2[s + 1]
     ratio = alpha_bar_t / alpha_bar_s  # alpha_{t|s}**2
-    beta = 1 - ratio
+    beta = sigma2_t - ratio * sigma2_s
     return Bridge(
         x0_factor=alpha_bar_s.sqrt() * beta / sigma2_t,  # Ho et al. 2020, eq. 7
         x_t_factor=ratio.sqrt() * sigma2_s / sigma2_t,

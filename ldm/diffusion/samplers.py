@@ -14,12 +14,16 @@ through y = x / alpha, s = sigma / alpha (the variance-exploding view, y = x0 + 
 
     dy/ds = E[eps | y] = eps(y, s) = -s grad log q_s(y)                                                    (VE)
 
-which is the form of Song et al. 2020 (DDIM, eq. 14) and Karras et al. 2022 (eq. 1).
+which is the form of Song et al. 2020 (DDIM, eq. 14) and Karras et al. 2022 (eq. 1). On the straight path of rectified
+flow, alpha = 1 - s and sigma = s, they obey (Liu et al. 2023, eq. 1)
+
+    dx/ds = E[eps - x0 | x] = u(x, s)                                                                      (flow)
+
 The density carried along changes by the divergence of the field (eq. 39 of Song et al. 2021):
 
     log p(x_0) = log p(x_T) + integral from 0 to T of div field
 
-Where there is no noise neither field depends on the network: E[eps | x] = 0, and v = eps = 0. So the ODE reaches
+Where there is no noise no field depends on the network: E[eps | x] = 0, so v = eps = 0 and u = -x. So the ODE reaches
 clean data without a network that was ever trained there.
 
 **Langevin dynamics** at fixed t, x <- x + step score + sqrt(2 step) noise, leaves q(x_t) as it is up to O(step).
@@ -36,9 +40,9 @@ from torch import Tensor
 
 from ldm.diffusion.likelihood import normal_log_prob
 from ldm.diffusion.reverse import Denoiser, ancestral_step
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, RectifiedFlow
 
-Form = Literal["vp", "ve"]
+Form = Literal["vp", "ve", "flow"]
 
 
 # --- ancestral sampling ------------------------------------------------------------------------
@@ -152,13 +156,18 @@ def _slope(
     denoiser: Denoiser, form: Form, state: Tensor, step: int, divergence: Divergence | None
 ) -> tuple[Tensor, Tensor | float]:
     """The field at a timestep, and its divergence (0 without one to compute it)."""
+    if step < 0 and form == "flow":
+        return -state, -float(state[0].numel())  # no noise: E[eps | x] = 0 and x0 = x
     if step < 0:
-        return torch.zeros_like(state), 0.0  # no noise: E[eps | x] = 0
+        return torch.zeros_like(state), 0.0
     t = torch.full((len(state),), step, device=state.device)
     with torch.set_grad_enabled(divergence is not None):
         state = state.detach().requires_grad_(divergence is not None)
         alpha, _ = denoiser.schedule.at(t, state)
-        field = denoiser.v(state, t) if form == "vp" else denoiser.eps(alpha * state, t)  # y => x = alpha y
+        if form == "ve":
+            field = denoiser.eps(alpha * state, t)  # y => x = alpha y
+        else:
+            field = denoiser.v(state, t) if form == "vp" else denoiser.flow(state, t)
         return field.detach(), divergence(field, state) if divergence else 0.0
 
 
@@ -175,7 +184,8 @@ def probability_flow(
     Args:
         x: [B, ...] x_t at levels[0].
         levels: timesteps in either direction; -1 is clean data.
-        form: integrate dx/dphi = v, or dy/ds = eps; the second can't reach zero SNR, where s is infinite.
+        form: integrate dx/dphi = v; dy/ds = eps, which can't reach zero SNR, where s is infinite; or, for rectified
+            flow, dx/ds = eps - x0.
         divergence: `exact_divergence` or a `hutchinson_divergence`, if the density is wanted.
     Returns:
         x_t at levels[-1]; [B] log q(x_t at levels[0]) - log q(x_t at levels[-1]), 0 without divergence.
@@ -184,9 +194,13 @@ def probability_flow(
     sigma = torch.cat([torch.zeros(1, dtype=torch.float64), denoiser.schedule.sigma])[torch.tensor(levels) + 1].tolist()
     if form == "ve" and min(alpha) == 0:
         raise ValueError("form 've': sigma / alpha is infinite at zero terminal SNR; use 'vp'")
+    if (form == "flow") != isinstance(denoiser.schedule, RectifiedFlow):
+        raise ValueError("form: rectified flow has the form 'flow', and no other schedule has it")
     if form == "vp":
         place = [angle(denoiser.schedule, level) for level in levels]  # phi
         scale = [1.0] * len(levels)
+    elif form == "flow":
+        place, scale = sigma, [1.0] * len(levels)
     else:
         place = [b / a for a, b in zip(alpha, sigma, strict=True)]  # s
         scale = alpha

@@ -10,6 +10,8 @@ All the steps up to t therefore collapse into one, the marginal that training us
 
     q(x_t | x0) = N(alpha_t x0, sigma_t**2 I),   alpha_t**2 = prod_{s<=t} (1 - beta_s),   sigma_t**2 = 1 - alpha_t**2
 
+`RectifiedFlow` is a straight path from data to noise instead, alpha = 1 - sigma, and has the same tables.
+
 Tables are float64 and on the CPU: products of a thousand factors near one lose half their digits
 in float32. They are cast and moved when they meet a tensor, in `gather`.
 """
@@ -17,7 +19,7 @@ in float32. They are cast and moved when they meet a tensor, in `gather`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -97,17 +99,18 @@ class NoiseSchedule:
         """The schedule called `name` at its published constants.
 
         Args:
-            name: "linear", "scaled_linear", "cosine", "sigmoid" or "variance_exploding".
+            name: "linear", "scaled_linear", "cosine", "sigmoid", "variance_exploding" or "rectified_flow".
             zero_terminal_snr: as `rescale_zero_terminal_snr`.
         Raises:
-            ValueError: for another name.
+            ValueError: for another name, or rectified flow with zero terminal SNR.
         """
-        makers = {
+        makers: dict[str, Callable[[int], NoiseSchedule]] = {
             "linear": cls.linear,
             "scaled_linear": cls.scaled_linear,
             "cosine": cls.cosine,
             "sigmoid": cls.sigmoid,
             "variance_exploding": cls.variance_exploding,
+            "rectified_flow": RectifiedFlow.straight,
         }
         if name not in makers:
             raise ValueError(f"schedule: expected one of {', '.join(makers)}, got {name!r}")
@@ -140,12 +143,17 @@ class NoiseSchedule:
     @cached_property
     def sigma(self) -> Tensor:
         """float64 [T]: the standard deviation of the noise in x_t."""
-        return (1 - self.alpha_bar).sqrt()
+        return self.sigma2.sqrt()
+
+    @cached_property
+    def sigma2(self) -> Tensor:
+        """float64 [T]: sigma_t**2."""
+        return 1 - self.alpha_bar
 
     @cached_property
     def snr(self) -> Tensor:
         """float64 [T]: alpha_t**2 / sigma_t**2, the signal-to-noise ratio (Kingma et al. 2021)."""
-        return self.alpha_bar / (1 - self.alpha_bar)
+        return self.alpha_bar / self.sigma2
 
     def timesteps(self, n: int | None = None) -> list[int]:
         """n timesteps, descending from T - 1, evenly spaced (Lin et al. 2024, table 2, "trailing"); all T by default.
@@ -168,6 +176,49 @@ class NoiseSchedule:
             alpha_t, sigma_t: each [B, 1, ..., 1].
         """
         return gather(self.alpha, t, like), gather(self.sigma, t, like)
+
+
+@dataclass(frozen=True, eq=False)
+class RectifiedFlow(NoiseSchedule):
+    """The straight path x_t = (1 - s) x0 + s eps (Liu et al. 2023; Lipman et al. 2023), s = (t + 1/2) / T.
+
+    Stock samplers step through any s and give the network t = floor(s T): what it has learned there is the middle of
+    the interval. Up to the factor sqrt(alpha**2 + sigma**2) the path is the variance-preserving process of the same
+    SNR, which the betas are of.
+
+    Attributes:
+        shift: moves noise levels towards noise, s => shift s / (1 + (shift - 1) s), where the sampler steps and where
+            training looks (Esser et al. 2024, eq. 23); the path itself is the same.
+    """
+
+    shift: float = 1.0
+
+    @classmethod
+    def straight(cls, T: int = 1000, shift: float = 1.0) -> RectifiedFlow:
+        """The path in T timesteps."""
+        s = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+        alpha_bar = (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
+        return cls(_betas_from_alpha_bar(alpha_bar), "rectified_flow", shift=shift)
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        return (1 - self.sigma) ** 2
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        return 1 - self.sigma
+
+    @cached_property
+    def sigma2(self) -> Tensor:
+        return self.sigma**2
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        return (torch.arange(self.T, dtype=torch.float64) + 0.5) / self.T
+
+    def rescale_zero_terminal_snr(self) -> NoiseSchedule:
+        """Refused: the path ends in noise as it is. Raises ValueError."""
+        raise ValueError("zero_terminal_snr: rectified_flow ends in noise without it; set it to false")
 
 
 def _betas_from_alpha_bar(alpha_bar: Tensor) -> Tensor:
@@ -206,10 +257,13 @@ def scheduler_config(schedule: NoiseSchedule, prediction: Prediction) -> dict[st
     knows, so it travels as `trained_betas`, like every schedule without a name there.
 
     Raises:
-        ValueError: for noise prediction with zero terminal SNR: where x_t is all noise, the noise says nothing of x0.
+        ValueError: for noise prediction with zero terminal SNR: where x_t is all noise, the noise says nothing of x0;
+            for a flow on another path than rectified flow's, or another prediction there.
     """
     if prediction not in DIFFUSERS_NAMES:
-        raise ValueError(f"prediction: expected eps, x0 or v, got {prediction!r}")
+        raise ValueError(f"prediction: expected eps, x0, v or flow, got {prediction!r}")
+    if (prediction == "flow") != isinstance(schedule, RectifiedFlow):
+        raise ValueError(f"prediction: rectified_flow and flow belong together, got {schedule.name} and {prediction}")
     if prediction == "eps" and schedule.zero_terminal_snr:
         raise ValueError("prediction: eps leaves x0 open at zero terminal SNR; expected x0 or v")
     return {
@@ -223,6 +277,8 @@ def scheduler_config(schedule: NoiseSchedule, prediction: Prediction) -> dict[st
 
 def noise_config(schedule: NoiseSchedule) -> dict[str, Any]:
     """The process alone, in the words of diffusers' schedulers; `schedule_from_config` is its inverse."""
+    if isinstance(schedule, RectifiedFlow):
+        return {"num_train_timesteps": schedule.T, "use_flow_sigmas": True, "flow_shift": schedule.shift}
     config: dict[str, Any] = {"num_train_timesteps": schedule.T, "rescale_betas_zero_snr": schedule.zero_terminal_snr}
     if schedule.name in ("linear", "scaled_linear"):
         config |= {"beta_schedule": schedule.name, "beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
@@ -239,8 +295,10 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     Args:
         config: a scheduler's `config`, or what `noise_config` or `scheduler_config` made.
     Raises:
-        ValueError: if it is no process x_t = alpha x0 + sigma eps of those known here, such as flow matching.
+        ValueError: if it is no process x_t = alpha x0 + sigma eps of those known here.
     """
+    if config.get("use_flow_sigmas"):
+        return RectifiedFlow.straight(config["num_train_timesteps"], config.get("flow_shift") or 1.0)
     betas, name = config.get("trained_betas"), config.get("beta_schedule")
     if betas is not None:
         schedule = NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
@@ -258,9 +316,11 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def prediction_from_config(config: Mapping[str, Any]) -> Prediction:
-    """What a network predicts, by its scheduler's config. Raises ValueError if it is neither eps, x0 nor v."""
+    """What a network predicts, by its scheduler's config. Raises ValueError if it is none of ours."""
     theirs = config.get("prediction_type", "epsilon")
     ours: dict[str, Prediction] = {name: prediction for prediction, name in DIFFUSERS_NAMES.items()}
     if theirs not in ours:
         raise ValueError(f"prediction_type: expected one of {', '.join(ours)}, got {theirs!r}")
+    if (theirs == "flow_prediction") != bool(config.get("use_flow_sigmas")):
+        raise ValueError(f"prediction_type: flow_prediction and use_flow_sigmas go together, got {theirs!r}")
     return ours[theirs]

@@ -25,6 +25,17 @@ def uniform(T: int) -> TimestepSampler:
     return lambda u: (at_share(u, T), torch.ones_like(u))
 
 
+def shifted(sampler: TimestepSampler, T: int, shift: float) -> TimestepSampler:
+    """Another's t, moved towards noise as `RectifiedFlow.shift` moves a sampler's steps (Esser et al. 2024, eq. 23)."""
+
+    def moved(u: Tensor) -> tuple[Tensor, Tensor]:
+        t, weight = sampler(u)
+        s = (t.double() + 0.5) / T
+        return at_share(shift * s / (1 + (shift - 1) * s), T), weight
+
+    return sampler if shift == 1 else moved
+
+
 def logit_normal(T: int, mean: float = 0.0, std: float = 1.0) -> TimestepSampler:
     """The logit of t / T is N(mean, std**2): the middle of the chain more often (Esser et al. 2024, eq. 19).
 

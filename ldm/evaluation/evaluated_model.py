@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.diffusion.guidance import interval_scale
-from ldm.diffusion.parameterization import DIFFUSERS_NAMES, Prediction
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import prediction_from_config, schedule_from_config
 from ldm.evaluation.evaluation_set import PromptSet
 from ldm.inference.defaults import EVERYWHERE
 from ldm.models.conditioning import Conditioning, denoise, scale_embedding
@@ -64,9 +63,8 @@ class EvaluatedModel:
         self.folder = folder
         self.sha256 = model_sha256(pipeline)
         self.text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
-        self.schedule = NoiseSchedule(pipeline.scheduler.betas.double())
-        names: dict[str, Prediction] = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
-        self.prediction = names[pipeline.scheduler.config.prediction_type]
+        self.schedule = schedule_from_config(pipeline.scheduler.config)
+        self.prediction = prediction_from_config(pipeline.scheduler.config)
         self.size: int = pipeline.edge("height")
         self.null_context = self.text.encode([""])
         pipeline.set_progress_bar_config(disable=True)  # `generate_all` has one for all pictures

@@ -40,6 +40,8 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
 THRESHOLDING = ("ddpm", "ddim", "dpm++", "dpm++sde", "unipc", "deis")
 #: Stock schedulers that ignore `rescale_betas_zero_snr`, and would leave the trained process without a word.
 NO_ZERO_SNR = ("heun", "lms", "pndm", "deis")
+#: What can walk a straight path.
+FLOW = ("dpm++", "dpm++sde", "unipc", "deis")
 
 
 def build(name: str, config: Mapping[str, Any]) -> Any:
@@ -52,6 +54,8 @@ def build(name: str, config: Mapping[str, Any]) -> Any:
     check_sampler("sampler", name)
     if name in NO_ZERO_SNR and config.get("rescale_betas_zero_snr"):
         raise ValueError(f"sampler: {name} knows no zero terminal SNR; use ddim, dpm++, euler or unipc")
+    if name not in FLOW and config.get("use_flow_sigmas"):
+        raise ValueError(f"sampler: {name} knows no rectified flow; use {', '.join(FLOW[:-1])} or {FLOW[-1]}")
     if name in OURS:
         return OURS[name](config)
     import diffusers

@@ -7,6 +7,8 @@ conditioning.py  conditions of the U-Net besides x_t and t
 lora.py          adapters beside frozen weights
 lora_files.py    a LoRA from anywhere => a file of adapters of this model's shapes
 ema.py           the average of the U-Net's weights
+power_ema.py     averages whose width is chosen after training: the mathematics
+ema_snapshots.py their snapshots, and the average of any width rebuilt from them
 classifier.py    x_t, t => class
 captioner.py     pictures => captions, by any image-to-text network in a folder
 loading.py       a folder => the network in it, with every weight

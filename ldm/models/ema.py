@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ldm.models.power_ema import decay, exponent, width_name
+
 
 class Average(EMAModel):
     """An exponential moving average of weights that all learn."""
@@ -39,6 +41,23 @@ def build_ema(unet: nn.Module, decay: float) -> Average:
     """
     foreach = not is_sharded(unet)  # one call for all weights where torch has it
     return Average(learning(unet), decay=decay, foreach=foreach)
+
+
+class PowerAverage(Average):
+    """A power-function average: its decay follows from the step (`ldm.models.power_ema`)."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], width: float, foreach: bool) -> None:
+        super().__init__(parameters, foreach=foreach)
+        self.gamma = exponent(width)
+
+    def get_decay(self, optimization_step: int) -> float:
+        return decay(optimization_step, self.gamma)
+
+
+def build_power_averages(network: nn.Module, widths: Iterable[float]) -> dict[str, PowerAverage]:
+    """An average of what learns of a network for each width, by the width's name."""
+    foreach = not is_sharded(network)
+    return {width_name(width): PowerAverage(learning(network), width, foreach) for width in widths}
 
 
 def learning(network: nn.Module) -> list[nn.Parameter]:

@@ -5,7 +5,8 @@ run.py             train("vae" | "ldm" | "distill" | "classifier", config)
 trainer.py         one step, and the loop around it
 task.py            what a kind of training is
 sizes.py           data.size fits everything that halves it
-optimizer.py       AdamW, its learning rate, skipped steps
+optimizer.py       the learning rate, skipped steps
+optimizers.py      AdamW, Muon, schedule-free, 8-bit AdamW by name
 objective.py       the diffusion section of the config => process, timesteps, loss
 initial_model.py   the model that init names: what it brings, its U-Net at step 0
 samples.py         (seed, sample) => the tensors of a batch of the U-Net's
@@ -21,6 +22,7 @@ budget.py          loop.minutes: a recipe scaled to a time
 monitor.py         skipped steps, spikes of the loss, signals
 train_state.py     networks, optimizers and averages as plain tensors
 checkpoint.py      atomic save, verified load
+ema_snapshots.py   snapshots of averages, in step with the checkpoints
 resume.py          from the newest checkpoint; which config keys may change
 facts.py           what a run has found out, remembered for its next start
 export.py          RUN/pipeline, RUN/lora, RUN/vae, RUN/classifier: verified before they replace the last

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ldm.models.classifier import ClassifierConfig
 from ldm.models.lora import LoRAConfig
+from ldm.models.power_ema import WIDEST
 from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
@@ -209,18 +210,25 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate.
+    """The optimizer and its learning rate.
 
     Attributes:
+        name: adamw; muon (Jordan et al. 2024) for the U-Net's matrices, adamw beside it; schedule_free (Defazio et al.
+            2024), which needs no decay and has its own average; or adamw8bit (Dettmers et al. 2022) on CUDA.
         lr: peak learning rate.
         warmup: steps over which it rises from zero.
         decay: then it stays, or falls to zero along a cosine by the last step.
         cooldown: the last steps, over which a constant rate falls to zero. Until they begin, a stopped run may be given
             more steps or fewer.
-        betas, weight_decay: AdamW's.
+        betas, weight_decay: the optimizer's; Muon has no betas.
         clip: largest global norm of the gradient.
-        ema_decay: of the averaged weights, which are exported.
+        ema_decay: of the averaged weights, which are exported; schedule_free exports its own average instead.
+        ema_widths: of power-function averages kept beside it, as shares of the training, such as [0.05, 0.1]; of these
+            any width can be rebuilt after training (Karras et al. 2024): ldm evaluate RUN --ema 0.02:0.2.
+        ema_snapshot_every: steps between two snapshots of them, in RUN/ema_snapshots.
     """
+
+    name: Literal["adamw", "muon", "schedule_free", "adamw8bit"] = "adamw"
 
     lr: float = 1e-4
     warmup: int = 500
@@ -230,6 +238,8 @@ class OptimConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     ema_decay: float = 0.9999
+    ema_widths: tuple[float, ...] = ()
+    ema_snapshot_every: int = 1000
 
     def __post_init__(self) -> None:
         check("optim.lr", self.lr, above=0)
@@ -242,6 +252,17 @@ class OptimConfig:
             check("optim.betas", beta, at_least=0, below=1)
         check("optim.clip", self.clip, above=0)
         check("optim.ema_decay", self.ema_decay, at_least=0, below=1)
+        for width in self.ema_widths:
+            check("optim.ema_widths", width, above=0, at_most=WIDEST)
+        if len(set(self.ema_widths)) < len(self.ema_widths):
+            raise ValueError(f"optim.ema_widths: expected different widths, got {list(self.ema_widths)}")
+        check("optim.ema_snapshot_every", self.ema_snapshot_every, at_least=1)
+        if self.name == "schedule_free":
+            for name, off in (("decay", "constant"), ("cooldown", 0), ("ema_widths", ())):
+                if getattr(self, name) != off:
+                    raise ValueError(
+                        f"optim.{name}: schedule_free needs no decay and has its own average; set it to {off or '[]'}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -366,6 +387,10 @@ class Config:
         check("seed", self.seed, at_least=0)
         if self.lora.rank and self.init is None:
             raise ValueError("lora.rank: adapters stand beside a model; name it with init, or set lora.rank=0")
+        if self.lora.rank and self.optim.ema_widths:
+            raise ValueError(
+                "optim.ema_widths: averages are rebuilt into pipelines, and adapters make none; set it to []"
+            )
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(
                 "data.caption_columns: a model that knows text needs captions; name their columns, or set "

@@ -25,7 +25,7 @@ from ldm.data.conditioned import ConditionedPictures
 from ldm.data.labels import Labels
 from ldm.data.numbers import Numbers
 from ldm.diffusion.parameterization import Prediction
-from ldm.diffusion.schedule import NoiseSchedule, prediction_from_config, schedule_from_config
+from ldm.diffusion.schedule import NoiseSchedule, RectifiedFlow, prediction_from_config, schedule_from_config
 from ldm.models.fingerprint import fingerprint
 from ldm.models.loading import load_network
 from ldm.models.safety import check_model_folder, read_json
@@ -38,7 +38,7 @@ from ldm.training.objective import build_schedule
 
 #: Settings of a U-Net that this training has nothing to feed with.
 UNFED = ("time_cond_proj_dim",)
-SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
+SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")  # of betas
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,8 @@ class InitialModel:
                 known = NoiseSchedule.from_name(name, self.schedule.T, zero_terminal_snr=zero)
                 if torch.allclose(known.betas, self.schedule.betas, rtol=1e-9):
                     diffusion |= {"schedule": name, "zero_terminal_snr": zero}
+        if isinstance(self.schedule, RectifiedFlow):
+            diffusion |= {"schedule": "rectified_flow", "zero_terminal_snr": False, "flow_shift": self.schedule.shift}
         diffusion |= {"prediction": self.prediction, "variance": "fixed"}
         return {"vae": self.name, "text": text, "unet": unet, "diffusion": diffusion}
 

@@ -13,7 +13,7 @@ from ldm.diffusion import timesteps
 from ldm.diffusion.losses import Network
 from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.reverse import Denoiser
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from ldm.system.checks import check
 
 #: (network, x0, t, eps) => the loss of each sample [B].
@@ -25,11 +25,13 @@ class DiffusionConfig:
     """The process and the objective; the defaults are the epsilon-loss of DDPM.
 
     Attributes:
-        schedule: linear (Ho et al. 2020), scaled_linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021) or
-            sigmoid (Xu et al. 2022).
+        schedule: linear (Ho et al. 2020), scaled_linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
+            sigmoid (Xu et al. 2022), or rectified_flow, a straight path (Liu et al. 2023).
+        flow_shift: of rectified_flow: above 1 moves training and sampling towards noise, as large pictures need
+            (Esser et al. 2024, eq. 23).
         timesteps: T.
         zero_terminal_snr: rescale the schedule so that its last step holds no signal; not with eps (Lin et al. 2024).
-        prediction: what the U-Net predicts.
+        prediction: what the U-Net predicts; of rectified_flow it is flow, eps - x0.
         loss: its squared error (l2), its absolute error (l1), or the bound on the likelihood (vlb).
         weighting: of the squared error: none for L_simple, min_snr (Hang et al. 2023), truncated_snr (Salimans & Ho
             2022) or p2 (Choi et al. 2022).
@@ -46,8 +48,9 @@ class DiffusionConfig:
             classifier-free guidance (Ho & Salimans 2022).
     """
 
-    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "scaled_linear"
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "rectified_flow"] = "scaled_linear"
     timesteps: int = 1000
+    flow_shift: float = 1.0
     zero_terminal_snr: bool = False
     prediction: Prediction = "eps"
     loss: Literal["l2", "l1", "vlb"] = "l2"
@@ -81,10 +84,37 @@ class DiffusionConfig:
             raise ValueError("diffusion.few_steps: the bound is a sum over every timestep; use loss=l2, variance=fixed")
         if self.few_steps and self.timestep_sampling != "uniform":
             raise ValueError("diffusion.few_steps: names the timesteps; leave diffusion.timestep_sampling out")
+        if self.few_steps and self.schedule == "rectified_flow":
+            raise ValueError("diffusion.few_steps: takes the timesteps of a schedule of betas; rectified_flow has none")
+        check("diffusion.flow_shift", self.flow_shift, above=0)
+        if self.schedule == "rectified_flow":
+            self.check_flow()
+        elif self.prediction == "flow":
+            raise ValueError(
+                "diffusion.prediction: flow is along a straight path; set diffusion.schedule=rectified_flow"
+            )
+        elif self.flow_shift != 1:
+            raise ValueError("diffusion.flow_shift: it is rectified_flow's; set diffusion.schedule=rectified_flow")
+
+    def check_flow(self) -> None:
+        """Refuse what has no meaning, or no stock sampler, on a straight path."""
+        allowed: dict[str, tuple[object, ...]] = {
+            "prediction": ("flow",),
+            "zero_terminal_snr": (False,),
+            "loss": ("l2", "l1"),
+            "variance": ("fixed",),
+            "timestep_sampling": ("uniform", "logit_normal"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                expected = " or ".join(str(value).lower() for value in values)
+                raise ValueError(f"diffusion.{name}: rectified_flow needs {expected}, got {getattr(self, name)}")
 
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """The process."""
+    if config.schedule == "rectified_flow":
+        return RectifiedFlow.straight(config.timesteps, config.flow_shift)
     return NoiseSchedule.from_name(config.schedule, config.timesteps, zero_terminal_snr=config.zero_terminal_snr)
 
 
@@ -94,9 +124,9 @@ def build_timesteps(config: DiffusionConfig, schedule: NoiseSchedule) -> timeste
         return timesteps.among(schedule.timesteps(config.few_steps))
     if config.timestep_sampling == "loss_second_moment":
         return timesteps.LossSecondMoment(config.timesteps)
-    return {"uniform": timesteps.uniform, "logit_normal": timesteps.logit_normal}[config.timestep_sampling](
-        config.timesteps
-    )
+    makers = {"uniform": timesteps.uniform, "logit_normal": timesteps.logit_normal}
+    sampler = makers[config.timestep_sampling](config.timesteps)
+    return timesteps.shifted(sampler, config.timesteps, config.flow_shift)
 
 
 def build_weighting(config: DiffusionConfig) -> objective.Weighting | None:

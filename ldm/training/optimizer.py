@@ -1,8 +1,9 @@
-"""AdamW, its learning rate as a function of the step, and steps that are skipped where a number is not finite.
+"""The learning rate as a function of the step, and steps that are skipped where a number is not finite.
 
 Whether a step is taken is decided where the gradients are, without waiting for the device: a loss that is not finite
 makes its gradients NaN, reducing the gradients spreads that to all ranks, their norm is then not finite on every rank
 alike, and the optimizer's fused kernel leaves weights and moments as they are. So a resumed run skips the same steps.
+Optimizers without such a kernel, those of optimizers.py but AdamW, cost a GPU one wait a step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ldm.models.ema import learning
 from ldm.training.train_state import plain
 
 
@@ -33,14 +33,6 @@ def learning_rate(
         return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
     over = (step - (steps - cooldown)) / cooldown if cooldown else 0.0
     return peak * rise * (1 - math.sqrt(min(1.0, max(0.0, over))))
-
-
-def build_optimizer(
-    module: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW, fused where torch has such a kernel: its default on a CPU is a loop over tensors."""
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(learning(module), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 def with_nan_gradients(loss: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ HARMLESS = (
     "loop.sample_every",
     "loop.evaluate_every",
     "loop.checkpoint_every",
+    "optim.ema_snapshot_every",
     "loop.evaluation_pictures",
     "loop.keep",
     "loop.prompts",
@@ -97,6 +98,8 @@ UNREAD = {
 #: Values that versions before a key had in effect, where that isn't today's default.
 BEFORE = {"text.standardize": False}
 ABSENT = "(absent)"
+#: Keys that decide what is in a checkpoint, so that one of another value can't be loaded.
+FIXED = ("optim.name", "optim.ema_widths")
 PATHS = ("run", "init", "vae", "data.source", "data.cache", "text.encoder")
 #: What a change of something that is not in the config means.
 MEANING = {
@@ -163,6 +166,13 @@ def check_changes(
     Raises:
         RunError: names every change that is neither, and how to allow it.
     """
+    for key in FIXED:
+        if key in changed:
+            old, new = changed[key]
+            raise RunError(
+                f"resume: {where} was trained with {key}={old!r}, not {new!r}, and holds other things; change it back, "
+                "or name another run="
+            )
     refused = {key: pair for key, pair in changed.items() if key not in allowed and key not in ROUNDING}
     if refused:
         listed = "\n".join(f"  {key}: {old!r} => {new!r}{MEANING.get(key, '')}" for key, (old, new) in refused.items())

@@ -29,6 +29,7 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.distributed import build_accelerator
     from ldm.training.doctor.examine import before_first_step
     from ldm.training.initial_model import resolved
+    from ldm.training.optimizers import check_optimizer
     from ldm.training.sizes import check_sizes
     from ldm.training.task import Task
     from ldm.training.tasks.autoencoder import Autoencoder
@@ -41,6 +42,8 @@ def train(task: str, config: Config) -> list[float]:
     config = resolved(config, task)
     check_sizes(config, task)
     accelerator, data = build_accelerator(config.loop), config.data
+    if task not in ("vae", "classifier"):  # which have AdamW
+        check_optimizer(config.optim.name, accelerator)
     main, facts = accelerator.is_main_process, config.facts_folder()
     pictures = read_captioned(data.source, **data.reading(), facts=facts, progress=main)
     require_training(pictures)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ldm.data.dataset import CaptionedPictures, Row
-from ldm.models.ema import build_ema, learning
+from ldm.models.ema import build_ema, build_power_averages, learning
 from ldm.training.config import Config
-from ldm.training.optimizer import build_optimizer, learning_rate
+from ldm.training.optimizer import learning_rate
+from ldm.training.optimizers import build_optimizer, has_own_average
 from ldm.training.train_state import TrainState
 
 
@@ -39,10 +40,13 @@ class Recipe:
     """The numbers of a training, from whichever sections of the config hold them.
 
     Attributes:
+        name: of the optimizer (`ldm.training.optimizers`).
         lr, warmup, decay, cooldown: the learning rate (`ldm.training.optimizer.learning_rate`).
-        betas, weight_decay: AdamW's.
+        betas, weight_decay: the optimizer's.
         clip: largest global norm of the gradient.
         ema_decay: of the averaged weights; None if there are none.
+        ema_widths, ema_snapshot_every: of the averages whose width is chosen after training, and how often they are
+            kept (`ldm.models.power_ema`).
         log_every, evaluate_every, sample_every, checkpoint_every: in steps; 0 is never.
     """
 
@@ -61,6 +65,9 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float = 1.0
     ema_decay: float | None = None
+    name: str = "adamw"
+    ema_widths: tuple[float, ...] = ()
+    ema_snapshot_every: int = 0
 
     @classmethod
     def of(cls, *sections: Any, **values: Any) -> Recipe:
@@ -180,10 +187,11 @@ class Task(ABC):
     def add(self, name: str, module: nn.Module) -> None:
         """Hand a network to accelerate (DDP, FSDP, mixed precision) with an optimizer and, if wanted, an average."""
         recipe, accelerator = self.recipe, self.accelerator
-        optimizer = build_optimizer(module, recipe.lr, recipe.betas, recipe.weight_decay, accelerator.device)
+        optimizer: Any = build_optimizer(module, recipe.name, recipe.lr, recipe.betas, recipe.weight_decay, accelerator)
         module, optimizer = accelerator.prepare(module.train(), optimizer)
-        ema = None if recipe.ema_decay is None else build_ema(module, recipe.ema_decay)
-        self.train_state[name] = TrainState(module, optimizer, ema)
+        decay = None if has_own_average(optimizer) else recipe.ema_decay
+        ema = None if decay is None else build_ema(module, decay)
+        self.train_state[name] = TrainState(module, optimizer, ema, build_power_averages(module, recipe.ema_widths))
 
 
 def float32_bytes(network: nn.Module, *, learned: bool = False) -> int:

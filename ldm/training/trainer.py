@@ -21,6 +21,7 @@ from ldm.models.ema import learning
 from ldm.training.checkpoint import checkpoint_folder, save_checkpoint
 from ldm.training.config import to_dict
 from ldm.training.distributed import Peers, on_rank_0
+from ldm.training.ema_snapshots import drop_later_snapshots, keep_snapshot
 from ldm.training.facts import RunFacts
 from ldm.training.logging import Tracker
 from ldm.training.monitor import Monitor, mean_of_finite, samples_of_steps
@@ -63,8 +64,8 @@ class Trainer:
             state = task.train_state[name]
             assert state.optimizer is not None
             skipped = torch.maximum(skipped, update(accelerator, state.module, state.optimizer, lr, recipe.clip))
-            if state.ema is not None:
-                state.ema.step(learning(state.module))
+            for average in state.averages.values():
+                average.step(learning(state.module))
         task.after_step(skipped)
         return total, skipped
 
@@ -95,6 +96,7 @@ class Trainer:
         folder, pictures = checkpoint_folder(config.run, task.name), task.samples.pictures
         facts = data_facts(task.samples) | task.frozen_facts()
         first = resume(folder, task.name, task.train_state, accelerator, recipe.steps, to_dict(config), facts)
+        drop_later_snapshots(Path(config.run), first, task.train_state)
         self.tracker = Tracker(Path(config.run), silent=not accelerator.is_main_process)
         self.monitor = Monitor(
             accelerator, self.tracker, samples_of_steps(config.seed, recipe.batch_size, pictures), recipe.learning_rate,
@@ -118,6 +120,8 @@ class Trainer:
                 done = step + 1
                 if due(done, recipe.log_every, recipe.steps) or self.monitor.signal:
                     history += self.log_losses(done)
+                if due(done, recipe.ema_snapshot_every, recipe.steps):  # before the checkpoint, which counts on it
+                    keep_snapshot(Path(config.run), done, task.train_state)
                 if due(done, recipe.checkpoint_every, recipe.steps) or self.monitor.signal:
                     must, keep = done == recipe.steps or self.monitor.signal != 0, config.loop.keep
                     save_checkpoint(

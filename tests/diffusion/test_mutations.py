@@ -211,7 +211,7 @@ def lasting_schedules() -> list[NoiseSchedule]:
 def forget_tables() -> None:
     """Those that schedules keep: a right one would hide a fault, and a faulty one outlive it."""
     for schedule in lasting_schedules():
-        for table in ("alpha_bar", "alpha", "sigma", "snr"):
+        for table in ("alpha_bar", "alpha", "sigma2", "sigma", "snr"):
             vars(schedule).pop(table, None)
 
 

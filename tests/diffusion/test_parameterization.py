@@ -155,5 +155,5 @@ def test_no_condition_moves_what_is_all_noise() -> None:
 def test_errors_name_what_came() -> None:
     one = torch.ones(1)
     for function in (prediction.to_eps, prediction.to_x0, prediction.to_v, prediction.target, prediction.add_to_score):
-        with pytest.raises(ValueError, match="expected eps, x0 or v, got 'noise'"):
+        with pytest.raises(ValueError, match="expected eps, x0, v or flow, got 'noise'"):
             function("noise", one, one, one, one)  # type: ignore[arg-type]

@@ -99,7 +99,7 @@ def test_config_is_plain_and_complete() -> None:
         scheduler(**config)  # knows every argument
     custom = NoiseSchedule(torch.linspace(0.01, 0.3, 7, dtype=torch.float64))
     assert schedules.scheduler_config(custom, "x0")["trained_betas"] == custom.betas.tolist()
-    with pytest.raises(ValueError, match="expected eps, x0 or v, got 'noise'"):
+    with pytest.raises(ValueError, match="expected eps, x0, v or flow, got 'noise'"):
         schedules.scheduler_config(custom, "noise")  # type: ignore[arg-type]
 
 
@@ -136,9 +136,10 @@ def test_another_process_is_refused() -> None:
     for scheduler in (diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EDMEulerScheduler()):
         with pytest.raises(ValueError, match="got None; is it another process"):
             schedules.schedule_from_config(scheduler.config)
-    flow = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    with pytest.raises(ValueError, match="prediction_type: expected one of epsilon, sample, v_prediction"):
-        schedules.prediction_from_config(flow.config)
+    for words in ({"prediction_type": "flow_prediction"}, {"use_flow_sigmas": True}):
+        mixed = diffusers.DPMSolverMultistepScheduler(**words)
+        with pytest.raises(ValueError, match="prediction_type: flow_prediction and use_flow_sigmas go together"):
+            schedules.prediction_from_config(mixed.config)
 
 
 # --- the formulas ------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "flow matching": (
         lambda model: edit(model / "scheduler/scheduler_config.json", prediction_type="flow_prediction"),
-        "init: prediction_type: expected one of epsilon",
+        "init: prediction_type: flow_prediction and use_flow_sigmas go together",
     ),
     "foreign class": (
         lambda model: edit(model / "model_index.json", unet=["os", "system"]), "init: .*unet: expected diffusers's"

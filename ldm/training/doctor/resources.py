@@ -21,12 +21,15 @@ def needs(task: Task) -> dict[str, int]:
     trial = replace(task)
     trial.build()
     sizes = [float32_bytes(state.module, learned=True) for state in trial.train_state.values()]
-    kept = [1 + 2 * (state.optimizer is not None) + (state.ema is not None) for state in trial.train_state.values()]
+    kept = [1 + 2 * (state.optimizer is not None) + len(state.averages) for state in trial.train_state.values()]
+    widths, recipe = len(next(iter(trial.train_state.values())).powers), task.recipe
     task.accelerator.free_memory()
     found = {
         "checkpoints": sum(size * times for size, times in zip(sizes, kept)) * (task.config.loop.keep + 1),
         task.result: 2 * sizes[0],
     }
+    if widths:
+        found["averages"] = sizes[0] * widths * (recipe.steps // recipe.ema_snapshot_every + 1)
     for name, size in task.other_needs().items():
         found[name] = found.get(name, 0) + size
     return found

@@ -108,6 +108,11 @@ class Classifier(Task):
         config, ids = self.config, self.labels.ids(self.pictures.train)
         self.latent_shape = latent_shape(self.encoders.vae_outline, config.data.size)
         self.schedule = schedule_of(config)
+        if self.schedule.name == "rectified_flow":
+            raise ValueError(
+                "diffusion.schedule: stock samplers don't say where on rectified_flow's path they are, which guidance "
+                "by a classifier needs; train it for a model with another schedule"
+            )
         self.samples = LabeledSamples(
             self.pictures.train, ids, config.data, config.seed, self.schedule.T, self.latent_shape, None
         )

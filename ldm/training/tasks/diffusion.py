@@ -33,7 +33,6 @@ from ldm.diffusion.timesteps import LossSecondMoment, at_share
 from ldm.evaluation.validation import CaptionedValidationSet, CaptionLosses, by_quarter, by_timestep, caption_losses
 from ldm.inference.defaults import Defaults
 from ldm.models.conditioning import Conditioning, denoise
-from ldm.models.ema import averaged
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import build_unet, choose_attention, without_variance
 from ldm.models.vae import latent_shape
@@ -288,12 +287,10 @@ class Diffusion(Task):
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         """Inside, the U-Net has its averaged weights. Every rank must enter."""
-        module, ema = self.unet.module, self.unet.ema
-        assert ema is not None
-        module.eval()
-        with torch.no_grad(), averaged(module, ema):
+        self.unet.module.eval()
+        with torch.no_grad(), self.unet.averaged() as module:
             yield module
-        module.train()
+        self.unet.module.train()
 
     def validate(self) -> dict[str, float]:
         """The held-out loss by quarter of t, and by how much shuffled captions and none raise it."""
