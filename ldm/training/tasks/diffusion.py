@@ -207,9 +207,9 @@ class Diffusion(Task):
         folder, facts = Path(self.config.run) / "frozen", RunFacts(self.config.run)
         labels = self.source.labels.names if self.source and self.source.labels else None
         sampling = [self.scheduler, *astuple(self.defaults)]
-        made_of = [__version__, encoders.identity, sampling, [prompt.prompt for prompt in self.prompts], labels]
-        if self.source and self.source.numbers:
-            made_of.append(asdict(self.source.numbers))
+        prompts = [prompt.prompt for prompt in self.prompts]
+        numbers = [asdict(self.source.numbers)] if self.source and self.source.numbers else []
+        made_of = [__version__, encoders.identity, sampling, prompts, labels, *numbers]
 
         def state() -> str:
             return stamp(made_of, written_stamp(folder))

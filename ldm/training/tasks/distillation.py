@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm.data.dataset import CaptionedPictures
 from ldm.diffusion.distillation import consistency_loss, solver_pairs
+from ldm.diffusion.schedule import RectifiedFlow
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.schedule import beside
 from ldm.evaluation.validation import ValidationSet, with_each_caption
@@ -53,6 +54,8 @@ class Distillation(Diffusion):
     def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
         teacher = InitialModel.open(config.init or "")
         steps = config.distill.solver_steps
+        if isinstance(teacher.schedule, RectifiedFlow):
+            raise ValueError(f"init: {config.init} is a rectified flow, which stock LCMScheduler can't sample")
         if teacher.schedule.T % steps:
             raise ValueError(
                 f"distill.solver_steps: expected a divisor of init's {teacher.schedule.T} timesteps, got {steps}"
