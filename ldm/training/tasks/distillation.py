@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from ldm.data.dataset import CaptionedPictures
 from ldm.diffusion.distillation import consistency_loss, solver_pairs
-from ldm.diffusion.schedule import RectifiedFlow
 from ldm.diffusion.guidance import guide
-from ldm.diffusion.schedule import beside
+from ldm.diffusion.schedule import RectifiedFlow, beside
 from ldm.evaluation.validation import ValidationSet, with_each_caption
 from ldm.inference.defaults import Defaults
 from ldm.models.conditioning import Conditioning, denoise, scale_embedding, together
