@@ -57,11 +57,13 @@ class Saved(DiffusionPipeline):
         example_prompts: prompts that the model was trained on; may be empty.
         labels: the classes that it knows; None if it knows none.
         defaults: the settings of a call that names neither steps nor guidance.
+        loaded_from: the folder, if it was loaded from one.
     """
 
     example_prompts: tuple[str, ...] = ()
     labels: Labels | None = None
     defaults: Defaults = Defaults()
+    loaded_from: Path | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
@@ -91,6 +93,7 @@ class Saved(DiffusionPipeline):
         if (folder / LABELS_FILE).exists():
             pipeline.labels = Labels.load(folder / LABELS_FILE)
         pipeline.defaults = Defaults.load(folder)
+        pipeline.loaded_from = folder
         return pipeline
 
     @classmethod
@@ -145,8 +148,8 @@ class Saved(DiffusionPipeline):
         So networks can be saved one after the other, and large ones needn't be in memory together.
         """
         forget_calls(self.tokenizer)
-        for name in ("scheduler", "tokenizer"):
-            part = getattr(self, name)
+        for name in ("scheduler", "low_res_scheduler", "tokenizer"):
+            part = getattr(self, name, None)
             if part is not None:
                 part.save_pretrained(folder / name)
         self.save_config(folder)

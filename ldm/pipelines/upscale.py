@@ -211,7 +211,7 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
         levels = level.repeat(len(low))
         conditions = {POSITIVE: Conditioning(context, levels, low), NEGATIVE: Conditioning(null, levels, low)}
         stock = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs}
-        tiles = corners(*low.shape[-2:], tile, overlap)
+        tiles = corners(low.shape[-2], low.shape[-1], tile, overlap)
         denoiser: Any = UNetDenoiser(self.unet, conditions, **stock)
         if len(tiles) > 1:
             at_once = max(1, AT_ONCE // len(low))

@@ -85,25 +85,27 @@ def export(final: Path, step: int, write: Callable[[Path, Tick], None], *, must:
 
 
 def write_pipeline(folder: Path, frozen: Path, unet: Any, expected: float, loss_of: Callable[[Any], float],
-                   precision: str) -> None:  # fmt: skip
+                   precision: str, kind: Any = LDMPipeline) -> None:  # fmt: skip
     """Fill a folder with RUN/frozen, which `save_frozen` left, and a U-Net; check it as `check_unet` does."""
     shutil.copytree(frozen, folder, copy_function=link, dirs_exist_ok=True)
     unet.save_pretrained(folder / "unet")
-    check_unet(folder, unet, expected, loss_of, precision)
+    check_unet(folder, unet, expected, loss_of, precision, kind)
 
 
-def check_unet(folder: Path, unet: nn.Module, expected: float, loss_of: Callable[[Any], float], precision: str) -> None:
+def check_unet(folder: Path, unet: nn.Module, expected: float, loss_of: Callable[[Any], float], precision: str,
+               kind: Any = LDMPipeline) -> None:  # fmt: skip
     """Compare the U-Net of a saved pipeline, loaded as pipelines are, with the one in memory.
 
     Args:
         expected: the loss of the averaged weights on a stored batch, in the training process.
         loss_of: the loss of a U-Net on that batch.
         precision: accelerate's mixed_precision of the run.
+        kind: the class of the pipeline.
     Raises:
         ExportMismatch: with what differs.
     """
     with loadable():
-        loaded = LDMPipeline.from_pretrained(folder, vae=None, text_encoder=None)
+        loaded = kind.from_pretrained(folder, vae=None, text_encoder=None)
     check_weights("unet", unet.state_dict(), loaded.unet.state_dict())
     found = loss_of(loaded.unet)
     if not math.isclose(found, expected, rel_tol=TOLERANCE[precision]):

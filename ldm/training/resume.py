@@ -54,6 +54,7 @@ _LDM = (
     "text.",
     "unet.",
     "lora.",
+    "upscale.",
     "optim.",
     "data.condition_column",
     "data.inpaint",
@@ -82,12 +83,13 @@ UNREAD = {
 #: Values that versions before a key had in effect, where that isn't today's default.
 BEFORE = {"text.standardize": False}
 ABSENT = "(absent)"
-PATHS = ("run", "init", "vae", "data.source", "data.cache", "text.encoder")
+PATHS = ("run", "init", "vae", "data.source", "data.cache", "text.encoder", "upscale.base")
 #: What a change of something that is not in the config means.
 MEANING = {
     "data": " (pictures, captions, classes or their order)",
     "encoders": " (weights or scale of the VAE or the text encoder)",
     "init_weights": " (of the U-Net that init names)",
+    "upscale_base": " (the model that upscale.base names)",
 }
 
 

@@ -35,6 +35,7 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.tasks.classifier import Classifier
     from ldm.training.tasks.diffusion import Diffusion
     from ldm.training.tasks.lora import LoRA
+    from ldm.training.tasks.upscaling import Upscaling
     from ldm.training.trainer import Trainer
 
     config = resolved(config, task)
@@ -55,7 +56,7 @@ def train(task: str, config: Config) -> list[float]:
 
     tasks: dict[str, type[Task]] = {
         "vae": Autoencoder,
-        "ldm": LoRA if config.lora.rank else Diffusion,
+        "ldm": LoRA if config.lora.rank else Upscaling if config.upscale.factor else Diffusion,
         "classifier": Classifier,
     }
     kind = tasks[task]
