@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ldm.cli.lora import add_lora_option, load_loras
 from ldm.cli.parser import Command, path, place
@@ -14,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", type=place, metavar="RUN_OR_MODEL", help="a run or a pipeline folder")
     add("out", type=path, metavar="FOLDER", help="the folder to make")
     add_lora_option(add)
+    add(
+        "--upscaler",
+        type=place,
+        metavar="FOLDER",
+        help="an upscaler to put behind it, into FOLDER/upscaler (default: the model's own, if it has one)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -21,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.cli.find import find_model, run_of
     from ldm.evaluation.provenance import record_run
     from ldm.pipelines.text_to_image import LDMPipeline
+    from ldm.pipelines.upscale import LDMUpscalePipeline
     from ldm.sharing.export import export
     from ldm.sharing.redaction import redact_paths
 
@@ -29,6 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     load_loras(pipeline, arguments.lora)
     if arguments.lora:
         pipeline.merge_adapters()
+    if arguments.upscaler is not None:
+        pipeline.upscaler = LDMUpscalePipeline.from_pretrained(arguments.upscaler)
+        check_behind(pipeline, arguments.upscaler)
     size = export(pipeline, arguments.out)
     if config:
         config = redact_paths(config, [config.get("run"), config.get("data", {}).get("source")])
@@ -36,11 +47,19 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out} holds {size / 1e6:.1f} MB; generate with: ldm sample {arguments.out} PROMPT")
 
 
+def check_behind(pipeline: Any, name: str) -> None:
+    """Raise a ValueError if an upscaler was trained for pictures of another size than the pipeline makes."""
+    size, tile = pipeline.edge("height"), pipeline.upscaler.tile
+    if size != tile:
+        raise ValueError(f"--upscaler: {name} upscales pictures of {tile} pixels, and the model makes {size}")
+
+
 COMMAND = Command(
     "save a model in half the size: fp16 weights, computed in float32",
     """
 ldm export runs/demo models/demo
-ldm export models/openmoji64 models/noto --lora runs/noto/lora   (a LoRA merged into the model)""",
+ldm export models/openmoji64 models/noto --lora runs/noto/lora   (a LoRA merged into the model)
+ldm export models/emoji64 models/emoji256 --upscaler runs/upscale/pipeline   (an upscaler behind the model)""",
     add_arguments,
     run,
 )

@@ -22,6 +22,7 @@ UPSCALER_FOLDER = "upscaler"
 class CascadedPipeline(ConditionedPipeline):
     """A pipeline that may have an upscaler."""
 
+    upscaler_folder = UPSCALER_FOLDER  # in its own
     _upscaler: LDMUpscalePipeline | None = None
     _upscaler_of: tuple[str, Path, str | None] | None = None  # name, folder and variant of the pipeline it belongs to
 
@@ -52,11 +53,7 @@ class CascadedPipeline(ConditionedPipeline):
         if self._upscaler is None:
             folder = self._find_upscaler()
             if folder is None:
-                where = f"{self._upscaler_of[0]} has" if self._upscaler_of else "this pipeline has"
-                raise FileNotFoundError(
-                    f"upscale: {where} no folder {UPSCALER_FOLDER}/; train an upscaler with `ldm train ldm --config "
-                    "upscale`, then put it there with `ldm export MODEL FOLDER --upscaler RUN/pipeline`"
-                )
+                raise no_upscaler(self._upscaler_of[0] if self._upscaler_of else "this pipeline")
             variant = self._upscaler_of[2] if self._upscaler_of else None
             chosen = {} if variant is None else {"variant": variant}
             self._upscaler = LDMUpscalePipeline.from_pretrained(folder, dtype=self.unet.dtype, **chosen)
@@ -92,14 +89,29 @@ class CascadedPipeline(ConditionedPipeline):
             self.upscaler.save_pretrained(Path(save_directory) / UPSCALER_FOLDER, **kwargs)
 
     def _find_upscaler(self) -> Path | None:
-        """The upscaler's folder; for a pipeline of the Hub it is downloaded at the first use."""
-        if self._upscaler_of is None:
-            return None
-        name, home, _ = self._upscaler_of
-        folder = home / UPSCALER_FOLDER
-        if not folder.exists() and not Path(name).expanduser().exists():
-            from huggingface_hub import snapshot_download
+        """The upscaler's folder."""
+        return None if self._upscaler_of is None else upscaler_behind(*self._upscaler_of[:2])
 
-            patterns = [f"{UPSCALER_FOLDER}/{pattern}" for pattern in HUB_FILES]
-            snapshot_download(name, revision=home.name, allow_patterns=patterns)  # of the very same commit
-        return folder if (folder / "model_index.json").exists() else None
+
+def upscaler_behind(name: str, folder: Path) -> Path | None:
+    """The folder of the upscaler behind a pipeline, None if it has none; from the Hub it is downloaded at first use.
+
+    Args:
+        name: of the pipeline, a folder or a Hub id.
+        folder: where it lies.
+    """
+    found = folder / UPSCALER_FOLDER
+    if not found.exists() and not Path(name).expanduser().exists():
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{UPSCALER_FOLDER}/{pattern}" for pattern in HUB_FILES]
+        snapshot_download(name, revision=folder.name, allow_patterns=patterns)  # of the very same commit
+    return found if (found / "model_index.json").exists() else None
+
+
+def no_upscaler(name: str) -> FileNotFoundError:
+    """The error of a pipeline without one."""
+    return FileNotFoundError(
+        f"upscale: {name} has no folder {UPSCALER_FOLDER}/; train an upscaler with `ldm train ldm --config upscale`, "
+        "then put it there with `ldm export MODEL FOLDER --upscaler RUN/pipeline`"
+    )

@@ -67,6 +67,7 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
     """
 
     engine: None = None  # it computes with torch alone
+    noise_level = NOISE_LEVEL  # of a call that names none
 
     @classmethod
     def from_components(
