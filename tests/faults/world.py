@@ -38,7 +38,7 @@ from ldm.training import normalization, trainer
 from ldm.training.checkpoint import checkpoint_folder, checkpoints, step_of
 from ldm.training.config import Config
 from ldm.training.run import train
-from ldm.training.tasks import classifier, diffusion
+from ldm.training.tasks import classifier, diffusion, upscaling
 from ldm.training.tasks.autoencoder import Autoencoder
 
 torch.set_num_threads(1)
@@ -46,7 +46,8 @@ HANG = 240.0  # seconds after which a child counts as hanging
 STEPS, SAVE_EVERY = 9, 3
 PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "previewing")
 #: kind of training => its task
-KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm"}
+KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm",
+         "upscale": "ldm"}  # fmt: skip
 #: task => the file that it leaves in its run
 RESULTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -158,7 +159,8 @@ def watched(board: Board) -> None:
     announce(trainer, "save_checkpoint", "saving")
     for module in (diffusion, classifier):
         announce(module, "build_cache", "cache")
-    for task in (Autoencoder, diffusion.Diffusion, classifier.Classifier):
+    announce(upscaling, "build_small_pictures", "cache")
+    for task in (Autoencoder, diffusion.Diffusion, upscaling.Upscaling, classifier.Classifier):
         for method, phase in {"export": "exporting", "validate": "evaluating", "preview": "previewing"}.items():
             announce(task, method, phase)
     step = trainer.Trainer.step
@@ -188,6 +190,9 @@ class World:
         vae = build_vae(VAEConfig(channels=(16, 16), layers=1)).eval().requires_grad_(False)
         normalize(vae, *normalization.measure_latents(vae, pictures, tiny.SIZE, 24))
         vae.save_pretrained(home / "vae")
+        base = tiny.pipeline(home / "base-text", vae_config=VAEConfig(channels=(16, 16), layers=1))
+        base.unet.register_to_config(sample_size=tiny.SIZE // 4)  # of pictures that are half as large
+        base.save_pretrained(home / "base")
 
     def recipe(self, kind: str, run: Path, **words: Any) -> Config:
         """The config of one kind of training."""
@@ -221,6 +226,7 @@ class World:
             "vae": {"data__workers": 2},
             "classifier": {"data__label_column": "color", "data__flip": "true"},
             "inpaint": {"data__inpaint": "true", "data__workers": 2},
+            "upscale": {"upscale__factor": 2, "upscale__crop": 8, "upscale__base": str(self.home / "base")},
         }
         return road.recipe(self.home, **{**shared, **kinds[kind], **words})
 
