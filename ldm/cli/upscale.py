@@ -128,7 +128,7 @@ def upscale(arguments: argparse.Namespace, files: list[Path], pictures: list[Any
     prompts = [prompt_of(file) if arguments.prompt is None else arguments.prompt for file in files]
     model = model_sha256(pipeline, adapters=False)
     used = pipeline.resolve(arguments.steps, arguments.guidance_scale)
-    recorded = {
+    recorded: dict[str, Any] = {
         **{name: value for name, value in settings.items() if name != "tile"},
         "num_inference_steps": used.num_inference_steps,
         "guidance_scale": used.guidance_scale,
@@ -136,7 +136,7 @@ def upscale(arguments: argparse.Namespace, files: list[Path], pictures: list[Any
     }
     made = pipeline.upscale(pictures, prompts, batch_size=arguments.batch_size, seed=arguments.seed, **settings).images
     for i, (large, small, out) in enumerate(zip(made, pictures, outs, strict=True)):
-        given = {"prompt": prompts[i]} if pipeline.tokenizer is not None and prompts[i] else {}
+        given: dict[str, Any] = {"prompt": prompts[i]} if pipeline.tokenizer is not None and prompts[i] else {}
         png_metadata.stamp([large], pipeline, model, seed=arguments.seed + i, image=small, **given, **recorded)
         png_metadata.save(large, out)
     sizes = "{} x {} => {} x {}".format(*pictures[0].size, *made[0].size)

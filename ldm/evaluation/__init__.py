@@ -8,6 +8,7 @@ evaluation_set.py          the real pictures of a data set, and the prompt sets
 features.py                feature extractors: pixels, a frozen network, the in-domain CLIP
 in_domain_clip.py          the in-domain CLIP
 in_domain_clip_training.py its training
+upscaling.py               an upscaler against resampling
 sweep.py                   the choice of guidance scale, interval and number of steps
 validation.py              validation losses of a training run at fixed (sample, t, eps)
 provenance.py              the machine, and the record of the run that made a model
