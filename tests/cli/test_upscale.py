@@ -1,4 +1,4 @@
-"""`ldm upscale`, `ldm sample --upscale` and `ldm export --upscaler`: the pipeline's pictures, and refusals of one line."""
+"""`ldm upscale`, `ldm sample --upscale`, `ldm export --upscaler`: the pipeline's pictures, and refusals of a line."""
 
 from __future__ import annotations
 
