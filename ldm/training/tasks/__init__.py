@@ -3,6 +3,6 @@
 autoencoder.py  the VAE
 diffusion.py    the U-Net
 lora.py         adapters beside a U-Net
-upscaling.py   an upscaler: the diffusion task on crops, behind a base model
+upscaling.py    an upscaler behind a base model: crops, small pictures
 classifier.py   the classifier of noisy latents
 """
