@@ -20,6 +20,7 @@ from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.unet import UNetConfig, build_unet, student_of
 from ldm.models.vae import VAEConfig, build_vae, downsampling
 from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.pipelines.upscale import LDMUpscalePipeline
 
 Kind = Literal["bert", "clip", "t5", "gpt2"]
 KINDS: tuple[Kind, ...] = ("bert", "clip", "t5", "gpt2")
@@ -169,6 +170,24 @@ def class_pipeline(folder: Path, names: tuple[str, ...]) -> LDMPipeline:
 def inpaint_pipeline(folder: Path) -> LDMPipeline:
     """The same for a model that was trained to fill in masked parts."""
     return condition_pipeline(folder, mask_channels=1)
+
+
+def upscale_pipeline(folder: Path) -> LDMUpscalePipeline:
+    """An upscaler that makes pictures of 2 * SIZE pixels of ones of SIZE."""
+    text = text_encoder(folder)
+    torch.manual_seed(5)
+    vae = build_vae(VAEConfig(channels=(16, 32), layers=1)).eval()
+    unet = build_unet(
+        UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
+        latent_shape=(vae.config.latent_channels, SIZE, SIZE),
+        context_dim=text.dim,
+        classes=351,
+        condition_channels=3,
+    )
+    scheduler = scheduler_config(NoiseSchedule.scaled_linear(), "eps")
+    upscaling = LDMUpscalePipeline.from_components(vae, text, unet.eval(), scheduler, max_noise_level=350)
+    upscaling.set_progress_bar_config(disable=True)
+    return upscaling
 
 
 def condition_pipeline(folder: Path, mask_channels: int = 0) -> LDMPipeline:

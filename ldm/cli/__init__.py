@@ -13,6 +13,7 @@ doctor.py    can this recipe train here?
 train.py     train, or resume
 sample.py    generate pictures
 edit.py      change a picture
+upscale.py   make pictures larger
 walk.py      pictures between two prompts or seeds
 evaluate.py  measure a model
 compare.py   two models or settings on the same captions and noise

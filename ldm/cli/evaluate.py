@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-pictures", type=int, metavar="N", help="training captions to generate, spread evenly (default: 200)")
     add("--batch-size", type=int, default=16, help="pictures generated at once (default: 16)")
     add("--seeds", type=int, metavar="N", help="also generate N pictures of each training caption: do they differ?")
+    add("--base", type=place, metavar="MODEL", help="for an upscaler: whether this model's pictures keep their prompt")
     add("--quick", action="store_true", help="16 captions of each set, few resamples, no timing")
     add = parser.add_argument_group("likelihood").add_argument
     add("--nll", action="store_true", help="only bound the negative log-likelihood of held-out latents, by timestep")
@@ -147,7 +148,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.fit_net:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         fit(pictures, net, arguments, device)
-    if folder is not None and home is not None and arguments.nll:
+    if folder is not None and home is not None and is_upscaler(folder):
+        examine_upscaler(folder, arguments.out or home, pictures, arguments)
+    elif folder is not None and home is not None and arguments.nll:
         bound_likelihood(folder, arguments.out or home, pictures, arguments)
     elif folder is not None and home is not None and arguments.ema:
         try_ema_widths(folder, arguments.out or home, pictures, arguments)
@@ -158,6 +161,33 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             record_run(out, *run_of(folder), config)
         examine(folder, out, pictures, arguments)
+
+
+def is_upscaler(folder: Path) -> bool:
+    """Whether a pipeline's folder is an upscaler's."""
+    from ldm.models.safety import read_json
+    from ldm.pipelines.loading import UPSCALER
+
+    return read_json(folder / "model_index.json").get("_class_name") == UPSCALER
+
+
+def examine_upscaler(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:
+    """Measure an upscaler against resampling, and print a table."""
+    from ldm.evaluation.upscaling import FILE, SHEET, evaluate_upscaler, table
+    from ldm.pipelines.text_to_image import LDMPipeline
+    from ldm.pipelines.upscale import LDMUpscalePipeline
+    from ldm.system.devices import best_device
+
+    pipeline = LDMUpscalePipeline.from_pretrained(folder).to(best_device())
+    base = None if arguments.base is None else LDMPipeline.from_pretrained(arguments.base).to_best_device()
+    if base is not None and base.edge("height") != pipeline.tile:
+        raise ValueError(f"--base: {arguments.base} makes {base.edge('height')} px, {folder} upscales {pipeline.tile}")
+    extractors = extractors_of(arguments, pictures, pipeline.tile * pipeline.factor, pipeline.device)
+    most = min(arguments.pictures or 16, 16) if arguments.quick else arguments.pictures
+    report = evaluate_upscaler(
+        pipeline, pictures, extractors, out, most=most, base=base, batch_size=arguments.batch_size, seed=arguments.seed
+    )
+    print(f"\n{table(report)}\nall metrics: {out / FILE}\npictures: {out / SHEET}")
 
 
 def read_data(arguments: argparse.Namespace, config: dict[str, Any] | None) -> CaptionedPictures:
@@ -182,15 +212,22 @@ def net_folder(arguments: argparse.Namespace, pictures: CaptionedPictures) -> Pa
 def load_extractors(
     arguments: argparse.Namespace, pictures: CaptionedPictures, model: EvaluatedModel
 ) -> list[FeatureExtractor]:
+    """Those of a model's pictures, on its device."""
+    return extractors_of(arguments, pictures, model.size, model.device)
+
+
+def extractors_of(
+    arguments: argparse.Namespace, pictures: CaptionedPictures, size: int, device: Any
+) -> list[FeatureExtractor]:
     """Pixels, the networks that were named, and the in-domain CLIP if there is one; a missing one is reported."""
     from ldm.evaluation.features import load_extractor, pixel_extractor
     from ldm.evaluation.in_domain_clip import load_clip, read_card
 
     net = net_folder(arguments, pictures)
-    extractors = [pixel_extractor(model.size)]
-    extractors += [load_extractor(spec, model.size, model.device) for spec in arguments.features]
+    extractors = [pixel_extractor(size)]
+    extractors += [load_extractor(spec, size, device) for spec in arguments.features]
     if read_card(net) is not None:
-        extractors.append(load_clip(net, pictures, model.size, model.device))
+        extractors.append(load_clip(net, pictures, size, device))
     if len(extractors) == 1:
         print(
             f"no in-domain CLIP in {net} (train it with `ldm evaluate --data {pictures.source} --fit-net`) and no "
@@ -319,6 +356,7 @@ COMMAND = Command(
     """
 ldm evaluate --data data/openmoji --fit-net          (train the data set's own feature extractor, once)
 ldm evaluate runs/demo                               (all metrics, in runs/demo/evaluation/report.html)
+ldm evaluate runs/upscale --base models/emoji64      (an upscaler: PSNR and KID against resampling)
 ldm evaluate runs/demo --quick                       (a first look)
 ldm evaluate runs/demo --nll                         (a bound on the likelihood of held-out latents, by timestep)
 ldm evaluate runs/demo --ema 0.02:0.2                (which width of the average? needs optim.ema_widths)

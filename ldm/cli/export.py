@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ldm.cli.lora import add_lora_option, load_loras
 from ldm.cli.parser import Command, path, place
@@ -17,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ema", type=float, metavar="WIDTH", help="of the average, rebuilt from the run's snapshots (optim.ema_widths)"
     )
+    add(
+        "--upscaler",
+        type=place,
+        metavar="FOLDER",
+        help="an upscaler to put behind it, into FOLDER/upscaler (default: the model's own, if it has one)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.cli.find import find_model, run_of
     from ldm.evaluation.provenance import record_run
     from ldm.pipelines.text_to_image import LDMPipeline
+    from ldm.pipelines.upscale import LDMUpscalePipeline
     from ldm.sharing.export import export
     from ldm.sharing.redaction import redact_paths
 
@@ -40,6 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     load_loras(pipeline, arguments.lora)
     if arguments.lora:
         pipeline.merge_adapters()
+    if arguments.upscaler is not None:
+        pipeline.upscaler = LDMUpscalePipeline.from_pretrained(arguments.upscaler)
+        check_behind(pipeline, arguments.upscaler)
     size = export(pipeline, arguments.out)
     if config:
         config = redact_paths(config, [config.get("run"), config.get("data", {}).get("source")])
@@ -47,12 +58,20 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out} holds {size / 1e6:.1f} MB; generate with: ldm sample {arguments.out} PROMPT")
 
 
+def check_behind(pipeline: Any, name: str) -> None:
+    """Raise a ValueError if an upscaler was trained for pictures of another size than the pipeline makes."""
+    size, tile = pipeline.edge("height"), pipeline.upscaler.tile
+    if size != tile:
+        raise ValueError(f"--upscaler: {name} upscales pictures of {tile} pixels, and the model makes {size}")
+
+
 COMMAND = Command(
     "save a model in half the size: fp16 weights, computed in float32",
     """
 ldm export runs/demo models/demo
 ldm export runs/demo models/demo --ema 0.08     (an average of another width, chosen by ldm evaluate --ema)
-ldm export models/openmoji64 models/noto --lora runs/noto/lora   (a LoRA merged into the model)""",
+ldm export models/openmoji64 models/noto --lora runs/noto/lora   (a LoRA merged into the model)
+ldm export models/emoji64 models/emoji256 --upscaler runs/upscale/pipeline   (an upscaler behind the model)""",
     add_arguments,
     run,
 )

@@ -75,14 +75,40 @@ def run_of(folder: Path) -> tuple[Path | None, int | None]:
 
 def load(folder: str, dtype: str, engine: str | None) -> Any:
     """The pipeline on the best device for an engine, in a dtype of this name or, for auto, in the one that suits it."""
+    from ldm import LDMPipeline
+
+    device, kind = device_and_dtype(dtype, engine)
+    return LDMPipeline.from_pretrained(folder, dtype=kind).to(device)
+
+
+def load_upscaler(name: str, dtype: str) -> Any:
+    """The same for an upscaler: the folder's own, or the one behind a pipeline.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    from ldm.pipelines.cascade import no_upscaler, upscaler_behind
+    from ldm.pipelines.loading import UPSCALER, find_pipeline
+    from ldm.pipelines.upscale import LDMUpscalePipeline
+
+    folder: Path | None = find_pipeline(name)
+    assert folder is not None
+    if json.loads((folder / "model_index.json").read_text("utf-8")).get("_class_name") != UPSCALER:
+        folder = upscaler_behind(name, folder)
+        if folder is None:
+            raise no_upscaler(name)
+    device, kind = device_and_dtype(dtype)
+    return LDMUpscalePipeline.from_pretrained(folder, dtype=kind).to(device)
+
+
+def device_and_dtype(dtype: str, engine: str | None = None) -> tuple[Any, Any]:
+    """The best device for an engine, and a dtype by name or, for auto, the one that suits the device."""
     import torch
 
-    from ldm import LDMPipeline
     from ldm.system import devices
 
     device = torch.device("cpu") if engine == "openvino" else devices.best_device()
-    kind = devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)
-    return LDMPipeline.from_pretrained(folder, dtype=kind).to(device)
+    return device, devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)
 
 
 def find_by_hash(named: str | None, sha256: str, dtype: str, engine: str | None) -> tuple[Any, str]:

@@ -1,4 +1,4 @@
-"""The command line: `ldm data | doctor | train | sample | edit | walk | evaluate | compare | export | push | app`.
+"""The command line: `ldm data | doctor | train | sample | edit | upscale | walk | evaluate | compare | export | …`.
 
 A command imports what it needs when it runs: `ldm --help` does not wait for torch, diffusers or gradio.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import ldm
-from ldm.cli import app, compare, data, doctor, edit, evaluate, export, push, sample, train, walk
+from ldm.cli import app, compare, data, doctor, edit, evaluate, export, push, sample, train, upscale, walk
 from ldm.cli.parser import Parser, add_commands
 from ldm.system.importing import leave_quickly, quiet_libraries
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": train.COMMAND,
     "sample": sample.COMMAND,
     "edit": edit.COMMAND,
+    "upscale": upscale.COMMAND,
     "walk": walk.COMMAND,
     "evaluate": evaluate.COMMAND,
     "compare": compare.COMMAND,

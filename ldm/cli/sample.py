@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="generate a picture again by the settings in its PNG file; options change them",
     )
     add_lora_option(add)
+    add("--upscale", action="store_true", help="make the pictures larger with the upscaler in the model's folder")
     add("--seed", type=int, help="of the first picture; picture i has seed + i (default: 0)")
     add("--images-per-prompt", type=positive, metavar="N", help="pictures of each prompt (default: 1)")
     add(
@@ -211,7 +212,10 @@ def generate(arguments: argparse.Namespace) -> None:
     typed = {name: getattr(arguments, option) for option, name in SETTINGS.items()}
     settings = conditions(arguments) | {name: value for name, value in typed.items() if value is not None}
     seed, size = arguments.seed or 0, arguments.batch_size or 16
-    model = None
+    model = upscaler = None
+    if arguments.upscale:
+        settings["upscale"] = True
+        upscaler = model_sha256(pipeline.upscaler)
     if arguments.each is not None or inputs * count == 1:  # files that carry their settings, each prompt alone
         model, size = model_sha256(pipeline, adapters=False), min(size, count)
     captions = [prompt or label or "" for prompt, label in zip(prompts, labels, strict=True) for _ in range(count)]
@@ -226,7 +230,7 @@ def generate(arguments: argparse.Namespace) -> None:
                     given[name] = values if model is None else values[0]
             made: Any = pipeline(**given, num_images_per_prompt=part.count)
             if model is not None:
-                png_metadata.stamp(made.images, pipeline, model, **given)
+                png_metadata.stamp(made.images, pipeline, model, upscaler=upscaler, **given)
             if arguments.each is not None:
                 for i, picture in enumerate(made.images, part.seed):
                     png_metadata.save(picture, arguments.each / file_name(i, captions[i - seed]))
@@ -274,6 +278,7 @@ def file_name(seed: int, caption: str | None) -> str:
 
 def generate_again(arguments: argparse.Namespace) -> None:
     """Generate a picture by its own settings, but for those that were typed; report whether it is the same file."""
+    from ldm.models.fingerprint import model_sha256
     from ldm.sharing import png_metadata
 
     for option in NOT_WITH_LIKE:
@@ -282,6 +287,11 @@ def generate_again(arguments: argparse.Namespace) -> None:
     if arguments.prompts:
         raise ValueError(f"prompts: {arguments.like} has its own; leave them out, or leave --like out")
     wanted = png_metadata.read(arguments.like)
+    if wanted.noise_level is not None:
+        raise ValueError(
+            f"{arguments.like}: it was upscaled from a picture that the file does not hold (SHA-256 "
+            f"{str(wanted.image)[:12]}…); run `ldm upscale` with that picture"
+        )
     if wanted.image:
         raise ValueError(
             f"{arguments.like}: it is an edit of a picture that the file does not hold (SHA-256 {wanted.image[:12]}…), "
@@ -327,11 +337,12 @@ def generate_again(arguments: argparse.Namespace) -> None:
         load_by_hash(pipeline, wanted.adapters, arguments.like)
     if engine == "openvino":
         pipeline.enable_openvino()
-    given = settings.arguments() | extra
+    given = settings.arguments() | extra | ({"upscale": True} if arguments.upscale else {})
     if "weaker" in extra:
         given.pop("guidance_scale", None)
+    upscaler = model_sha256(pipeline.upscaler) if given["upscale"] else None
     made: Any = pipeline(**given)
-    png_metadata.stamp(made.images, pipeline, model, **given)
+    png_metadata.stamp(made.images, pipeline, model, upscaler=upscaler, **given)
     picture, out = made.images[settings.place], arguments.out or OUT
     before = arguments.like.read_bytes()  # which --out may be about to replace
     png_metadata.save(picture, out)
@@ -348,6 +359,7 @@ COMMAND = Command(
 ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its settings inside)
 ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
 ldm sample runs/demo/pipeline "red heart" "pizza" --each pictures    (a file for each)
+ldm sample models/emoji256 "red heart" --upscale                     (through the upscaler behind the model)
 ldm sample --like heart.png --out again.png                          (the same picture again, byte for byte)
 ldm sample --like heart.png --seed 8                                 (the same settings, another seed)
 ldm sample models/openmoji64 "pizza, noto style" --lora runs/noto/lora:0.8   (with a LoRA, at 0.8 of its strength)""",

@@ -10,6 +10,7 @@ in_domain_clip.py          the in-domain CLIP
 in_domain_clip_training.py its training
 caption_suggestions.py     captions that it finds nearest to a picture without one
 ema_width.py               the choice of the average's width
+upscaling.py               an upscaler against resampling
 sweep.py                   the choice of guidance scale, interval and number of steps
 validation.py              validation losses of a training run at fixed (sample, t, eps)
 provenance.py              the machine, and the record of the run that made a model

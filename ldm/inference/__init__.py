@@ -1,6 +1,7 @@
 """Latents in, latents out.
 
 sampling.py        the denoising loop
+tiling.py          large pictures, a tile at a time
 samplers.py        samplers by name
 decoding.py        latents => pixels
 defaults.py        sampling settings that travel with a model

@@ -108,6 +108,8 @@ def model_sha256(pipeline: Any, *, adapters: bool = True) -> str:
         type(pipeline.scheduler).__name__,
         {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")},
     ]
+    if (low := getattr(pipeline, "low_res_scheduler", None)) is not None:  # an upscaler's
+        facts.append({key: value for key, value in low.config.items() if not key.startswith("_")})
     if adapters and (active := active_adapters(pipeline)):
         facts.append([[adapter.sha256, adapter.scales] for adapter in active])
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

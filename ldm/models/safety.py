@@ -25,6 +25,7 @@ PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionInpaintPipeline",
+    "StableDiffusionUpscalePipeline",
 )
 TOKENIZERS = ("CLIPTokenizer", "BertTokenizer", "T5Tokenizer", "GPT2Tokenizer")
 FAST = (*(f"{name}Fast" for name in TOKENIZERS), "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -33,6 +34,8 @@ COMPONENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "vae": {"diffusers": ("AutoencoderKL", "AutoencoderTiny")},
     "unet": {"diffusers": ("UNet2DConditionModel",)},
     "scheduler": {"diffusers": ("*Scheduler",)},
+    "low_res_scheduler": {"diffusers": ("DDPMScheduler",)},
+    "watermarker": {},  # none
     "text_encoder": {"transformers": ("CLIPTextModel", "BertModel", "T5EncoderModel", "GPT2Model", "GPTNeoModel")},
     "tokenizer": {"transformers": (*TOKENIZERS, *FAST)},
     "safety_checker": {"stable_diffusion": ("StableDiffusionSafetyChecker",)},

@@ -248,6 +248,23 @@ def normalize(vae: Any, mean: Tensor, std: Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
+@torch.no_grad()
+def fold_scale(vae: Any, scale: float) -> None:
+    """Change the VAE in place so that its `scaling_factor` is this one, and its scaled latents stay what they were.
+
+    Raises:
+        ValueError: if it has no quant convolutions to fold anything into.
+    """
+    if getattr(vae, "quant_conv", None) is None or getattr(vae, "post_quant_conv", None) is None:
+        raise ValueError(
+            f"vae: expected an AutoencoderKL with quant convolutions, into which a scale can be folded, got "
+            f"{type(vae).__name__}"
+        )
+    std = torch.full((vae.config.latent_channels,), scale, dtype=torch.float64)
+    normalize(vae, torch.zeros_like(std), std)  # => scaling_factor 1, and what was 1 is 1 / scale
+    vae.register_to_config(scaling_factor=scale)
+
+
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
     """pixels [B,3,H,W] in [-1,1] => 8-bit pictures."""
     arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

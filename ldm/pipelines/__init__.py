@@ -1,6 +1,8 @@
 """What users call.
 
 text_to_image.py  LDMPipeline
+upscale.py        LDMUpscalePipeline: small pictures in, large ones out
+cascade.py        a pipeline with an upscaler behind it
 conditions.py     prompts, classes, second pictures => conditions of the denoiser
 editing.py        pictures to change, masks, larger canvases
 weaker.py         the weaker model of autoguidance

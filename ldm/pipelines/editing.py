@@ -211,7 +211,7 @@ def _source(pipe: Any, image: Any, height: int | None, width: int | None, factor
     latent_channels = pipe.vae.config.latent_channels
     if all(isinstance(one, Tensor) and one.ndim == 4 and one.shape[1] == latent_channels != 3 for one in listed):
         return torch.cat(listed).float()
-    pictures = [picture for one in listed for picture in _pictures(one)]
+    pictures = [picture for one in listed for picture in pictures_of(one)]
     sizes = {_size(picture) for picture in pictures}
     if len(sizes) > 1 and (height is None or width is None):
         found = " and ".join(f"{w} x {h}" for w, h in sorted(sizes)[:2])
@@ -232,7 +232,7 @@ def _source(pipe: Any, image: Any, height: int | None, width: int | None, factor
     return torch.cat(resized).float()
 
 
-def _pictures(image: Any) -> list[Any]:
+def pictures_of(image: Any) -> list[Any]:
     """A PIL picture, array or tensor, one or several pictures => RGB ones, or float tensors [1,3,H,W] in [0,1]."""
     if isinstance(image, Image.Image):
         try:
@@ -266,7 +266,7 @@ def _mask(mask_image: Any, image: Any, source: Tensor, factor: int) -> Tensor:
     if len(listed) not in (1, len(source)):
         raise ValueError(f"mask_image: expected one for all or one per picture ({len(source)}), got {len(listed)}")
     first = image[0] if isinstance(image, list | tuple) else image
-    size = _size(_pictures(first)[0])
+    size = _size(pictures_of(first)[0])
     masks = []
     for one in listed:
         gray = _gray(one)

@@ -8,6 +8,8 @@ without this package. Three files beside model_index.json are read here only:
     numbers.json   the numbers that it is conditioned on, with their scale
     defaults.json  sampling settings (ldm.inference.defaults)
 
+and a folder upscaler/, a whole pipeline of its own that stock diffusers doesn't look into (ldm.pipelines.upscale).
+
 A saved folder is a function of the model. diffusers writes the path that a network was loaded from into its config;
 transformers writes into tokenizer_config.json whether that was offline, and into tokenizer.json how the last call
 padded and cut. All of that is left out: padding and length are arguments of each call.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +27,7 @@ from typing import Any, Self
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
 )
@@ -40,6 +44,7 @@ from ldm.models.safety import check_index, check_model_folder, read_json
 from ldm.models.text_encoder import TextEncoder
 
 PROMPTS_FILE, LABELS_FILE, NUMBERS_FILE = "prompts.txt", "labels.json", "numbers.json"
+UPSCALER = "StableDiffusionUpscalePipeline"
 #: Arguments of diffusers' from_pretrained that run code of a folder's, and those that place networks.
 CODE = ("custom_pipeline", "trust_remote_code", "use_flashpack", "use_onnx")
 PLACES = ("device_map", "quantization_config")
@@ -47,35 +52,22 @@ PLACES = ("device_map", "quantization_config")
 LOADING = frozenset({"_name_or_path", "name_or_path", "is_local", "local_files_only"})
 
 
-class SavedPipeline(StableDiffusionPipeline):
-    """A stock pipeline that is loaded from, and saved to, a folder that stock diffusers opens.
+class Saved(DiffusionPipeline):
+    """What a stock pipeline of ours adds to its class: it is loaded from, and saved to, a folder that stock opens.
 
     Attributes:
         example_prompts: prompts that the model was trained on; may be empty.
         labels: the classes that it knows; None if it knows none.
         numbers: the columns of numbers that it is conditioned on; None without any.
         defaults: the settings of a call that names neither steps nor guidance.
+        loaded_from: the folder, if it was loaded from one.
     """
 
     example_prompts: tuple[str, ...] = ()
     labels: Labels | None = None
     numbers: Numbers | None = None
     defaults: Defaults = Defaults()
-
-    @classmethod
-    def from_components(cls, vae: Any, text: TextEncoder | None, unet: Any, scheduler_config: dict[str, Any]) -> Self:
-        """Put trained parts together; `scheduler_config` comes from `ldm.diffusion.schedule.scheduler_config`."""
-        return cls(
-            vae=vae,
-            text_encoder=text.model if text else None,
-            tokenizer=text.tokenizer if text else None,
-            unet=unet,
-            # stock pipelines require an offset of 1, which "trailing" timesteps don't use
-            scheduler=DPMSolverMultistepScheduler.from_config({**scheduler_config, "steps_offset": 1}),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+    loaded_from: Path | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
@@ -92,6 +84,7 @@ class SavedPipeline(StableDiffusionPipeline):
         folder = find_pipeline(pretrained_model_name_or_path, **kwargs)
         check_model_folder(folder)
         index = read_json(folder / "model_index.json")
+        cls.check_kind(folder, index)
         for part in ("text_encoder", "tokenizer"):
             if index.get(part) == [None, None]:
                 kwargs.setdefault(part, None)  # diffusers requires it as an argument
@@ -106,6 +99,7 @@ class SavedPipeline(StableDiffusionPipeline):
         if (folder / NUMBERS_FILE).exists():
             pipeline.numbers = Numbers.load(folder / NUMBERS_FILE)
         pipeline.defaults = Defaults.load(folder)
+        pipeline.loaded_from = folder
         return pipeline
 
     @classmethod
@@ -130,20 +124,14 @@ class SavedPipeline(StableDiffusionPipeline):
         ours = {"text_encoder": (PreTrainedModel,), "vae": (AutoencoderKL, AutoencoderTiny)}
         return {**super()._get_signature_types(), **ours}
 
-    @property
-    def extra_channels(self) -> int:
-        """Input channels of the U-Net that follow those of x_t."""
-        return int(self.unet.config.in_channels - self.unet.config.out_channels)
+    @classmethod
+    def check_kind(cls, folder: Path, index: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a folder's model_index.json names a pipeline that this class can't be."""
 
     @property
-    def inpaints(self) -> bool:
-        """Whether the model was trained to inpaint: a mask and the latents of the masked picture follow x_t."""
-        return self.extra_channels == self.unet.config.out_channels + 1
-
-    @property
-    def condition_channels(self) -> int:
-        """Channels of the latents of a second picture, which follow those of x_t; 0 if the model takes none."""
-        return 0 if self.inpaints else self.extra_channels
+    def stock_class(self) -> str:
+        """The stock pipeline that the folder names."""
+        raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Save a folder that stock diffusers opens, with safetensors weights."""
@@ -166,8 +154,8 @@ class SavedPipeline(StableDiffusionPipeline):
         So networks can be saved one after the other, and large ones needn't be in memory together.
         """
         forget_calls(self.tokenizer)
-        for name in ("scheduler", "tokenizer"):
-            part = getattr(self, name)
+        for name in ("scheduler", "low_res_scheduler", "tokenizer"):
+            part = getattr(self, name, None)
             if part is not None:
                 part.save_pretrained(folder / name)
         self.save_config(folder)
@@ -179,8 +167,7 @@ class SavedPipeline(StableDiffusionPipeline):
             settings = json.loads(path.read_text("utf-8"))
             kept = {key: value for key, value in settings.items() if key not in LOADING}
             if path.name == "model_index.json":
-                stock = "Inpaint" if self.inpaints else "InstructPix2Pix" if self.condition_channels else ""
-                kept["_class_name"] = f"StableDiffusion{stock}Pipeline"
+                kept["_class_name"] = self.stock_class
             if kept != settings:
                 path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
         for name in (PROMPTS_FILE, LABELS_FILE, NUMBERS_FILE, DEFAULTS_FILE):
@@ -194,6 +181,53 @@ class SavedPipeline(StableDiffusionPipeline):
             self.numbers.save(folder / NUMBERS_FILE)
         if self.defaults != Defaults():
             self.defaults.save(folder)
+
+
+class SavedPipeline(Saved, StableDiffusionPipeline):
+    """A stock text-to-image pipeline, and those with further channels beside x_t, in a folder."""
+
+    @classmethod
+    def from_components(cls, vae: Any, text: TextEncoder | None, unet: Any, scheduler_config: dict[str, Any]) -> Self:
+        """Put trained parts together; `scheduler_config` comes from `ldm.diffusion.schedule.scheduler_config`."""
+        return cls(
+            vae=vae,
+            text_encoder=text.model if text else None,
+            tokenizer=text.tokenizer if text else None,
+            unet=unet,
+            # stock pipelines require an offset of 1, which "trailing" timesteps don't use
+            scheduler=DPMSolverMultistepScheduler.from_config({**scheduler_config, "steps_offset": 1}),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    @classmethod
+    def check_kind(cls, folder: Path, index: Mapping[str, Any]) -> None:
+        if index.get("_class_name") == UPSCALER:
+            raise ValueError(
+                f"{folder}: it is an upscaler, which makes large pictures of small ones; run: ldm upscale {folder} "
+                "PICTURE, or load it with LDMUpscalePipeline"
+            )
+
+    @property
+    def stock_class(self) -> str:
+        kind = "Inpaint" if self.inpaints else "InstructPix2Pix" if self.condition_channels else ""
+        return f"StableDiffusion{kind}Pipeline"
+
+    @property
+    def extra_channels(self) -> int:
+        """Input channels of the U-Net that follow those of x_t."""
+        return int(self.unet.config.in_channels - self.unet.config.out_channels)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the model was trained to inpaint: a mask and the latents of the masked picture follow x_t."""
+        return self.extra_channels == self.unet.config.out_channels + 1
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the latents of a second picture, which follow those of x_t; 0 if the model takes none."""
+        return 0 if self.inpaints else self.extra_channels
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **kwargs: Any

@@ -41,7 +41,7 @@ from ldm.inference.sampling import sample
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, UNetDenoiser
 from ldm.models.fingerprint import weights_state
-from ldm.pipelines.conditions import ConditionedPipeline
+from ldm.pipelines.cascade import CascadedPipeline
 from ldm.pipelines.editing import check_edit
 from ldm.pipelines.inputs import Inputs, check_inputs, check_known
 from ldm.pipelines.weaker import check_weaker, load_weaker
@@ -50,7 +50,7 @@ from ldm.system.devices import best_device
 MAX_EDGE = 4096
 
 
-class LDMPipeline(ConditionedPipeline):
+class LDMPipeline(CascadedPipeline):
     """A text-to-image pipeline.
 
     Examples:
@@ -113,6 +113,7 @@ class LDMPipeline(ConditionedPipeline):
         mask_image: Any = None,
         strength: float | None = None,
         expand: Sequence[int] | None = None,
+        upscale: bool = False,
         **unknown: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
         """Generate pictures, or change some.
@@ -164,6 +165,8 @@ class LDMPipeline(ConditionedPipeline):
             strength: how much of `image` is noised away, above 0, up to 1; that part of the steps is taken. By default
                 0.8, and 1 with mask_image or expand, as in stock.
             expand: pixels to add to `image` (left, top, right, bottom), multiples of the VAE's factor.
+            upscale: hand the pictures on to the pipeline's `upscaler`, with their prompts. The method `upscale` has
+                its settings.
         Returns:
             `.images`, a list of PIL pictures or an array, by `output_type`.
         Raises:
@@ -179,6 +182,11 @@ class LDMPipeline(ConditionedPipeline):
         steps = len(timesteps or sigmas or ()) or num_inference_steps
         settings = self.defaults.resolve(steps, guidance_scale, guidance_interval)
         self._check_distilled(settings.guidance_interval, weak_unet)
+        upscaler = self.upscaler if upscale else None
+        if upscaler is not None and output_type == "latent":
+            raise ValueError(
+                "output_type: an upscaler takes pictures, not latents; expected pil, np or pt with upscale"
+            )
         edit = check_edit(
             self, image, mask_image, strength, expand, height, width, steps or settings.num_inference_steps
         )
@@ -280,8 +288,11 @@ class LDMPipeline(ConditionedPipeline):
             compute = None if self.engine is None else self.engine.decoder(self)
             images = decode(self.vae, x, inputs.generators, compute)
             images = images if edit is None else edit.composite(images)
-        images, flagged = self._checked(images, output_type, device, dtype)
+        images, flagged = self._checked(images, "pil" if upscaler else output_type, device, dtype)
         self.maybe_free_model_hooks()
+        if upscaler is not None:
+            texts = [text for text in inputs.prompts for _ in range(num_images_per_prompt)] or None
+            images = upscaler.upscale(images, texts, generator=inputs.generators, output_type=output_type).images
         if not return_dict:
             return images, flagged
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)

@@ -27,8 +27,8 @@ EXAMPLES = 8  # pictures on the card
 SHARD = "5GB"  # maximum of weights in one file, so that an interrupted download loses little
 GALLERY, LOSS = "gallery.png", "loss_by_t.png"
 #: Files that a push deletes if it doesn't write them, so that nothing of an older model stays, such as its metrics.
-REPLACED = ["unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*", "pictures/*", GALLERY, LOSS,
-            PAGE, FILE, "prompts.txt", "labels.json", "numbers.json", "defaults.json"]  # fmt: skip
+REPLACED = ["unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*", "upscaler/*", "pictures/*",
+            GALLERY, LOSS, PAGE, FILE, "prompts.txt", "labels.json", "numbers.json", "defaults.json"]  # fmt: skip
 
 
 def write_model(
@@ -86,7 +86,14 @@ def networks(pipeline: Any) -> Iterator[tuple[str, Any]]:
 def save_weights(pipeline: Any, folder: Path) -> None:
     """Save the pipeline and its fp16 variant, with the file names of diffusers and transformers."""
     pipeline.save_pretrained(folder, max_shard_size=SHARD)
-    for name, network in networks(pipeline):  # the variant second: `save_pretrained` deletes similarly named shards
+    save_halves(pipeline, folder)  # second: `save_pretrained` deletes similarly named shards
+    if pipeline.has_upscaler:
+        save_halves(pipeline.upscaler, folder / pipeline.upscaler_folder)
+
+
+def save_halves(pipeline: Any, folder: Path) -> None:
+    """Save the fp16 variant of each network of a pipeline beside it."""
+    for name, network in networks(pipeline):
         config = (folder / name / "config.json").read_bytes()
         half = copy.deepcopy(network).half()
         half.save_pretrained(folder / name, variant="fp16", max_shard_size=SHARD)

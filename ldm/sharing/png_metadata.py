@@ -58,6 +58,9 @@ class Settings:
         condition: the SHA-256 of the second picture that the model was conditioned on.
         image, mask: the SHA-256 of the picture that was changed, and of the mask; `strength` and `expand` (left, top,
             right, bottom) beside them.
+        noise_level: of an upscaler, for a picture that was upscaled; `image` is the small one then.
+        upscaler: `model_sha256` of the upscaler that a generated picture went through; width and height are the small
+            one's then.
         classifier: the fingerprint of the classifier that steered it, by `classifier_scale`.
         weaker: the fingerprint of the U-Net that autoguidance moved away from; `guidance_scale` is its scale then.
         dynamic_thresholding: its quantile.
@@ -87,6 +90,8 @@ class Settings:
     mask: str | None = None
     strength: float | None = None
     expand: list[int] | None = None
+    noise_level: int | None = None
+    upscaler: str | None = None
     classifier: str | None = None
     classifier_scale: float | None = None
     weaker: str | None = None
@@ -125,6 +130,7 @@ class Settings:
             "seed": self.seed - self.place,
             "width": self.width,
             "height": self.height,
+            "upscale": self.upscaler is not None,
         }
 
 
@@ -147,6 +153,8 @@ def stamp(
     mask_image: Image.Image | None = None,
     strength: float | None = None,
     expand: Sequence[int] | None = None,
+    noise_level: int | None = None,
+    upscaler: str | None = None,
     classifier: Any = None,
     classifier_scale: float | None = None,
     weaker: Any = None,
@@ -161,6 +169,7 @@ def stamp(
         pipeline: the LDMPipeline.
         model: its `model_sha256` without adapters.
         seed: of the first picture.
+        upscaler: `model_sha256` of the pipeline's upscaler, if the pictures went through it.
         others: the arguments of the call; what it left out is recorded as the pipeline resolves it.
     """
     import diffusers
@@ -177,6 +186,7 @@ def stamp(
     interval = used.guidance_interval
     scheduler = pipeline.scheduler if sampler is None else samplers.build(sampler, pipeline.scheduler.config)
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
+    factor = 1 if upscaler is None else pipeline.upscaler.factor
     adapters = [{name: getattr(one, name) for name in ADAPTER} for one in active_adapters(pipeline)]
     for place, picture in enumerate(pictures):
         settings = Settings(
@@ -187,8 +197,8 @@ def stamp(
             guidance_interval=None if interval == EVERYWHERE else [float(end) for end in interval],
             dtype=None if dtype == "float32" else dtype,
             engine=None if pipeline.engine is None else pipeline.engine.name,
-            width=picture.width,
-            height=picture.height,
+            width=picture.width // factor,
+            height=picture.height // factor,
             scheduler=type(scheduler).__name__,
             sampler=sampler,
             pictures=len(pictures),
@@ -198,6 +208,8 @@ def stamp(
             mask=None if mask_image is None else picture_sha256(mask_image),
             strength=strength,
             expand=None if expand is None else list(expand),
+            noise_level=noise_level,
+            upscaler=upscaler,
             classifier=None if classifier is None else fingerprint(classifier.network),
             classifier_scale=None if classifier is None else classifier_scale,
             weaker=None if weaker is None else fingerprint(pipeline.weak_unet(weaker)),

@@ -12,6 +12,9 @@ initial_model.py   the model that init names: what it brings, its U-Net at step 
 samples.py         (seed, sample) => the tensors of a batch of the U-Net's
 randomness.py      every random number of training, as a function of (seed, sample)
 masks.py           what an inpainting model learns to fill in
+upscale_config.py  the upscale section of the config
+upscaling.py       what an upscaler learns from: crops and noised small pictures
+small_pictures.py  small pictures, and what the base model makes of them
 encoders.py        VAE and text encoder, each in memory only while it encodes
 encoder_sources.py where they come from
 normalization.py   latents and contexts of unit variance: measured once, folded into the encoders
@@ -30,6 +33,6 @@ previews.py        what a run generates on the way
 logging.py         scalars and pictures
 signals.py         SIGTERM, SIGINT, SIGUSR1
 distributed.py     devices, ranks, and a lost rank
-tasks/             autoencoder, diffusion, lora, classifier
+tasks/             autoencoder, diffusion, lora, upscaling, classifier
 doctor/            before hours are spent: can it learn here?
 """

@@ -21,6 +21,7 @@ from ldm.models.vae import VAEConfig
 from ldm.system.checks import check
 from ldm.system.files import typed_path
 from ldm.training.objective import DiffusionConfig
+from ldm.training.upscale_config import UpscaleConfig
 
 PREVIEW_STEPS, PREVIEW_SCALE = 20, 3.0
 
@@ -373,6 +374,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    upscale: UpscaleConfig = field(default_factory=UpscaleConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     classifier_training: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -385,6 +387,7 @@ class Config:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         check("seed", self.seed, at_least=0)
+        self.upscale.check_beside(self)
         if self.lora.rank and self.init is None:
             raise ValueError("lora.rank: adapters stand beside a model; name it with init, or set lora.rank=0")
         if self.lora.rank and self.optim.ema_widths:

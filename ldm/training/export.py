@@ -12,6 +12,7 @@ the memory of a U-Net, however large the text encoder is.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import shutil
@@ -84,25 +85,27 @@ def export(final: Path, step: int, write: Callable[[Path, Tick], None], *, must:
 
 
 def write_pipeline(folder: Path, frozen: Path, unet: Any, expected: float, loss_of: Callable[[Any], float],
-                   precision: str) -> None:  # fmt: skip
+                   precision: str, kind: Any = LDMPipeline) -> None:  # fmt: skip
     """Fill a folder with RUN/frozen, which `save_frozen` left, and a U-Net; check it as `check_unet` does."""
     shutil.copytree(frozen, folder, copy_function=link_or_copy, dirs_exist_ok=True)
     unet.save_pretrained(folder / "unet")
-    check_unet(folder, unet, expected, loss_of, precision)
+    check_unet(folder, unet, expected, loss_of, precision, kind)
 
 
-def check_unet(folder: Path, unet: nn.Module, expected: float, loss_of: Callable[[Any], float], precision: str) -> None:
+def check_unet(folder: Path, unet: nn.Module, expected: float, loss_of: Callable[[Any], float], precision: str,
+               kind: Any = LDMPipeline) -> None:  # fmt: skip
     """Compare the U-Net of a saved pipeline, loaded as pipelines are, with the one in memory.
 
     Args:
         expected: the loss of the averaged weights on a stored batch, in the training process.
         loss_of: the loss of a U-Net on that batch.
         precision: accelerate's mixed_precision of the run.
+        kind: the class of the pipeline.
     Raises:
         ExportMismatch: with what differs.
     """
     with loadable():
-        loaded = LDMPipeline.from_pretrained(folder, vae=None, text_encoder=None)
+        loaded = kind.from_pretrained(folder, vae=None, text_encoder=None)
     check_weights("unet", unet.state_dict(), loaded.unet.state_dict())
     found = loss_of(loaded.unet)
     if not math.isclose(found, expected, rel_tol=TOLERANCE[precision]):
@@ -222,7 +225,8 @@ def check_frozen(folder: Path, expected: Frozen) -> None:
         ExportMismatch: with what differs.
     """
     with loadable():
-        loaded = expected.pipeline.from_pretrained(folder, **dict.fromkeys(NETWORKS))
+        parts = inspect.signature(expected.pipeline.__init__).parameters
+        loaded = expected.pipeline.from_pretrained(folder, **{name: None for name in NETWORKS if name in parts})
     if settings(loaded.scheduler) != expected.scheduler:
         raise ExportMismatch("scheduler: other settings than in memory")
     if loaded.tokenizer is not None and tokenizer_facts(loaded.tokenizer) != expected.tokenizer:

@@ -31,7 +31,7 @@ class Prompt:
         caption: the text under it.
         prompt, class_label, numbers: arguments of LDMPipeline.
         condition: the row that reads the argument `condition`, when a preview needs it.
-        picture: the row that reads the argument `image`, which is masked.
+        picture: the row that reads the argument `image`, which is masked, or shrunk for an upscaler.
     """
 
     caption: str
@@ -44,7 +44,7 @@ class Prompt:
 
 def build_prompt_set(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:
     """The config's prompts, else some captions; without text, classes; for conditioning pictures, some rows."""
-    if source.condition_column or config.data.inpaint or source.numbers:
+    if source.condition_column or config.data.inpaint or config.upscale.factor or source.numbers:
         rows = evenly(source.heldout if len(source.heldout) else source.train, DEFAULT)
         return [prompt_of(config, rows, number) for number in range(len(rows))]
     if text:
@@ -70,7 +70,8 @@ def prompt_of(config: Config, rows: ConditionedPictures, number: int) -> Prompt:
     numbers = {column: float(row.extra[column]) for column in rows.numbers.columns} if rows.numbers else None
     said = ", ".join(f"{column} {number:g}" for column, number in (numbers or {}).items())
     caption = ": ".join(words for words in (prompt or name, said) if words)
-    return Prompt(caption, prompt, name, condition, row if config.data.inpaint else None, numbers)
+    picture = row if config.data.inpaint or config.upscale.factor else None
+    return Prompt(caption, prompt, name, condition, picture, numbers)
 
 
 def generate_grid(
@@ -120,6 +121,32 @@ def generate_grid(
         return captioned_grid(pictures, captions)
     words = [*captions, *["masked"] * len(below), *["filled in"] * len(pictures)]
     return captioned_grid([*above, *below, *pictures], words, columns=len(pictures))
+
+
+def upscaled_grid(
+    pipeline: Any, prompts: Sequence[Prompt], config: Config, interrupted: Callable[[], bool]
+) -> Image.Image | None:
+    """Pictures small, upscaled and true, a row each; None if it was interrupted."""
+    large = config.data.size
+    rows = [prompt.picture for prompt in prompts if prompt.picture is not None]
+    small, true = (
+        to_pictures(torch.stack([load_pixels(row, edge) for row in rows]))
+        for edge in (large // config.upscale.factor, large)
+    )
+    pipeline.set_progress_bar_config(desc="preview", leave=False)
+    upscaled: list[Image.Image] = []
+    for i, picture in enumerate(small):
+        if interrupted():
+            return None
+        text = rows[i].captions[0] if pipeline.tokenizer and rows[i].captions else ""
+        fits = pipeline.tokenizer and len(pipeline.tokenizer(text).input_ids) <= pipeline.tokenizer.model_max_length
+        upscaled += pipeline(
+            text if fits else None, image=picture, num_inference_steps=config.preview_steps, guidance_scale=1.0,
+            seed=config.seed + i,
+        ).images  # fmt: skip
+    words = ["small", "upscaled", "true"]
+    captions = [f"{word}: {prompt.caption}" for word in words for prompt in prompts]
+    return captioned_grid([*small, *upscaled, *true], captions, columns=len(small), edge=max(128, large))
 
 
 def masked_pictures(config: Config, rows: Sequence[Row], first: int) -> tuple[list[Image.Image], list[Image.Image]]:

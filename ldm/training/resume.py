@@ -56,6 +56,7 @@ _LDM = (
     "unet.",
     "lora.",
     "distill.",
+    "upscale.",
     "optim.",
     "data.condition_column",
     "data.inpaint",
@@ -100,12 +101,13 @@ BEFORE = {"text.standardize": False}
 ABSENT = "(absent)"
 #: Keys that decide what is in a checkpoint, so that one of another value can't be loaded.
 FIXED = ("optim.name", "optim.ema_widths")
-PATHS = ("run", "init", "vae", "data.source", "data.cache", "text.encoder")
+PATHS = ("run", "init", "vae", "data.source", "data.cache", "text.encoder", "upscale.base")
 #: What a change of something that is not in the config means.
 MEANING = {
     "data": " (pictures, captions, classes or their order)",
     "encoders": " (weights or scale of the VAE or the text encoder)",
     "init_weights": " (of the U-Net that init names)",
+    "upscale_base": " (the model that upscale.base names)",
 }
 
 

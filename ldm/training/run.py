@@ -37,6 +37,7 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.tasks.diffusion import Diffusion
     from ldm.training.tasks.distillation import Distillation
     from ldm.training.tasks.lora import LoRA
+    from ldm.training.tasks.upscaling import Upscaling
     from ldm.training.trainer import Trainer
 
     config = resolved(config, task)
@@ -59,7 +60,7 @@ def train(task: str, config: Config) -> list[float]:
 
     tasks: dict[str, type[Task]] = {
         "vae": Autoencoder,
-        "ldm": LoRA if config.lora.rank else Diffusion,
+        "ldm": LoRA if config.lora.rank else Upscaling if config.upscale.factor else Diffusion,
         "distill": Distillation,
         "classifier": Classifier,
     }

@@ -31,6 +31,7 @@ from ldm.training.encoders import Encoders
 from ldm.training.latent_cache import encode_once, validation_pictures
 from ldm.training.masks import Masking, mask_channels
 from ldm.training.randomness import Draw, draw, generator
+from ldm.training.upscaling import Crops
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class LatentSamples:
         draw: n => everything random of sample n.
         cache: latents and contexts; None to read pictures and captions.
         masking: what is masked of sample n; None without inpainting.
+        crops: the crop and the small picture of sample n; None for a model that doesn't upscale.
     """
 
     source: ConditionedPictures
@@ -87,6 +89,7 @@ class LatentSamples:
     draw: Callable[[int], Draw]
     cache: LatentCache | None = None
     masking: Masking | None = None
+    crops: Crops | None = None
 
     @classmethod
     def of(
@@ -137,13 +140,17 @@ class LatentSamples:
             sample |= {"pixels": pixels, "caption": caption}
             if self.source.condition_column:
                 sample["condition_pixels"] = load(self.source.condition(drawn.row))
-            return sample
+            return self.cropped(n, drawn, flip, sample)
         sample["mean"], sample["std"] = self.cache.posterior(drawn.row, flip)
         if self.cache.contexts is not None:
             sample["context"] = self.cache.context(caption)
         if self.source.condition_column:
             sample["channels"], _ = self.cache.posterior(self.source.condition_number(drawn.row), flip)
-        return sample
+        return self.cropped(n, drawn, flip, sample)
+
+    def cropped(self, n: int, drawn: Draw, flip: bool, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample as an upscaler takes it; any other model's as it is."""
+        return sample if self.crops is None else self.crops(n, drawn.row, drawn.crop, flip, sample)
 
 
 def validation_set(

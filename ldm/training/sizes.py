@@ -22,6 +22,12 @@ def check_sizes(config: Config, task: str) -> None:
     """
     initial = InitialModel.of(config)
     downsampling = vae_downsampling(config, task)
+    if config.upscale.factor not in (0, downsampling):
+        raise ValueError(
+            f"upscale.factor: the VAE makes pictures {downsampling} times smaller, and stock upscalers need latents "
+            f"of the small picture's size; set upscale.factor={downsampling}, or take a VAE of "
+            f"{config.upscale.factor.bit_length()} levels"
+        )
     size, need, problems = config.data.size, downsampling, []
     if size % need:
         key = "init" if initial else "vae_model.channels" if task == "vae" or config.vae is None else "vae"

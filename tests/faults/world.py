@@ -38,7 +38,7 @@ from ldm.training import normalization, trainer
 from ldm.training.checkpoint import checkpoint_folder, checkpoints, step_of
 from ldm.training.config import Config
 from ldm.training.run import train
-from ldm.training.tasks import classifier, diffusion, distillation
+from ldm.training.tasks import classifier, diffusion, distillation, upscaling
 from ldm.training.tasks.autoencoder import Autoencoder
 
 torch.set_num_threads(1)
@@ -47,7 +47,7 @@ STEPS, SAVE_EVERY = 9, 3
 PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "previewing")
 #: kind of training => its task
 KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm",
-         "distill": "distill"}  # fmt: skip
+         "distill": "distill", "upscale": "ldm"}  # fmt: skip
 #: task => the file that it leaves in its run
 RESULTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -160,7 +160,8 @@ def watched(board: Board) -> None:
     announce(trainer, "save_checkpoint", "saving")
     for module in (diffusion, classifier):
         announce(module, "build_cache", "cache")
-    for task in (Autoencoder, diffusion.Diffusion, classifier.Classifier):
+    announce(upscaling, "build_small_pictures", "cache")
+    for task in (Autoencoder, diffusion.Diffusion, upscaling.Upscaling, classifier.Classifier):
         for method, phase in {"export": "exporting", "validate": "evaluating", "preview": "previewing"}.items():
             announce(task, method, phase)
     announce(distillation.Distillation, "validate", "evaluating")  # its own
@@ -192,6 +193,9 @@ class World:
         normalize(vae, *normalization.measure_latents(vae, pictures, tiny.SIZE, 24))
         vae.save_pretrained(home / "vae")
         tiny.pipeline(home / "encoder").save_pretrained(home / "model")
+        base = tiny.pipeline(home / "base-text", vae_config=VAEConfig(channels=(16, 16), layers=1))
+        base.unet.register_to_config(sample_size=tiny.SIZE // 4)  # of pictures that are half as large
+        base.save_pretrained(home / "base")
 
     def recipe(self, kind: str, run: Path, **words: Any) -> Config:
         """The config of one kind of training."""
@@ -226,6 +230,7 @@ class World:
             "classifier": {"data__label_column": "color", "data__flip": "true"},
             "inpaint": {"data__inpaint": "true", "data__workers": 2},
             "distill": {"init": str(self.home / "model"), "unet__channels": [32, 64], **road.OF_INIT},
+            "upscale": {"upscale__factor": 2, "upscale__crop": 8, "upscale__base": str(self.home / "base")},
         }
         return road.recipe(self.home, **{**shared, **kinds[kind], **words})
 

@@ -51,12 +51,12 @@ def config_of(home: Path, run: Path, init: str = "clip", **words: Any) -> Config
     return road.recipe(home, **{"run": str(run), "init": str(home / init), "loop__steps": 4, **PLAIN, **words})
 
 
-def built(config: Config) -> Diffusion:
+def built(config: Config, kind: type[Diffusion] = Diffusion) -> Diffusion:
     """The task of a config, with its networks."""
     config = resolved(config, "ldm")
     check_sizes(config, "ldm")
     pictures = read_captioned(config.data.source, **config.data.reading(), progress=False)
-    task = Diffusion.create(config, build_accelerator(config.loop), pictures)
+    task = kind.create(config, build_accelerator(config.loop), pictures)
     task.build()
     return task
 

@@ -135,7 +135,7 @@ class Builder:
         def encode_batch(batch: list[Tensor]) -> Any:
             return torch.stack(encode(torch.stack(batch)), dim=1).float().cpu().numpy()
 
-        self._fill(writer, keys, pixels, encode_batch, unit)
+        self.fill(writer, keys, pixels, encode_batch, unit)
 
     def contexts(self, writer: Writer, keys: Keys, caption: Callable[[int], str], encode: EncodeCaptions) -> None:
         """Encode captions that have no context yet: `caption` gives that of a number in `keys`."""
@@ -143,9 +143,9 @@ class Builder:
         def encode_batch(batch: list[str]) -> Any:
             return encode(batch).float().cpu().numpy()
 
-        self._fill(writer, keys, caption, encode_batch, "caption")
+        self.fill(writer, keys, caption, encode_batch, "caption")
 
-    def _fill(
+    def fill(
         self,
         writer: Writer,
         keys: Keys,

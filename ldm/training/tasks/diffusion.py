@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from ldm.data.cache.latents import LatentCache
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import CaptionedPictures
 from ldm.diffusion.losses import diffusion_loss
@@ -81,6 +82,7 @@ class Diffusion(Task):
     name = "ldm"
     title = "U-Net"
     optim_section, loop_section, result = "optim", "loop", "pipeline"
+    pipeline_class: ClassVar[Any] = LDMPipeline
 
     source: ConditionedPictures | None = None
     encoders: Encoders | None = None
@@ -98,7 +100,7 @@ class Diffusion(Task):
         self.objective = build_objective(config.diffusion, self.schedule)
         if self.encoders is not None and self.source is not None:
             self.latent_shape = latent_shape(self.encoders.vae_outline, config.data.size)
-            self.samples = LatentSamples.of(config, self.source.train, self.latent_shape)
+            self.samples = self.latent_samples()
             self.workers = config.data.workers
 
     @classmethod
@@ -157,6 +159,11 @@ class Diffusion(Task):
             return 1 + channels
         return channels if self.source and self.source.condition_column else 0
 
+    @property
+    def classes(self) -> int:
+        """Class embeddings of the U-Net, the null class among them; 0 for a model without classes."""
+        return len(self.source.labels.names) + 1 if self.source and self.source.labels else 0
+
     def fresh_unet(self, *, learned_variance: bool = False) -> UNet2DConditionModel:
         """A U-Net with random weights."""
         config, source, encoders = self.config, self.source, self.encoders
@@ -166,7 +173,7 @@ class Diffusion(Task):
             config.unet,
             latent_shape=self.latent_shape,
             context_dim=text.dim if text else None,
-            classes=len(source.labels.names) + 1 if source.labels else 0,
+            classes=self.classes,
             numbers=source.numbers.width if source.numbers else 0,
             condition_channels=self.condition_channels,
             learned_variance=learned_variance,
@@ -194,13 +201,29 @@ class Diffusion(Task):
         self.prompts = build_prompt_set(config, source, encoders.text_outline)
         if config.cache_folder() is not None:
             cache = build_cache(config, source.train.all_pictures, encoders, shape)
-            self.samples = LatentSamples.of(config, source.train, shape, cache)
+            self.samples = self.latent_samples(cache)
             self.workers = config.data.workers if config.data.inpaint else 0
-        self.heldout = validation_set(config, source.heldout, encoders, shape, self.accelerator.device, self.used)
+        self.heldout = self.validation_set()
         if config.cache_folder() is not None:
             encoders.free()
         self.save_frozen(encoders)
         (self.stored,) = self.batches([range(STORED)])
+
+    def latent_samples(self, cache: LatentCache | None = None) -> LatentSamples:
+        """The samples of the run, from a cache or from the pictures."""
+        assert self.source is not None
+        return LatentSamples.of(self.config, self.source.train, self.latent_shape, cache)
+
+    def validation_set(self) -> CaptionedValidationSet | None:
+        """The held-out pictures at fixed (t, eps); None without any. Every rank must call it."""
+        assert self.source is not None and self.encoders is not None
+        device = self.accelerator.device
+        return validation_set(self.config, self.source.heldout, self.encoders, self.latent_shape, device, self.used)
+
+    def load_vae(self) -> Any:
+        """The VAE of pipelines, in float32."""
+        assert self.encoders is not None
+        return self.encoders.load_vae()
 
     def save_frozen(self, encoders: Encoders) -> None:
         """Save RUN/frozen, unless it is there as it was saved, and of the same."""
@@ -216,7 +239,7 @@ class Diffusion(Task):
 
         if on_rank_0(lambda _: int(encoders.identity is None or not facts.recall("frozen", state()))):
             encoders.free()  # pipelines have them in float32
-            save_frozen(folder, encoders.load_vae, encoders.load_text, self.weightless_pipeline)
+            save_frozen(folder, self.load_vae, encoders.load_text, self.weightless_pipeline)
             facts.keep("frozen", state(), True)
 
     def batch(self, collated: dict[str, Any]) -> Batch:
@@ -331,7 +354,7 @@ class Diffusion(Task):
             def error(loaded: Any) -> float:
                 return self.error(loaded.to(self.accelerator.device).eval())
 
-            write_pipeline(folder, run / "frozen", averaged, expected, error, precision)
+            write_pipeline(folder, run / "frozen", averaged, expected, error, precision, self.pipeline_class)
 
         self.exported = export(run / "pipeline", step, write, must=step == self.recipe.steps)
         return self.exported
@@ -354,7 +377,7 @@ class Diffusion(Task):
         """The pipeline's sampling settings: of few steps those that were learned, unguided."""
         return Defaults(len(self.used), guidance_scale=1.0) if self.used else Defaults()
 
-    def weightless_pipeline(self, vae: Any, text: TextEncoder | None) -> LDMPipeline:
+    def weightless_pipeline(self, vae: Any, text: TextEncoder | None) -> Any:
         """A pipeline of these encoders, with all but the U-Net's weights."""
         assert self.source is not None
         pipeline = LDMPipeline.from_components(vae, text, self.weightless_unet(), self.scheduler)

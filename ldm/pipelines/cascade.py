@@ -1,0 +1,117 @@
+"""A pipeline with an upscaler behind it: the folder `upscaler/` inside its own, which stock diffusers ignores.
+
+    pipe("red heart", upscale=True)     small pictures as ever, then large ones
+    pipe.upscale(images)                large pictures of small ones
+
+The upscaler is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+from ldm.models.loading import HUB_FILES
+from ldm.pipelines.conditions import ConditionedPipeline
+from ldm.pipelines.upscale import LDMUpscalePipeline
+
+UPSCALER_FOLDER = "upscaler"
+
+
+class CascadedPipeline(ConditionedPipeline):
+    """A pipeline that may have an upscaler."""
+
+    upscaler_folder = UPSCALER_FOLDER  # in its own
+    _upscaler: LDMUpscalePipeline | None = None
+    _upscaler_of: tuple[str, Path, str | None] | None = None  # name, folder and variant of the pipeline it belongs to
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
+        """As `SavedPipeline.from_pretrained`; an upscaler in its folder is found, and loaded when it is used."""
+        variant = kwargs.get("variant")
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        assert pipeline.loaded_from is not None
+        pipeline._upscaler_of = (str(pretrained_model_name_or_path), pipeline.loaded_from, variant)
+        return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
+        """As `SavedPipeline.from_pipe`; the upscaler comes along."""
+        made = super().from_pipe(pipeline, **kwargs)
+        for name in ("_upscaler", "_upscaler_of"):
+            setattr(made, name, getattr(pipeline, name, None))
+        return made
+
+    @property
+    def upscaler(self) -> LDMUpscalePipeline:
+        """The upscaler, on the pipeline's device and in its dtype.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        if self._upscaler is None:
+            folder = self._find_upscaler()
+            if folder is None:
+                raise no_upscaler(self._upscaler_of[0] if self._upscaler_of else "this pipeline")
+            variant = self._upscaler_of[2] if self._upscaler_of else None
+            chosen = {} if variant is None else {"variant": variant}
+            self._upscaler = LDMUpscalePipeline.from_pretrained(folder, dtype=self.unet.dtype, **chosen)
+        self._upscaler.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return self._upscaler.to(self._execution_device)  # type: ignore[no-any-return]
+
+    @upscaler.setter
+    def upscaler(self, upscaler: LDMUpscalePipeline | None) -> None:
+        if upscaler is not None and not isinstance(upscaler, LDMUpscalePipeline):
+            raise ValueError(f"upscaler: expected an LDMUpscalePipeline, got {type(upscaler).__name__}")
+        self._upscaler = upscaler
+        if upscaler is None:
+            self._upscaler_of = None
+
+    @property
+    def has_upscaler(self) -> bool:
+        """Whether `upscaler` finds one."""
+        return self._upscaler is not None or self._find_upscaler() is not None
+
+    def upscale(self, images: Any, prompt: Any = None, **settings: Any) -> Any:
+        """Large pictures of small ones, as `LDMUpscalePipeline.upscale` makes them; `.images`.
+
+        Raises:
+            FileNotFoundError: if there is no upscaler.
+            ValueError: names the argument and what it allows.
+        """
+        return self.upscaler.upscale(images, prompt, **settings)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """As `Saved.save_pretrained`, with the upscaler in its folder."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.has_upscaler:
+            self.upscaler.save_pretrained(Path(save_directory) / UPSCALER_FOLDER, **kwargs)
+
+    def _find_upscaler(self) -> Path | None:
+        """The upscaler's folder."""
+        return None if self._upscaler_of is None else upscaler_behind(*self._upscaler_of[:2])
+
+
+def upscaler_behind(name: str, folder: Path) -> Path | None:
+    """The folder of the upscaler behind a pipeline, None if it has none; from the Hub it is downloaded at first use.
+
+    Args:
+        name: of the pipeline, a folder or a Hub id.
+        folder: where it lies.
+    """
+    found = folder / UPSCALER_FOLDER
+    if not found.exists() and not Path(name).expanduser().exists():
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{UPSCALER_FOLDER}/{pattern}" for pattern in HUB_FILES]
+        snapshot_download(name, revision=folder.name, allow_patterns=patterns)  # of the very same commit
+    return found if (found / "model_index.json").exists() else None
+
+
+def no_upscaler(name: str) -> FileNotFoundError:
+    """The error of a pipeline without one."""
+    return FileNotFoundError(
+        f"upscale: {name} has no folder {UPSCALER_FOLDER}/; train an upscaler with `ldm train ldm --config upscale`, "
+        "then put it there with `ldm export MODEL FOLDER --upscaler RUN/pipeline`"
+    )
