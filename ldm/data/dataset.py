@@ -134,6 +134,11 @@ class CaptionedPictures(Sequence[Row]):
         """The rows that are kept out of training."""
         return self._view(self._index[self._packed.heldout[self._index]])
 
+    @property
+    def sizes(self) -> npt.NDArray[np.uint32]:
+        """Width and height of each picture in pixels, upright, uint32 [N,2]; 0 if it was not looked at."""
+        return self._packed.sizes[self._index]
+
     def unfit(self, size: int) -> list[str]:
         """Warnings about pictures that make poor squares of `size` pixels, a line each, with the worst by name.
 

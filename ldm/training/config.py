@@ -41,7 +41,10 @@ class DataConfig:
         inpaint: learn to fill in masked parts of pictures: a mask, and the latents of the picture without what it
             masks, are concatenated to x_t (`ldm.training.masks`).
         size: edge in pixels of the pictures that the model learns and generates.
-        crop: which square is taken of a picture that isn't one.
+        buckets: bring each picture to the size whose aspect ratio is nearest to its own, of about the area of a square
+            of `size`, instead of cropping that (`ldm.data.buckets`). A batch has one size.
+        bucket_ratio: of the longest bucket, its longer side to its shorter one.
+        crop: which square, or which part of its bucket's aspect ratio, is taken of a picture.
         flip: mirror half of the pictures. Not for letters, flags or anything that has a left and a right.
         background: the color behind transparent pictures.
         holdout: share kept out of training, by a hash of the caption, where no column `split` sets it.
@@ -62,6 +65,8 @@ class DataConfig:
     condition_column: str | None = None
     inpaint: bool = False
     size: int = 64
+    buckets: bool = False
+    bucket_ratio: float = 2.0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     background: str = "white"
@@ -76,6 +81,7 @@ class DataConfig:
         check("data.size", self.size, at_least=8, at_most=4096)
         if self.size % 8:
             raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines generate, got {self.size}")
+        check("data.bucket_ratio", self.bucket_ratio, above=1, at_most=16)
         check("data.holdout", self.holdout, at_least=0, below=1)
         check("data.limit", self.limit, at_least=0)
         check("data.workers", self.workers, at_least=0)

@@ -29,7 +29,7 @@ from ldm.data.dataset import CaptionedPictures
 from ldm.diffusion.losses import diffusion_loss
 from ldm.diffusion.schedule import beside, scheduler_config
 from ldm.diffusion.timesteps import LossSecondMoment, at_share
-from ldm.evaluation.validation import CaptionedValidationSet, by_quarter, caption_losses
+from ldm.evaluation.validation import CaptionedValidationSet, CaptionLosses, by_quarter, caption_losses
 from ldm.models.conditioning import Conditioning, denoise
 from ldm.models.ema import averaged
 from ldm.models.text_encoder import TextEncoder
@@ -47,7 +47,7 @@ from ldm.training.encoders import Encoders
 from ldm.training.export import export, quiet, save_frozen, write_pipeline
 from ldm.training.facts import RunFacts, stamp, written_stamp
 from ldm.training.initial_model import InitialModel
-from ldm.training.latent_cache import build_cache, cache_bytes
+from ldm.training.latent_cache import buckets_of_all, build_cache, cache_bytes
 from ldm.training.normalization import check_scale
 from ldm.training.objective import build_objective, build_schedule, build_timesteps
 from ldm.training.previews import Prompt, build_prompt_set, generate_grid
@@ -56,10 +56,11 @@ from ldm.training.samples import (
     LatentSamples,
     has_pixels,
     to_device,
-    validation_set,
+    validation_sets,
     with_context,
     with_latents,
 )
+from ldm.training.sizes import buckets_of
 from ldm.training.task import Recipe, Task, float32_bytes
 from ldm.training.train_state import TrainState, whole_weights
 from ldm.version import __version__
@@ -83,7 +84,7 @@ class Diffusion(Task):
 
     source: ConditionedPictures | None = None
     encoders: Encoders | None = None
-    heldout: CaptionedValidationSet | None = field(default=None, init=False)
+    heldout: Sequence[CaptionedValidationSet] = field(default=(), init=False)
     prompts: Sequence[Prompt] = field(default=(), init=False)
     exported: Path | None = field(default=None, init=False)
 
@@ -119,6 +120,8 @@ class Diffusion(Task):
                 accelerator.print(f"init: starting from {config.init}, which predicts {initial.prediction}")
             else:
                 check_scale(encoders.vae, pictures.train, data.size)
+            if data.buckets:
+                accelerator.print(buckets_of(config, pictures.train))
             accelerator.print(report_reconstruction(encoders.vae, pictures, data.size)[1])
         return cls(config, accelerator, source, encoders)
 
@@ -184,14 +187,15 @@ class Diffusion(Task):
         assert source is not None and encoders is not None
         self.prompts = build_prompt_set(config, source, encoders.text_outline)
         if config.cache_folder() is not None:
-            cache = build_cache(config, source.train.all_pictures, encoders, shape)
+            buckets = buckets_of_all(config, source.train)
+            cache = build_cache(config, source.train.all_pictures, encoders, shape, buckets=buckets)
             self.samples = LatentSamples.of(config, source.train, shape, cache)
             self.workers = config.data.workers if config.data.inpaint else 0
-        self.heldout = validation_set(config, source.heldout, encoders, shape, self.accelerator.device)
+        self.heldout = validation_sets(config, source.heldout, encoders, shape, self.accelerator.device)
         if config.cache_folder() is not None:
             encoders.free()
         self.save_frozen(encoders)
-        (self.stored,) = self.batches([range(STORED)])
+        (self.stored,) = self.batches([range(min(STORED, config.loop.batch_size))])  # of one step: of one size
 
     def save_frozen(self, encoders: Encoders) -> None:
         """Save RUN/frozen, unless it is there as it was saved, and of the same."""
@@ -285,14 +289,15 @@ class Diffusion(Task):
 
     def validate(self) -> dict[str, float]:
         """The held-out loss by quarter of t, and by how much shuffled captions and none raise it."""
-        if self.heldout is None:
+        if not self.heldout:
             return {}
         with self.evaluating() as unet:
 
             def prediction(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
                 return self.output(unet, x_t, t, conditioning)[:, : x_t.shape[1]]
 
-            use = caption_losses(prediction, self.schedule, self.config.diffusion.prediction, self.heldout)
+            kind = self.config.diffusion.prediction
+            use = CaptionLosses.together([caption_losses(prediction, self.schedule, kind, one) for one in self.heldout])
         names = {"shuffled": "text_gap", "null": "null_gap"}
         gaps = {names[name]: float(gap.mean()) for name, gap in use.gaps().items()}
         return {f"heldout/{name}": value for name, value in {**by_quarter(use.true), **gaps}.items()}
