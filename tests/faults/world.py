@@ -46,7 +46,8 @@ HANG = 240.0  # seconds after which a child counts as hanging
 STEPS, SAVE_EVERY = 9, 3
 PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "previewing")
 #: kind of training => its task
-KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm"}
+KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm",
+         "buckets": "ldm"}  # fmt: skip
 #: task => the file that it leaves in its run
 RESULTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -182,6 +183,7 @@ class World:
         """Make what the trainings start from."""
         home = self.home
         road.draw_folder(home / "data")
+        road.cut_folder(home / "data", home / "shapes")
         tiny.save_text_encoder(home / "text", "bert", width=16)
         torch.manual_seed(0)
         pictures = read_captioned(home / "data", progress=False)
@@ -221,6 +223,7 @@ class World:
             "vae": {"data__workers": 2},
             "classifier": {"data__label_column": "color", "data__flip": "true"},
             "inpaint": {"data__inpaint": "true", "data__workers": 2},
+            "buckets": {"data__source": str(self.home / "shapes"), "data__buckets": "true", "data__size": 32},
         }
         return road.recipe(self.home, **{**shared, **kinds[kind], **words})
 
