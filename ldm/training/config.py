@@ -93,6 +93,11 @@ class DataConfig:
         if self.inpaint and self.condition_column is not None:
             raise ValueError("data.inpaint: the masked picture is the second one; leave data.condition_column out")
 
+    @property
+    def most_ratio(self) -> float:
+        """Of a picture that is not cropped, its longer side to its shorter one."""
+        return self.bucket_ratio if self.buckets else 1.0
+
     def reading(self) -> dict[str, Any]:
         """The arguments of `read_captioned` besides the source."""
         names = ("image_column", "caption_columns", "hub_config", "hub_split", "background", "holdout", "on_bad")

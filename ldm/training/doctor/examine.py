@@ -90,7 +90,7 @@ def _examine(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "data", f"{message}, {len(pictures.skipped)} left out (data.on_bad=skip):{named}")
     else:
         yield Finding("ok", "data", message)
-    for warning in pictures.unfit(config.data.size):
+    for warning in pictures.unfit(config.data.size, config.data.most_ratio):
         yield Finding("warning", "sizes", warning)
     yield from repeated(pictures)
 
