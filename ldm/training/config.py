@@ -36,8 +36,9 @@ class DataConfig:
             for a model that knows no text, pictures need no captions.
         label_column: the column of a class that the model is conditioned on, beside captions or instead of them, and
             that the classifier learns.
-        condition_column: the column that names a second picture, of the same folder, which the model is
-            conditioned on: its latents are concatenated to x_t.
+        condition_column: the column of a second picture, which the model is conditioned on: its latents are
+            concatenated to x_t. In a folder the column holds its name; in shards `sketch` is the picture
+            `000123.sketch.png`; in a Hub set it is another column of pictures. It may have any resolution.
         inpaint: learn to fill in masked parts of pictures: a mask, and the latents of the picture without what it
             masks, are concatenated to x_t (`ldm.training.masks`).
         size: edge in pixels of the pictures that the model learns and generates.
