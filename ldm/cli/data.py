@@ -18,13 +18,18 @@ def add_openmoji(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="all 3,939 drawings, or the hundreds of the demo (default: all)",
     )
+    add(
+        "--condition",
+        choices=("outline", "colors"),
+        help="also render a second picture of each, for data.condition_column: its lines, or its fills",
+    )
 
 
 def run_openmoji(arguments: argparse.Namespace) -> None:
     from ldm.data.emoji.openmoji import build
 
     out = arguments.out
-    made = build(out, arguments.size, arguments.subset)
+    made = build(out, arguments.size, arguments.subset, arguments.condition)
     print(f"{made} pictures with captions are in {out} (CC BY-SA 4.0, see {out}/ATTRIBUTION.md)")
 
 
