@@ -9,7 +9,7 @@
     python -m benchmarks.conditions data/colors runs/colors/pipeline colors --out colors.json
 
     outline    edge agreement: the F1 of the edges of both pictures, within a pixel of each other
-    colors     the share of the map's colored pixels whose nearest palette entry, of 24, is the map's
+    colors     the share of the pixels inside the map's colored areas whose nearest palette entry, of 24, is the map's
 
 Each is measured with the second picture given, with another row's (shuffled), and of the real pictures: what a perfect
 model reaches, since a drawing's lines cover some of its colors and its fills have edges of their own.
@@ -63,10 +63,20 @@ def edge_agreement(made: Image.Image, outline: Image.Image) -> float:
     return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
+def inside(entries: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """The pixels [H,W] whose eight neighbors have the same entry."""
+    padded = np.pad(entries, 1, constant_values=-1)
+    high, wide = entries.shape
+    return np.all([padded[y : y + high, x : x + wide] == entries for y in range(3) for x in range(3)], axis=0)
+
+
 def right_entries(made: Image.Image, colors: Image.Image) -> float:
-    """The share of the map's pixels that aren't white whose nearest palette entry is the map's."""
+    """The share of the pixels inside the map's colored areas whose nearest palette entry is the map's.
+
+    Inside are pixels whose eight neighbors have the same entry: drawings have their lines where areas meet.
+    """
     entries = nearest_entries(np.asarray(colors.convert("RGB")))
-    colored = entries != 0
+    colored = (entries != 0) & inside(entries)
     right = nearest_entries(np.asarray(made.convert("RGB"))) == entries
     return float((right & colored).sum() / max(1, colored.sum()))
 
