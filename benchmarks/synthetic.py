@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.data.buckets import Buckets
 from ldm.data.cache.latents import Builder, Captions, LatentCache, context_kind, posterior_kind, save_table
 from ldm.data.cache.store import Kind, to_keys
 from ldm.data.conditioned import ConditionedPictures
@@ -83,7 +84,10 @@ class Rows:
 
     def cache(self) -> LatentCache:
         """Their latent cache."""
-        return LatentCache.open(self.place / "cache", self.place / "rows.npy", self.posteriors, self.contexts)
+        buckets = Buckets.square(4 * self.edge, self.count)
+        return LatentCache.open(
+            self.place / "cache", self.place / "rows.npy", [self.posteriors], self.contexts, buckets
+        )
 
 
 def save_captions(folder: Path, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,16 @@ def draw_folder(folder: Path, size: int = tiny.SIZE) -> Path:
             rows.append({**row, "color": color, "outline": f"outlines/{shape}.png"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return folder
+
+
+def cut_folder(folder: Path, out: Path) -> Path:
+    """The pictures of a folder, some cut to wide ones and some to tall ones."""
+    shutil.copytree(folder, out)
+    for i, path in enumerate(sorted((out / "images").iterdir())):
+        with Image.open(path) as picture:
+            wide, high = picture.size
+            picture.crop((0, 0, *((wide, high), (wide, high // 2), (wide // 2, high))[i % 3])).save(path)
+    return out
 
 
 def recipe(folder: Path, **words: Any) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import math
 import secrets
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 from ldm import LDMPipeline
 from ldm.app.jobs import Jobs, Stopped
 from ldm.app.theme import SERVING
+from ldm.data.buckets import bucket_sizes
 from ldm.data.images import decode
 from ldm.inference.defaults import EVERYWHERE
 from ldm.models.fingerprint import model_sha256
@@ -28,6 +30,8 @@ from ldm.system.devices import best_device, best_dtype
 SMALL = 128  # pixels; smaller pictures are enlarged
 MOST_PICTURES = 9
 MOST_WAITING = 20
+TIMES = " × "
+MOST_RATIO = 2.0  # of the sizes that the page offers
 RANDOM_SEEDS = 2**31
 
 
@@ -36,7 +40,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
     height, width = pipeline.edge("height"), pipeline.edge("width")
     small = max(height, width) <= SMALL
     usual, timesteps = pipeline.defaults, pipeline.scheduler.config.num_train_timesteps
-    model = model_sha256(pipeline, adapters=False)
+    model, sizes = model_sha256(pipeline, adapters=False), shapes(pipeline)
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
     has_text, has_condition = pipeline.tokenizer is not None, bool(pipeline.condition_channels)
     title = "Generate pictures from text" if has_text else "Generate pictures"
@@ -71,6 +75,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         count: int,
         number: int | None,
         surprise: bool,
+        shape: str,
         *weights: float,
     ) -> Iterator[dict[Any, Any]]:
         """Step after step, what changes on the page."""
@@ -87,6 +92,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                 "guidance_interval": usual.guidance_interval,
                 "num_images_per_prompt": count,
                 "seed": first,
+                **({} if shape == sizes[0] else size_of(shape)),
             }
             adapters = dict(zip(loaded, weights, strict=True))
             with closing(jobs.run(request.session_hash, adapters=adapters, **arguments)) as progress:
@@ -152,6 +158,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                     with gr.Row():
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="of the first picture")
                         surprise = gr.Checkbox(True, label="A new seed each time")
+                    shape = gr.Dropdown(sizes, value=sizes[0], label="Size", info="width × height in pixels")
             with gr.Column(scale=6):
                 pictures = gr.Gallery(
                     show_label=False,
@@ -169,7 +176,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
         begun.then(
             generate,
-            inputs=[prompt, label, picture, *settings, seed, surprise, *loras],
+            inputs=[prompt, label, picture, *settings, seed, surprise, shape, *loras],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="generate",
@@ -187,6 +194,19 @@ def set_weights(pipeline: LDMPipeline, adapters: Mapping[str, float]) -> None:
         pipeline.set_adapters(list(used), list(used.values()))
     elif adapters:
         pipeline.disable_lora()
+
+
+def shapes(pipeline: LDMPipeline) -> list[str]:
+    """The sizes to choose from, width × height: the model's own, then others of about its area, the tallest first."""
+    own = pipeline.edge("width"), pipeline.edge("height")
+    step = math.lcm(8, pipeline.least_edge)
+    others = bucket_sizes(own[0], step, MOST_RATIO) if own[0] == own[1] and own[0] % step == 0 else ()
+    return [TIMES.join(map(str, size)) for size in dict.fromkeys((own, *others))]
+
+
+def size_of(shape: str) -> dict[str, int]:
+    """96 × 48 => the pipeline's arguments."""
+    return dict(zip(("width", "height"), map(int, shape.split(TIMES)), strict=True))
 
 
 def slider(

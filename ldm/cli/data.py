@@ -1,4 +1,4 @@
-"""`ldm data openmoji | emoji | check | caption | dedupe | cache`: make a data set, check and complete one."""
+"""`ldm data openmoji | emoji | scenes | check | caption | dedupe | cache`: make a data set, check and complete one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ def add_openmoji(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="all 3,939 drawings, or the hundreds of the demo (default: all)",
     )
+    add(
+        "--condition",
+        choices=("outline", "colors"),
+        help="also render a second picture of each, for data.condition_column: its lines, or its fills",
+    )
 
 
 def run_openmoji(arguments: argparse.Namespace) -> None:
     from ldm.data.emoji.openmoji import build
 
     out = arguments.out
-    made = build(out, arguments.size, arguments.subset)
+    made = build(out, arguments.size, arguments.subset, arguments.condition)
     print(f"{made} pictures with captions are in {out} (CC BY-SA 4.0, see {out}/ATTRIBUTION.md)")
 
 
@@ -57,6 +62,21 @@ def run_emoji(arguments: argparse.Namespace) -> None:
     out = arguments.out
     made = build(out, dict(arguments.style), arguments.size)
     print(f"{made} pictures with captions are in {out} (authors and licenses: {out}/ATTRIBUTION.md)")
+
+
+def add_scenes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("out", type=place, metavar="FOLDER", help="the folder to make")
+    add("--size", type=int, default=64, help="edge of a drawing in pixels; a pair is twice as long (default: 64)")
+    add("--drawings", type=int, default=0, metavar="N", help="take only so many drawings (default: all)")
+
+
+def run_scenes(arguments: argparse.Namespace) -> None:
+    from ldm.data.emoji.scenes import build
+
+    out = arguments.out
+    made = build(out, arguments.size, arguments.drawings)
+    print(f"{made} pictures with captions are in {out} (CC BY-SA 4.0, see {out}/ATTRIBUTION.md)")
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +149,12 @@ ldm data emoji data/emoji                              (OpenMoji alone, offline)
 ldm data emoji data/emoji --style noto=icons/noto      (with another style; `make data-emoji` fetches three)""",
         add_emoji,
         run_emoji,
+    ),
+    "scenes": Command(
+        "render wide and tall pictures: two OpenMoji drawings beside or above each other, for data.buckets",
+        "ldm data scenes data/scenes --size 64",
+        add_scenes,
+        run_scenes,
     ),
     "check": Command(
         "report every problem of a data set, by file and row; exit status 1 if there is any",

@@ -28,7 +28,8 @@ SETTINGS = {
     "negative_prompt": "negative_prompt",
     "dynamic_thresholding": "dynamic_thresholding",
 }
-CHANGES = ("seed", *SETTINGS, "class_label", "numbers")  # of a picture's settings, with --like
+SIZES = {"width": "width", "height": "height"}  # in pixels; options and arguments as well
+CHANGES = ("seed", *SETTINGS, *SIZES, "class_label", "numbers")  # of a picture's settings, with --like
 #: Options that --like can't obey, since it makes one picture.
 NOT_WITH_LIKE = ("each", "images_per_prompt", "columns", "batch_size")
 
@@ -68,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rounding, 1/255 of a channel (default: 16)",
     )
     add("--columns", type=positive, metavar="N", help="pictures in a row of the grid (default: 4)")
+    for edge in SIZES:
+        add(f"--{edge}", type=int, metavar="PIXELS", help=f"of the pictures (default: the {edge} of the training)")
     add_settings(parser)
     add = parser.add_argument_group("conditioning").add_argument
     add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
@@ -209,7 +212,7 @@ def generate(arguments: argparse.Namespace) -> None:
     inputs, count = max(1, len(arguments.prompts), len(arguments.class_label or ())), arguments.images_per_prompt or 1
     prompts = one_each("prompts", arguments.prompts or [None], inputs)
     labels = one_each("--class-label", arguments.class_label or [None], inputs)
-    typed = {name: getattr(arguments, option) for option, name in SETTINGS.items()}
+    typed = {name: getattr(arguments, option) for option, name in {**SETTINGS, **SIZES}.items()}
     settings = conditions(arguments) | {name: value for name, value in typed.items() if value is not None}
     seed, size = arguments.seed or 0, arguments.batch_size or 16
     model = upscaler = None

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ldm.data.dataset import Row
 from ldm.data.facts import hash_content
-from ldm.data.images import Crop, to_pixels, to_square
+from ldm.data.images import Crop, Size, to_pixels, to_size
 from ldm.data.rows import BadDataError
 
 BATCH = 32
@@ -21,21 +21,24 @@ PIXELS = 1  # version of the path from a file to pixels: raise it when that chan
 
 def load_pixels(
     row: Row,
-    size: int,
+    size: int | Size,
     crop: Crop = "center",
     position: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
     content: bytes | None = None,
 ) -> Tensor:
-    """A row's picture => pixels, float32 [3,size,size] in [-1,1].
+    """A row's picture => pixels, float32 [3,H,W] in [-1,1].
 
+    Args:
+        size: edge of a square, or width and height.
     Raises:
         BadDataError: naming the row, if the picture can't be read, or its hash isn't `content`.
     """
     data = row.read()
     if content is not None and hash_content(data) != content:
         raise BadDataError(f"picture changed while it was being encoded; run the same command again: {row.where}")
-    return torch.from_numpy(to_pixels(to_square(row.image(data), size, crop, position, flip)))
+    size = (size, size) if isinstance(size, int) else size
+    return torch.from_numpy(to_pixels(to_size(row.image(data), size, crop, position, flip)))
 
 
 def choose_caption(captions: Sequence[str], u: float | None) -> str:
@@ -64,8 +67,8 @@ def evenly(pictures: Pictures, most: int) -> Pictures:
     return pictures.select(spread(len(pictures), most))
 
 
-def pixel_batches(rows: Sequence[Row], size: int, doing: str) -> Iterator[Tensor]:
-    """The pictures, center crops, as pixels [<=32,3,size,size]; the first of several processes shows a bar."""
+def pixel_batches(rows: Sequence[Row], size: int | Size, doing: str) -> Iterator[Tensor]:
+    """The pictures, center crops, as pixels [<=32,3,H,W]; the first of several processes shows a bar."""
     silent = os.environ.get("RANK", "0") != "0"
     for start in tqdm(range(0, len(rows), BATCH), desc=doing, unit="batch", leave=False, disable=silent):
         chosen = [rows[i] for i in range(start, min(start + BATCH, len(rows)))]

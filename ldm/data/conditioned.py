@@ -23,7 +23,6 @@ from ldm.data.images import BadPictureError
 from ldm.data.labels import Labels
 from ldm.data.numbers import Numbers
 from ldm.data.rows import BadDataError, Problem, require_columns
-from ldm.data.sources.folders import FolderStore
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class ConditionedPictures:
     Attributes:
         pictures: the rows.
         labels: the classes, where rows have one.
-        condition_column: the column that names a row's conditioning picture, relative to the data's folder.
+        condition_column: the column of a row's conditioning picture: in a folder's metadata its name, relative to the
+            folder; in shards the name before its ending; in a Hub set another column of pictures.
         condition_facts: what is known of the conditioning pictures, by their locators.
         numbers: the number columns, where rows have some.
     """
@@ -127,10 +127,6 @@ class ConditionedPictures:
         """
         assert self.condition_column is not None
         row = self.pictures[number]
-        if not isinstance(row.store, FolderStore):
-            raise BadDataError(
-                f"{self.condition_column} names pictures; they can be read from folders only: {row.where}"
-            )
         locator = row.store.locate(row.extra.get(self.condition_column))
         fact = self.condition_facts.get(locator, UNKNOWN)
         return replace(row, captions=(), locator=locator, content=fact.content, size=fact.size)

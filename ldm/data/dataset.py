@@ -134,11 +134,19 @@ class CaptionedPictures(Sequence[Row]):
         """The rows that are kept out of training."""
         return self._view(self._index[self._packed.heldout[self._index]])
 
-    def unfit(self, size: int) -> list[str]:
+    @property
+    def sizes(self) -> npt.NDArray[np.uint32]:
+        """Width and height of each picture in pixels, upright, uint32 [N,2]; 0 if it was not looked at."""
+        return self._packed.sizes[self._index]
+
+    def unfit(self, size: int, ratio: float = 1.0) -> list[str]:
         """Warnings about pictures that make poor squares of `size` pixels, a line each, with the worst by name.
 
         Pictures are cropped to their largest square, then resampled: a picture whose shorter side has less than `size`
         pixels is enlarged, and of a long one little is left.
+
+        Args:
+            ratio: of the longest bucket, if pictures are cropped to that and resampled to the area of the square.
         """
         width, height = self._packed.sizes[self._index].astype(np.int64).T
         short, long = np.minimum(width, height), np.maximum(width, height)
@@ -153,12 +161,12 @@ class CaptionedPictures(Sequence[Row]):
 
         enlarged = warning(
             f"enlarged to {size} x {size}",
-            (short > 0) & (short < size),
+            (short > 0) & (short * np.minimum(long, ratio * short) < size * size),
             lambda i: f"enlarged from {width[i]} x {height[i]}",
         )
         return enlarged + warning(
             "cropped to a sliver",
-            SLIVER * short < long,
+            SLIVER * ratio * short < long,
             lambda i: f"cropped to a sliver ({short[i]} of {long[i]} pixels)",
         )
 

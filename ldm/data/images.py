@@ -26,6 +26,7 @@ from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit picture of a quarter of a GiB
 Crop: TypeAlias = Literal["center", "random", "detail"]
+Size: TypeAlias = tuple[int, int]  # width and height in pixels, as Pillow has them
 
 # PNG chunks that hold text or a color profile. Pillow refuses a whole picture if one of them unpacks to over 1 MiB.
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -121,40 +122,57 @@ def to_square(
     position: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
 ) -> npt.NDArray[np.uint8]:
-    """Crop the largest square out of a picture and resample it to `size`, antialiased.
+    """Crop the largest square out of a picture and resample it to `size` x `size`: `to_size`."""
+    return to_size(image, (size, size), crop, position, flip)
 
-    The square is cut on whole pixels of the source, so a picture that has the right size is copied exactly.
+
+def to_size(
+    image: Image.Image,
+    size: Size,
+    crop: Crop = "center",
+    position: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+) -> npt.NDArray[np.uint8]:
+    """Crop the largest window of an aspect ratio out of a picture and resample it to `size`, antialiased.
+
+    The window is cut on whole pixels of the source, so a picture that has the right size is copied exactly.
     Lanczos keeps the outlines of small pictures that a box filter blurs.
 
     Args:
         image: mode RGB.
-        size: side of the result in pixels.
-        crop: where the square lies along the longer side; "random" puts it at `position`. "detail" also puts it there,
-            but takes `size` pixels as they are, where the picture has so many, instead of shrinking all of it.
+        size: width and height of the result in pixels.
+        crop: where the window lies; "random" puts it at `position`. "detail" also puts it there, but takes the pixels
+            of `size` as they are, where the picture has so many, instead of shrinking all of it.
         position: (x, y), each uniform in [0, 1); chosen by the caller, who owns the randomness.
         flip: mirror left to right.
     Returns:
-        uint8 [size, size, 3].
+        uint8 [height, width, 3].
     Raises:
-        ValueError: for another mode, a size below 1 or a position outside [0, 1).
+        ValueError: for another mode, a side below 1 or a position outside [0, 1).
     """
+    wide, high = size
     if image.mode != "RGB":
         raise ValueError(f"image has mode {image.mode}; expected RGB, as `decode` gives it")
-    if size < 1:
-        raise ValueError(f"size is {size}; expected at least 1 pixel")
+    if min(size) < 1:
+        raise ValueError(f"size is {wide} x {high}; expected at least 1 pixel")
     if not all(0 <= p < 1 for p in position):
         raise ValueError(f"position is {position}; expected two numbers in [0, 1)")
-    short = min(*image.size, size) if crop == "detail" else min(image.size)
-    spare = [side - short for side in image.size]
+    window = (
+        min(image.width, max(1, round(image.height * wide / high))),
+        min(image.height, max(1, round(image.width * high / wide))),
+    )
+    if crop == "detail" and window[0] >= wide and window[1] >= high:
+        window = size
+    spare = [side - kept for side, kept in zip(image.size, window, strict=True)]
     if crop != "center":
         left, top = (int(p * (s + 1)) for p, s in zip(position, spare, strict=True))  # uniform over the s + 1 places
     else:
         left, top = (s // 2 for s in spare)
-    box = (left, top, left + short, top + short)
-    square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    box = (left, top, left + window[0], top + window[1])
+    resized = image.resize(size, Image.Resampling.LANCZOS, box=box)
     if flip:
-        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(square)
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(resized)
 
 
 def to_pixels(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

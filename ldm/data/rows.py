@@ -76,6 +76,10 @@ class Store(Protocol):
         """The picture file at `locator`. Raises BadPictureError if it is not there or is no file."""
         ...
 
+    def locate(self, cell: object) -> Any:
+        """The locator of the picture that a cell of a row names, hashable. Raises BadPictureError if there is none."""
+        ...
+
     def stamp(self, locator: Any) -> Stamp | None:
         """A stamp that differs if the picture has changed; None if there is none. Raises BadPictureError."""
         ...
@@ -90,7 +94,7 @@ class Found:
         locator: what `Store.read` takes; two rows with the same locator describe the same picture.
         captions: the caption cells, of any type.
         split: the cell of the split column, None where there is none.
-        extra: other plain values of the row.
+        extra: other plain values of the row, and what `Store.locate` takes of its other pictures.
     """
 
     where: str

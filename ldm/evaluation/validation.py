@@ -149,6 +149,18 @@ class CaptionLosses:
     shuffled: Tensor | None
     null: Tensor | None
 
+    @classmethod
+    def together(cls, parts: Sequence[CaptionLosses]) -> CaptionLosses:
+        """Those of several sets as of one."""
+
+        def joined(name: str) -> Tensor | None:
+            errors = [getattr(part, name) for part in parts]
+            return None if any(each is None for each in errors) else torch.cat(errors, 1)
+
+        true = joined("true")
+        assert true is not None
+        return cls(true, joined("shuffled"), joined("null"))
+
     def losses(self) -> dict[str, dict[str, float] | None]:
         """The validation loss with each kind of caption, in total and by quarter of t."""
         return {

@@ -137,7 +137,7 @@ def downsampling(vae: Any) -> int:
 
 
 def latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of pictures of so many pixels along an edge."""
+    """(C, h, w) of the latents of squares of so many pixels along an edge."""
     edge = size // downsampling(vae)
     return (int(vae.config.latent_channels), edge, edge)
 

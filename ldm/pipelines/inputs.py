@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.images import to_pixels, to_rgb, to_square
+from ldm.data.images import to_pixels, to_rgb, to_size
 from ldm.data.labels import Labels
 from ldm.data.numbers import Numbers
 
@@ -259,6 +259,4 @@ def known_conditions(pictures: Any, channels: int, height: int, width: int) -> l
     if not listed or not all(isinstance(picture, Image.Image) for picture in listed):
         kind = type(listed[0]).__name__ if listed else "an empty list"
         raise ValueError(f"condition: this model makes pictures of pictures; expected a PIL picture, got {kind}")
-    if height != width:
-        raise ValueError(f"width: pictures are made of square ones; expected {height}, got {width}")
-    return [torch.from_numpy(to_pixels(to_square(to_rgb(picture), width))) for picture in listed]
+    return [torch.from_numpy(to_pixels(to_size(to_rgb(picture), (width, height)))) for picture in listed]

@@ -415,20 +415,20 @@ class LDMPipeline(CascadedPipeline):
             size = self.unet.config.sample_size
             return int((size if isinstance(size, int) else size[0 if name == "height" else 1]) * self.vae_scale_factor)
         step = math.lcm(8, self.vae_scale_factor)  # stock pipelines require eights
-        smallest = -(-self._least_edge // step) * step
+        smallest = -(-self.least_edge // step) * step
         if not isinstance(pixels, Integral) or pixels % step or not smallest <= pixels <= MAX_EDGE:
             raise ValueError(f"{name}: expected a multiple of {step} from {smallest} to {MAX_EDGE}, got {pixels!r}")
         return int(pixels)
 
     def check_edges(self, name: str, height: int, width: int) -> None:
         """Raise a ValueError unless the networks can generate this size, which a picture has."""
-        if not all(self._least_edge <= pixels <= MAX_EDGE for pixels in (height, width)):
+        if not all(self.least_edge <= pixels <= MAX_EDGE for pixels in (height, width)):
             raise ValueError(
-                f"{name}: expected edges from {self._least_edge} to {MAX_EDGE} pixels, got {width} x {height}"
+                f"{name}: expected edges from {self.least_edge} to {MAX_EDGE} pixels, got {width} x {height}"
             )
 
     @property
-    def _least_edge(self) -> int:
+    def least_edge(self) -> int:
         """Pixels along an edge that leave one value at the U-Net's deepest level."""
         return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 

@@ -40,12 +40,16 @@ class DataConfig:
             that the classifier learns.
         number_columns: columns of numbers, such as a size, that the model is conditioned on, beside captions or instead
             of them; not beside a class, for which stock U-Nets have the same input.
-        condition_column: the column that names a second picture, of the same folder, which the model is
-            conditioned on: its latents are concatenated to x_t.
+        condition_column: the column of a second picture, which the model is conditioned on: its latents are
+            concatenated to x_t. In a folder the column holds its name; in shards `sketch` is the picture
+            `000123.sketch.png`; in a Hub set it is another column of pictures. It may have any resolution.
         inpaint: learn to fill in masked parts of pictures: a mask, and the latents of the picture without what it
             masks, are concatenated to x_t (`ldm.training.masks`).
         size: edge in pixels of the pictures that the model learns and generates.
-        crop: which square is taken of a picture that isn't one.
+        buckets: bring each picture to the size whose aspect ratio is nearest to its own, of about the area of a square
+            of `size`, instead of cropping that (`ldm.data.buckets`). A batch has one size.
+        bucket_ratio: of the longest bucket, its longer side to its shorter one.
+        crop: which square, or which part of its bucket's aspect ratio, is taken of a picture.
         flip: mirror half of the pictures. Not for letters, flags or anything that has a left and a right.
         background: the color behind transparent pictures.
         holdout: share kept out of training, by a hash of the caption, where no column `split` sets it.
@@ -67,6 +71,8 @@ class DataConfig:
     condition_column: str | None = None
     inpaint: bool = False
     size: int = 64
+    buckets: bool = False
+    bucket_ratio: float = 2.0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     background: str = "white"
@@ -81,6 +87,7 @@ class DataConfig:
         check("data.size", self.size, at_least=8, at_most=4096)
         if self.size % 8:
             raise ValueError(f"data.size: expected a multiple of 8, as stock pipelines generate, got {self.size}")
+        check("data.bucket_ratio", self.bucket_ratio, above=1, at_most=16)
         check("data.holdout", self.holdout, at_least=0, below=1)
         check("data.limit", self.limit, at_least=0)
         check("data.workers", self.workers, at_least=0)
@@ -95,6 +102,11 @@ class DataConfig:
             raise ValueError(f"data.number_columns: a column is named twice: {', '.join(self.number_columns)}")
         if self.inpaint and self.condition_column is not None:
             raise ValueError("data.inpaint: the masked picture is the second one; leave data.condition_column out")
+
+    @property
+    def most_ratio(self) -> float:
+        """Of a picture that is not cropped, its longer side to its shorter one."""
+        return self.bucket_ratio if self.buckets else 1.0
 
     def reading(self) -> dict[str, Any]:
         """The arguments of `read_captioned` besides the source."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.batches import BATCH, evenly, pixel_batches
+from ldm.data.buckets import Buckets, in_bucket
 from ldm.data.cache.latents import Builder, LatentCache, context_kind, posterior_kind
 from ldm.data.cache.store import Kind
 from ldm.data.conditioned import ConditionedPictures
@@ -18,6 +19,7 @@ from ldm.models.vae import encode
 from ldm.training.config import Config
 from ldm.training.distributed import Tick, on_rank_0
 from ldm.training.encoders import Encoders
+from ldm.training.sizes import buckets_of
 
 
 def build_cache(
@@ -27,11 +29,14 @@ def build_cache(
     latent_shape: tuple[int, int, int],
     name: str = "rows",
     *,
+    buckets: Buckets | None = None,
     flip: bool | None = None,
 ) -> LatentCache:
     """Encode what the cache lacks of these pictures and captions, and open it. Every rank must call it.
 
     Args:
+        latent_shape: of squares of data.size.
+        buckets: of the pictures; None for squares.
         name: of the table with the keys of these pictures in the stores; one for each sequence of pictures.
         flip: encode mirror images, too; by default as data.flip.
     Raises:
@@ -41,7 +46,8 @@ def build_cache(
     data, folder, table = config.data, config.cache_folder(), Path(config.run) / "cache" / f"{name}.npy"
     assert folder is not None, "data.cache is off"
     mirrored = data.flip if flip is None else flip
-    posteriors, contexts = kinds(config, encoders, latent_shape)
+    buckets = buckets or Buckets.square(data.size, len(pictures))
+    posteriors, contexts = kinds(config, encoders, latent_shape, buckets)
 
     @torch.no_grad()
     def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,44 +61,55 @@ def build_cache(
     def build(tick: Tick) -> None:
         builder = Builder(folder, tick=tick)
         captions = (contexts, encode_captions) if contexts is not None else None
-        builder.build(pictures, table, (posteriors, encode_pixels), captions, size=data.size, flip=mirrored)
+        builder.build(pictures, table, (posteriors, encode_pixels), captions, buckets=buckets, flip=mirrored)
 
     on_rank_0(build)
-    return LatentCache.open(folder, table, posteriors, contexts)
+    return LatentCache.open(folder, table, posteriors, contexts, buckets)
 
 
 @torch.no_grad()
 def encode_once(
     config: Config,
     pictures: Sequence[Row],
+    buckets: Buckets,
     captions: Sequence[str],
     encoders: Encoders,
     latent_shape: tuple[int, int, int],
     name: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Means of these pictures' posteriors [N,C,h,w], and contexts [M,L,D] of captions, which are theirs or "".
+) -> tuple[list[Tensor], Tensor | None]:
+    """The mean of each picture's posterior [C,h,w], and contexts [M,L,D] of captions, which are theirs or "".
 
     Both come from the cache, which is filled for it, if there is one. Without a text encoder there are no contexts.
     Every rank must call it.
     """
     if config.cache_folder() is not None:
-        cache = build_cache(config, pictures, encoders, latent_shape, name, flip=False)
+        cache = build_cache(config, pictures, encoders, latent_shape, name, buckets=buckets, flip=False)
         with cache.reading():
-            means = torch.stack([cache.posterior(number, False)[0] for number in range(len(pictures))])
+            means = [cache.posterior(number, False)[0] for number in range(len(pictures))]
             context = torch.stack([cache.context(caption) for caption in captions]) if cache.contexts else None
         return means, context
     vae = encoders.vae
-    means = torch.cat([encode(vae, pixels).mean for pixels in pixel_batches(pictures, config.data.size, "encoding")])
+    encoded: dict[int, Tensor] = {}
+    for size, group in buckets.groups():
+        numbers = iter(group.tolist())
+        for pixels in pixel_batches([pictures[number] for number in group.tolist()], size, "encoding"):
+            encoded |= {next(numbers): mean for mean in encode(vae, pixels).mean}
+    means = [encoded[number] for number in range(len(pictures))]
     text = encoders.text
     if text is None:
         return means, None
     return means, torch.cat([text.encode(captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)])
 
 
-def kinds(config: Config, encoders: Encoders, latent_shape: tuple[int, int, int]) -> tuple[Kind, Kind | None]:
-    """The stores of posteriors and, with a text encoder, of contexts."""
+def kinds(
+    config: Config, encoders: Encoders, latent_shape: tuple[int, int, int], buckets: Buckets
+) -> tuple[list[Kind], Kind | None]:
+    """The stores of posteriors, one for each bucket, and, with a text encoder, of contexts."""
     text, prints, data = encoders.text_outline, encoders.fingerprints, config.data
-    posteriors = posterior_kind(prints["vae"], latent_shape, data.size, data.background)
+    posteriors = [
+        posterior_kind(prints["vae"], in_bucket(latent_shape, data.size, size), size, data.background)
+        for size in buckets.sizes
+    ]
     if text is None:
         return posteriors, None
     return posteriors, context_kind(prints["text"], (text.tokenizer.model_max_length, text.dim))
@@ -101,6 +118,12 @@ def kinds(config: Config, encoders: Encoders, latent_shape: tuple[int, int, int]
 def validation_pictures(config: Config, heldout: ConditionedPictures) -> ConditionedPictures:
     """The held-out pictures whose loss is measured."""
     return evenly(heldout, config.loop.evaluation_pictures)
+
+
+def buckets_of_all(config: Config, source: ConditionedPictures) -> Buckets:
+    """The buckets of `source.all_pictures`: a second picture has its row's."""
+    buckets = buckets_of(config, source.pictures)
+    return buckets.twice() if source.condition_column else buckets
 
 
 def cache_bytes(
@@ -113,10 +136,14 @@ def cache_bytes(
     """
     if config.data.cache == "off":
         return 0
-    posteriors, contexts = kinds(config, encoders, latent_shape)
     train, heldout = source.train, validation_pictures(config, source.heldout)
-    encoded = len(train.all_pictures) * (2 if config.data.flip else 1) + len(heldout.all_pictures)
-    size = posteriors.disk_bytes(encoded) + FACTS.disk_bytes(len(source.all_pictures))
+    size = FACTS.disk_bytes(len(source.all_pictures))
+    for part, copies in ((train, 2 if config.data.flip else 1), (heldout, 1)):
+        buckets = buckets_of_all(config, part)
+        posteriors, contexts = kinds(config, encoders, latent_shape, buckets)
+        size += sum(
+            kind.disk_bytes(copies * len(group)) for kind, (_, group) in zip(posteriors, buckets.groups(), strict=True)
+        )
     if contexts is not None:
         captions = {caption for part in (train, heldout) for row in part.pictures for caption in row.captions}
         size += contexts.disk_bytes(1 + len(captions))

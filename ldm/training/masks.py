@@ -1,6 +1,6 @@
 """What an inpainting model learns to fill in: masks, a function of (seed, n), and what they leave of a picture.
 
-    mask          [1,S,S], True where the picture is to be new: all of it, a side, boxes, or strokes of a brush
+    mask          [1,H,W], True where the picture is to be new: all of it, a side, boxes, or strokes of a brush
     masked        pixels * (not mask): the masked part is gray
     channels      the mask at the latents' size and the latents of the masked picture, which follow x_t
 
@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ldm.data.images import Size
 from ldm.models.vae import Posterior
 from ldm.training.randomness import generator
 
@@ -34,17 +35,17 @@ class Masking:
 
     Attributes:
         seed, key: with n, all that they depend on.
-        size: edge of the pictures.
+        size: of the pictures: the edge of squares, or width and height.
         latent_shape: (C, h, w).
     """
 
     seed: int
-    size: int
+    size: int | Size
     latent_shape: tuple[int, int, int]
     key: str = "mask"
 
     def __call__(self, n: int, pixels: Tensor) -> dict[str, Tensor]:
-        """The mask bool [1,S,S], the masked picture [3,S,S], and noise [C,h,w] for the posterior of that."""
+        """The mask bool [1,H,W], the masked picture [3,H,W], and noise [C,h,w] for the posterior of that."""
         rng = generator(self.seed, self.key, n)
         mask = draw_mask(rng, self.size)
         return {
@@ -54,30 +55,33 @@ class Masking:
         }
 
 
-def draw_mask(rng: torch.Generator, size: int) -> Tensor:
-    """A random mask, bool [1,size,size]. Boxes and strokes are wider than a latent of a VAE that halves three times."""
+def draw_mask(rng: torch.Generator, size: int | Size) -> Tensor:
+    """A random mask, bool [1,H,W]. Boxes and strokes are wider than a latent of a VAE that halves three times."""
+    width, height = (size, size) if isinstance(size, int) else size
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float64))
 
     def places(count: int) -> list[tuple[float, float]]:
-        return [(between(0, size), between(0, size)) for _ in range(count)]
+        return [(between(0, width), between(0, height)) for _ in range(count)]
 
     kind, count = between(0, 1), 1 + int(between(0, MOST))
-    picture = Image.new("L", (size, size), 255 if kind < WHOLE else 0)
+    picture = Image.new("L", (width, height), 255 if kind < WHOLE else 0)
     pen = ImageDraw.Draw(picture)
     if WHOLE <= kind < WHOLE + SIDE:
-        edge, side = round(between(0.25, 0.75) * size), int(between(0, 4))
-        last = size - 1
-        pen.rectangle([(0, 0, edge, last), (0, 0, last, edge), (edge, 0, last, last), (0, edge, last, last)][side], 255)
+        share, side = between(0.25, 0.75), int(between(0, 4))
+        across, down, right, foot = round(share * width), round(share * height), width - 1, height - 1
+        pen.rectangle(
+            [(0, 0, across, foot), (0, 0, right, down), (across, 0, right, foot), (0, down, right, foot)][side], 255
+        )
     elif WHOLE + SIDE <= kind < WHOLE + SIDE + BOXES:
         for x, y in places(count):
-            wide, high = (between(size / 8, size / 2) for _ in range(2))
-            left, top = min(x, size - wide), min(y, size - high)
+            wide, high = (between(edge / 8, edge / 2) for edge in (width, height))
+            left, top = min(x, width - wide), min(y, height - high)
             pen.rectangle((round(left), round(top), math.ceil(left + wide), math.ceil(top + high)), 255)
     elif kind >= WHOLE:
         for _ in range(count):
-            stroke(pen, places(2 + int(between(0, 4))), between(size / 8, size / 4))
+            stroke(pen, places(2 + int(between(0, 4))), between(min(width, height) / 8, min(width, height) / 4))
     return torch.from_numpy(np.array(picture) > 0)[None]
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from ldm.data.dataset import Row
 from ldm.system.errors import RunError
 from ldm.training.logging import Tracker
-from ldm.training.randomness import row_of
 from ldm.training.signals import EXIT_CODES
 
 WINDOW, ENOUGH = 200, 30  # losses that a spike is measured against, at most and at least
@@ -119,12 +118,14 @@ class Monitor:
         self.tracker.event(step + 1, name, {"task": self.task, **values})
 
 
-def samples_of_steps(seed: int, batch_size: int, pictures: Sequence[Row]) -> Callable[[int], dict[str, Any]]:
-    """step => the numbers of its samples, first and last, and where their pictures come from."""
+def samples_of_steps(
+    row_of: Callable[[int], int], batch_size: int, pictures: Sequence[Row]
+) -> Callable[[int], dict[str, Any]]:
+    """step => the numbers of its samples, first and last, and where their pictures, of `row_of` each, come from."""
 
     def samples(step: int) -> dict[str, Any]:
         numbers = range(step * batch_size, (step + 1) * batch_size)
-        rows = [pictures[row_of(seed, n, len(pictures))].where for n in numbers]
+        rows = [pictures[row_of(n)].where for n in numbers]
         return {"samples": [numbers[0], numbers[-1]], "rows": rows}
 
     return samples

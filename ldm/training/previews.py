@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, groupby
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from ldm.data.batches import evenly, load_pixels
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import Row
 from ldm.data.grid import captioned_grid
+from ldm.data.images import Size
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import to_pictures
 from ldm.training.config import Config
 from ldm.training.masks import draw_mask
 from ldm.training.randomness import generator
+from ldm.training.sizes import buckets_of
 
 AT_ONCE = 16  # pictures
 DEFAULT = 8  # pictures in the grid if the config names none
@@ -32,6 +35,7 @@ class Prompt:
         prompt, class_label, numbers: arguments of LDMPipeline.
         condition: the row that reads the argument `condition`, when a preview needs it.
         picture: the row that reads the argument `image`, which is masked, or shrunk for an upscaler.
+        size: arguments `width` and `height`; None is the model's own.
     """
 
     caption: str
@@ -40,13 +44,26 @@ class Prompt:
     condition: Row | None = None
     picture: Row | None = None
     numbers: Mapping[str, float] | None = None
+    size: Size | None = None
 
 
 def build_prompt_set(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:
-    """The config's prompts, else some captions; without text, classes; for conditioning pictures, some rows."""
+    """The config's prompts, else some captions; without text, classes; for conditioning pictures, some rows.
+
+    Rows have the sizes of their buckets; prompts and classes have those of the training in turn.
+    """
     if source.condition_column or config.data.inpaint or config.upscale.factor or source.numbers:
         rows = evenly(source.heldout if len(source.heldout) else source.train, DEFAULT)
         return [prompt_of(config, rows, number) for number in range(len(rows))]
+    prompts = unsized_prompts(config, source, text)
+    if config.data.buckets:
+        sizes = cycle(buckets_of(config, source.train.pictures).sizes)
+        prompts = [replace(prompt, size=size) for prompt, size in zip(prompts, sizes, strict=False)]
+    return prompts
+
+
+def unsized_prompts(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:
+    """Prompts, classes, or nothing in particular."""
     if text:
         return [Prompt(prompt, prompt) for prompt in config.loop.prompts or some_captions(source, text)]
     if source.labels:
@@ -71,7 +88,8 @@ def prompt_of(config: Config, rows: ConditionedPictures, number: int) -> Prompt:
     said = ", ".join(f"{column} {number:g}" for column, number in (numbers or {}).items())
     caption = ": ".join(words for words in (prompt or name, said) if words)
     picture = row if config.data.inpaint or config.upscale.factor else None
-    return Prompt(caption, prompt, name, condition, picture, numbers)
+    size = buckets_of(config, rows.pictures).size(number) if config.data.buckets else None
+    return Prompt(caption, prompt, name, condition, picture, numbers, size)
 
 
 def generate_grid(
@@ -90,8 +108,7 @@ def generate_grid(
     above: list[Image.Image] = []
     below: list[Image.Image] = []
     pictures: list[Image.Image] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        part = prompts[start : start + AT_ONCE]
+    for start, part in of_one_size(prompts):
         given: dict[str, Any] = {
             name: [getattr(prompt, name) for prompt in part]
             for name in ("prompt", "class_label", "condition", "numbers")
@@ -101,13 +118,16 @@ def generate_grid(
             given["condition"] = [row.image() for row in given["condition"]]
         if part[0].picture is not None:
             rows = [prompt.picture for prompt in part if prompt.picture is not None]
-            wholes, masks = masked_pictures(config, rows, start)
+            wholes, masks = masked_pictures(config, rows, start, part[0].size or config.data.size)
             given |= {"image": wholes, "mask_image": masks}
             above += wholes
             below += [Image.composite(Image.new("RGB", whole.size, "gray"), whole, mask)
                       for whole, mask in zip(wholes, masks, strict=True)]  # fmt: skip
+        given = given or {"num_images_per_prompt": len(part)}
+        if part[0].size is not None:
+            given |= zip(("width", "height"), part[0].size, strict=True)
         output = pipeline(
-            **(given or {"num_images_per_prompt": len(part)}),
+            **given,
             num_inference_steps=config.preview_steps,
             guidance_scale=config.preview_scale,
             seed=config.seed + start,
@@ -149,13 +169,24 @@ def upscaled_grid(
     return captioned_grid([*small, *upscaled, *true], captions, columns=len(small), edge=max(128, large))
 
 
-def masked_pictures(config: Config, rows: Sequence[Row], first: int) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Pictures of the run's size and their masks, white where they are masked; always the same.
+def of_one_size(prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]:
+    """The prompts in parts that follow each other, of one size and at most AT_ONCE, with the number of the first."""
+    start = 0
+    for _, same in groupby(prompts, lambda prompt: prompt.size):
+        run = list(same)
+        for i in range(0, len(run), AT_ONCE):
+            yield start + i, run[i : i + AT_ONCE]
+        start += len(run)
+
+
+def masked_pictures(
+    config: Config, rows: Sequence[Row], first: int, size: int | Size
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Pictures of this size and their masks, white where they are masked; always the same.
 
     Args:
         first: number of the first one.
     """
-    size = config.data.size
     pixels = torch.stack([load_pixels(row, size) for row in rows])
     masks = [draw_mask(generator(config.seed, "preview mask", first + i), size) for i in range(len(rows))]
     return to_pictures(pixels), [Image.fromarray(mask[0].numpy()).convert("L") for mask in masks]

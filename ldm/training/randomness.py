@@ -44,24 +44,26 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, rows: int) -> Tensor:
-    """The order of the pictures in one epoch, int64 [rows]."""
-    return torch.randperm(rows, generator=generator(seed, "epoch", epoch))
+def permutation(seed: int, rows: int, epoch: int, *key: int) -> Tensor:
+    """The order of so many pictures in one epoch, int64 [rows]; `key` is that of a bucket among others."""
+    return torch.randperm(rows, generator=generator(seed, "epoch", epoch, *key))
+
+
+epoch_order = lru_cache(maxsize=4)(permutation)
 
 
 def row_of(seed: int, n: int, rows: int) -> int:
     """Which of so many pictures sample n shows; each epoch visits every picture once."""
     epoch, position = divmod(n, rows)
-    return int(epoch_order(seed, epoch, rows)[position])
+    return int(epoch_order(seed, rows, epoch)[position])
 
 
-def draw(seed: int, n: int, *, rows: int, latent_shape: tuple[int, int, int], caption_dropout: float) -> Draw:
-    """Everything that chance decides for sample n."""
+def draw(seed: int, n: int, *, row: int, latent_shape: tuple[int, int, int], caption_dropout: float) -> Draw:
+    """Everything that chance decides for sample n, which shows the picture `row`."""
     rng = generator(seed, "sample", n)
     dropped, caption, x, y, flip, u = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
     return Draw(
-        row=row_of(seed, n, rows),
+        row=row,
         caption=None if dropped < caption_dropout else caption,
         crop=(x, y),
         flip=flip < 0.5,

@@ -60,6 +60,8 @@ _LDM = (
     "optim.",
     "data.condition_column",
     "data.inpaint",
+    "data.buckets",
+    "data.bucket_ratio",
     "loop.steps",
     "loop.half_size_steps",
     "loop.batch_size",

@@ -7,30 +7,36 @@ worker processes read pictures meanwhile. Masked pictures, which no cache can kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import default_collate
 
 from ldm.data.batches import choose_caption, load_pixels, pixel_batches
+from ldm.data.buckets import in_bucket
 from ldm.data.cache.latents import LatentCache
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import CaptionedPictures, Row
-from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet
+from ldm.data.images import Size
+from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet, derangement
 from ldm.models.conditioning import Conditioning
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import Posterior, encode
 from ldm.training.config import Config, DataConfig
 from ldm.training.encoders import Encoders
-from ldm.training.latent_cache import encode_once, validation_pictures
+from ldm.training.latent_cache import buckets_of_all, encode_once, validation_pictures
 from ldm.training.masks import Masking, mask_channels
+from ldm.training.order import Order
 from ldm.training.randomness import Draw, draw, generator
+from ldm.training.sizes import buckets_of
 from ldm.training.upscaling import Crops
 
 
@@ -78,17 +84,18 @@ class LatentSamples:
     """Sample n of a run, for any n >= 0, on the CPU.
 
     Attributes:
-        draw: n => everything random of sample n.
+        config: of the run.
+        latent_shape: (C, h, w) of a square of data.size; another bucket's has as many channels.
+        order: n => which picture sample n shows; it knows their buckets.
         cache: latents and contexts; None to read pictures and captions.
-        masking: what is masked of sample n; None without inpainting.
         crops: the crop and the small picture of sample n; None for a model that doesn't upscale.
     """
 
     source: ConditionedPictures
-    data: DataConfig
-    draw: Callable[[int], Draw]
+    config: Config
+    latent_shape: tuple[int, int, int]
+    order: Order
     cache: LatentCache | None = None
-    masking: Masking | None = None
     crops: Crops | None = None
 
     @classmethod
@@ -100,15 +107,27 @@ class LatentSamples:
         cache: LatentCache | None = None,
     ) -> LatentSamples:
         """The samples of a config's run on these pictures."""
-        dropout = config.diffusion.caption_dropout
-        chance = partial(draw, config.seed, rows=len(source), latent_shape=latent_shape, caption_dropout=dropout)
-        masking = Masking(config.seed, config.data.size, latent_shape) if config.data.inpaint else None
-        return cls(source, config.data, chance, cache, masking)
+        order = Order(config.seed, buckets_of(config, source.pictures), config.loop.batch_size)
+        return cls(source, config, latent_shape, order, cache)
+
+    @property
+    def data(self) -> DataConfig:
+        """The section of the config."""
+        return self.config.data
 
     @property
     def pictures(self) -> CaptionedPictures:
         """The rows that samples show."""
         return self.source.pictures
+
+    def row_of(self, n: int) -> int:
+        return self.order(n)
+
+    def draw(self, n: int) -> Draw:
+        """Everything random of sample n."""
+        row, dropout = self.order(n), self.config.diffusion.caption_dropout
+        shape = in_bucket(self.latent_shape, self.data.size, self.order.buckets.size(row))
+        return draw(self.config.seed, n, row=row, latent_shape=shape, caption_dropout=dropout)
 
     def row_facts(self, number: int, row: Row) -> list[Any]:
         label = int(self.source.class_ids[number]) if self.source.labels else None
@@ -126,16 +145,18 @@ class LatentSamples:
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         drawn = self.draw(n)
+        size = self.order.buckets.size(drawn.row)
         row = self.pictures[drawn.row]
         caption = choose_caption(row.captions, drawn.caption) if row.captions else ""
         flip = drawn.flip and self.data.flip
         sample: dict[str, Any] = {"u": drawn.u, "eps": drawn.eps, "posterior_noise": drawn.posterior_noise}
         if self.source.class_inputs is not None:
             sample["class"] = self.source.null_input if drawn.caption is None else self.source.class_inputs[drawn.row]
-        load = partial(load_pixels, size=self.data.size, crop=self.data.crop, position=drawn.crop, flip=flip)
-        pixels = load(row) if self.cache is None or self.masking else None
-        if self.masking and pixels is not None:
-            sample |= self.masking(n, pixels)
+        load = partial(load_pixels, size=size, crop=self.data.crop, position=drawn.crop, flip=flip)
+        pixels = load(row) if self.cache is None or self.data.inpaint else None
+        if self.data.inpaint and pixels is not None:
+            shape: Any = tuple(drawn.eps.shape)
+            sample |= Masking(self.config.seed, size, shape)(n, pixels)
         if self.cache is None:
             sample |= {"pixels": pixels, "caption": caption}
             if self.source.condition_column:
@@ -153,51 +174,77 @@ class LatentSamples:
         return sample if self.crops is None else self.crops(n, drawn.row, drawn.crop, flip, sample)
 
 
-def validation_set(
+def validation_sets(
     config: Config,
     heldout: ConditionedPictures,
     encoders: Encoders,
     latent_shape: tuple[int, int, int],
     device: torch.device,
     timesteps: Sequence[int] = (),
-) -> CaptionedValidationSet | None:
+) -> list[CaptionedValidationSet]:
     """The held-out pictures with their first captions at fixed (t, eps), and the same with other captions.
 
     Args:
         timesteps: those t; without any, one in each quarter.
     Returns:
-        None if no pictures are held out. Every rank must call it.
+        A set for each bucket that has some of them; the other captions are those of all. Every rank must call it.
     """
     source = validation_pictures(config, heldout)
     if not len(source):
-        return None
+        return []
+    buckets, every = buckets_of(config, source.pictures), buckets_of_all(config, source)
     captions = [row.captions for row in source.pictures]
     prompts = [*(each[0] for each in captions), ""] if encoders.load_text else []
-    encoded, context = encode_once(config, source.all_pictures, prompts, encoders, latent_shape, "heldout")
-    x0, second = encoded.to(device).split(len(source)) if source.condition_column else (encoded.to(device), None)
-    if config.data.inpaint:
-        second = masked_channels(config, source.pictures, encoders, latent_shape)
+    means, context = encode_once(config, source.all_pictures, every, prompts, encoders, latent_shape, "heldout")
     classes = None if source.class_inputs is None else torch.from_numpy(source.class_inputs).to(device)
     rng = generator(config.seed, "held out")
-    conditioning = Conditioning(None if context is None else context[:-1].to(device), classes, second)
-    if timesteps:
-        true = ValidationSet.at(x0, conditioning, timesteps, rng)
-    else:
-        true = ValidationSet.fixed(x0, conditioning, config.diffusion.timesteps, rng)
+
+    def together(numbers: Sequence[int]) -> Tensor:
+        return torch.stack([means[number] for number in numbers]).to(device)
+
+    def true(size: Size, group: npt.NDArray[np.int64]) -> ValidationSet:
+        part, second = torch.from_numpy(group), None
+        if source.condition_column:
+            second = together([source.condition_number(number) for number in group.tolist()])
+        if config.data.inpaint:
+            shape = in_bucket(latent_shape, config.data.size, size)
+            second = masked_channels(config, source.pictures.select(group), encoders, size, shape, group.tolist())
+        conditioning = Conditioning(
+            None if context is None else context[part].to(device), None if classes is None else classes[part], second
+        )
+        x0 = together(group.tolist())
+        if timesteps:
+            return ValidationSet.at(x0, conditioning, timesteps, rng)
+        return ValidationSet.fixed(x0, conditioning, config.diffusion.timesteps, rng)
+
+    trues = [true(size, group) for size, group in buckets.groups()]
     if context is None:
-        return CaptionedValidationSet(true)
-    return CaptionedValidationSet.of(true, captions, context[-1:].to(device), rng)
+        return [CaptionedValidationSet(one) for one in trues]
+    order, null = derangement(captions, rng), context[-1:].to(device)
+    return [
+        CaptionedValidationSet(
+            one,
+            None if order is None else context[order[torch.from_numpy(group)]].to(device),
+            null.expand(len(group), -1, -1),
+        )
+        for one, (_, group) in zip(trues, buckets.groups(), strict=True)
+    ]
 
 
 @torch.no_grad()
 def masked_channels(
-    config: Config, pictures: CaptionedPictures, encoders: Encoders, latent_shape: tuple[int, int, int]
+    config: Config,
+    pictures: CaptionedPictures,
+    encoders: Encoders,
+    size: Size,
+    latent_shape: tuple[int, int, int],
+    numbers: Sequence[int],
 ) -> Tensor:
-    """What follows x_t for held-out pictures [N,1+C,h,w], each with a mask of its own, on the VAE's device."""
-    masking, vae = Masking(config.seed, config.data.size, latent_shape, "held-out mask"), encoders.vae
+    """What follows x_t for held-out pictures [N,1+C,h,w], each with the mask of its number, on the VAE's device."""
+    masking, vae = Masking(config.seed, size, latent_shape, "held-out mask"), encoders.vae
     parts, n = [], 0
-    for pixels in pixel_batches(pictures, config.data.size, "masking"):
-        collated = default_collate([masking(n + i, one) for i, one in enumerate(pixels)])
+    for pixels in pixel_batches(pictures, size, "masking"):
+        collated = default_collate([masking(numbers[n + i], one) for i, one in enumerate(pixels)])
         parts.append(with_latents(to_device(collated, vae.device), vae)["channels"])
         n += len(pixels)
     return torch.cat(parts)

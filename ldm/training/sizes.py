@@ -1,4 +1,7 @@
-"""data.size against everything that halves pictures: the VAE, the U-Net, steps at half the size, the classifier."""
+"""data.size against everything that halves pictures: the VAE, the U-Net, steps at half the size, the classifier.
+
+And the buckets of pictures that aren't square, whose sides fit the same.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.data.buckets import Buckets, bucket_sizes
+from ldm.data.dataset import CaptionedPictures
+from ldm.data.images import Size
 from ldm.models.safety import read_json
 from ldm.models.vae import find_vae
 from ldm.training.config import Config
@@ -56,6 +62,36 @@ def check_sizes(config: Config, task: str) -> None:
             f"data.size: {size} does not fit: {'; '.join(problems)}. Set data.size to {' or '.join(fitting)}, or take "
             "fewer levels"
         )
+    if task == "ldm":
+        sizes_of_buckets(config)
+
+
+def sizes_of_buckets(config: Config) -> tuple[Size, ...]:
+    """The sizes (width, height) of a run's buckets, the tallest first; the square alone without data.buckets.
+
+    Raises:
+        ValueError: naming data.buckets, if there is none but the square.
+    """
+    data, initial = config.data, InitialModel.of(config)
+    if not data.buckets:
+        return ((data.size, data.size),)
+    levels = len(initial.unet["block_out_channels"] if initial else config.unet.channels)
+    step = math.lcm(8, vae_downsampling(config, "ldm") * 2 ** (levels - 1) * (2 if config.loop.half_size_steps else 1))
+    sizes = bucket_sizes(data.size, step, data.bucket_ratio)
+    if len(sizes) == 1:
+        raise ValueError(
+            f"data.buckets: with sides of multiples of {step} none but the square has the area of data.size="
+            f"{data.size} and a ratio up to data.bucket_ratio={data.bucket_ratio:g}; raise one of them, or take fewer "
+            "levels"
+        )
+    return sizes
+
+
+def buckets_of(config: Config, pictures: CaptionedPictures) -> Buckets:
+    """The sizes that these pictures are brought to: that of the nearest bucket, or data.size."""
+    if not config.data.buckets:
+        return Buckets.square(config.data.size, len(pictures))
+    return Buckets.nearest(pictures.sizes, sizes_of_buckets(config))
 
 
 def vae_downsampling(config: Config, task: str) -> int:

@@ -31,6 +31,9 @@ class Samples(Protocol):
     @property
     def pictures(self) -> Sequence[Row]: ...
     def __getitem__(self, n: int) -> dict[str, Any]: ...
+    def row_of(self, n: int) -> int:
+        """Which of the pictures sample n shows."""
+
     def row_facts(self, number: int, row: Row) -> list[Any]:
         """What samples take from a row besides its picture, as JSON holds it."""
 

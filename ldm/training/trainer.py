@@ -99,8 +99,8 @@ class Trainer:
         drop_later_snapshots(Path(config.run), first, task.train_state)
         self.tracker = Tracker(Path(config.run), silent=not accelerator.is_main_process)
         self.monitor = Monitor(
-            accelerator, self.tracker, samples_of_steps(config.seed, recipe.batch_size, pictures), recipe.learning_rate,
-            task=task.name, max_skipped=config.loop.max_skipped, spike=config.loop.spike,
+            accelerator, self.tracker, samples_of_steps(task.samples.row_of, recipe.batch_size, pictures),
+            recipe.learning_rate, task=task.name, max_skipped=config.loop.max_skipped, spike=config.loop.spike,
         )  # fmt: skip
         stream = self.batches(
             sample_numbers(

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -299,7 +300,7 @@ def drawing(pipe: LDMPipeline) -> Draw:
 
     def draw(prompt: str = "cat", steps: int = 3, seed: int = 1, count: int = 1) -> Iterator[dict[Any, Any]]:
         request = gr.Request(session_hash=f"visitor {seed}")
-        return functions[0](request, prompt, None, None, "", steps, 3.0, count, seed, False)
+        return functions[0](request, prompt, None, None, "", steps, 3.0, count, seed, False, "16 × 16")
 
     return draw
 
@@ -383,13 +384,25 @@ def test_the_ranges_follow_the_model(pipe: LDMPipeline, usual: Defaults, ranges:
             name: (one.minimum, one.value, one.maximum) for name, one in sliders.items() if name in ranges
         } == ranges
         (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
-        inputs = ["cat", None, None, "", 2, usual.guidance_scale, 1, 1, False]
+        inputs = ["cat", None, None, "", 2, usual.guidance_scale, 1, 1, False, "16 × 16"]
         (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         settings = png_metadata.of(picture, Path("page"))
         assert settings.guidance_scale == usual.guidance_scale
         assert tuple(settings.guidance_interval or (0.0, 1.0)) == usual.guidance_interval
     finally:
         pipe.defaults = before
+
+
+def test_wide_and_tall_sizes_are_offered_and_generated(pipe: LDMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    large: Any = SimpleNamespace(edge=lambda name: 64, least_edge=16)
+    assert app.shapes(large) == ["64 × 64", "48 × 96", "48 × 80", "80 × 48", "96 × 48"]
+    monkeypatch.setattr(app, "MOST_RATIO", 4.0)
+    (function,) = [one.fn for one in app.build_page(pipe).fns.values() if one.api_name == "generate"]
+    assert app.shapes(pipe) == ["16 × 16", "8 × 32", "8 × 24", "24 × 8", "32 × 8"]
+    inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "32 × 8"]
+    (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
+    expected = pipe("cat", width=32, height=8, num_inference_steps=2, guidance_scale=3.0, seed=5).images[0]
+    assert picture.size == (32, 8) and np.array_equal(picture, expected)
 
 
 def test_no_more_steps_than_timesteps(tmp_path: Path) -> None:
@@ -413,7 +426,7 @@ def test_an_uploaded_picture_is_decoded_as_in_training(tmp_path: Path) -> None:
     def generate(file: Path) -> list[Any]:
         given = upload.preprocess(ImageData(path=str(file), orig_name=file.name))
         visitor = gr.Request(session_hash="visitor")
-        return last_pictures(function(visitor, "cat", None, given, "", 2, 3.0, 1, 5, False))
+        return last_pictures(function(visitor, "cat", None, given, "", 2, 3.0, 1, 5, False, "16 × 16"))
 
     upright = decode((tmp_path / "second.png").read_bytes())
     assert upright.size == (16, 24)
@@ -440,7 +453,7 @@ def test_each_lora_has_a_slider_and_the_picture_names_what_counted(folder: Path,
     (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
 
     def made(counts: float) -> Image.Image:
-        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, counts)
+        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", counts)
         (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         return picture
 

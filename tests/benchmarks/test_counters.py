@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.counters import META, cached_bytes, counters, evaluations, flops, latent_shape, unet_flops
 from benchmarks.settings import SETTINGS, SIZE
+from ldm.data.buckets import Buckets
 from ldm.data.cache.latents import Builder, context_kind, posterior_kind
 from ldm.data.cache.store import page_size
 from ldm.data.dataset import read_captioned
@@ -78,9 +79,9 @@ def test_bytes_of_a_cached_row_are_those_on_disk(tmp_path: Path) -> None:
     Builder(tmp_path / "cache", progress=False, log=lambda _: None).build(
         pictures,
         tmp_path / "rows.npy",
-        (posteriors, lambda pixels: (torch.zeros(len(pixels), *shape), torch.ones(len(pixels), *shape))),
+        ([posteriors], lambda pixels: (torch.zeros(len(pixels), *shape), torch.ones(len(pixels), *shape))),
         (contexts, lambda captions: torch.zeros(len(captions), setting.tokens, setting.width)),
-        size=SIZE,
+        buckets=Buckets.square(SIZE, len(pictures)),
         flip=False,
     )
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.batches import load_pixels
+from ldm.data.buckets import Buckets
 from ldm.data.cache.latents import Builder, LatentCache, context_kind, posterior_kind
 from ldm.data.cache.store import DamagedError, to_keys
 from ldm.data.dataset import BadDataError, CaptionedPictures, read_captioned
@@ -72,12 +73,12 @@ class Lab:
         builder.build(
             pictures,
             table,
-            (posteriors, encode_pixels),
+            ([posteriors], encode_pixels),
             (contexts, encode_captions),
-            size=self.size,
+            buckets=(buckets := Buckets.square(self.size, len(pictures))),
             flip=self.flip,
         )
-        return LatentCache.open(self.folder / "cache", table, posteriors, contexts)
+        return LatentCache.open(self.folder / "cache", table, [posteriors], contexts, buckets)
 
     def encoded(self) -> tuple[int, int]:
         """Pictures and captions that building the cache now encodes."""

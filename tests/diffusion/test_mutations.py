@@ -138,7 +138,7 @@ FAULTS = [
           test_timesteps.test_probabilities_follow_the_second_moment),
     Fault("dropout never resampled", "training/randomness.draw",
           "dropped < caption_dropout",
-          "torch.rand((), generator=generator(seed, row_of(seed, n, rows))) < caption_dropout",
+          "torch.rand((), generator=generator(seed, row)) < caption_dropout",
           test_randomness.test_captions_are_dropped_anew_each_epoch),
     # likelihood
     Fault("a KL that isn't zero at zero", "likelihood.normal_kl",

@@ -47,7 +47,7 @@ STEPS, SAVE_EVERY = 9, 3
 PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "previewing")
 #: kind of training => its task
 KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm",
-         "distill": "distill", "upscale": "ldm"}  # fmt: skip
+         "distill": "distill", "upscale": "ldm", "buckets": "ldm"}  # fmt: skip
 #: task => the file that it leaves in its run
 RESULTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -186,6 +186,7 @@ class World:
         """Make what the trainings start from."""
         home = self.home
         road.draw_folder(home / "data")
+        road.cut_folder(home / "data", home / "shapes")
         tiny.save_text_encoder(home / "text", "bert", width=16)
         torch.manual_seed(0)
         pictures = read_captioned(home / "data", progress=False)
@@ -231,6 +232,7 @@ class World:
             "inpaint": {"data__inpaint": "true", "data__workers": 2},
             "distill": {"init": str(self.home / "model"), "unet__channels": [32, 64], **road.OF_INIT},
             "upscale": {"upscale__factor": 2, "upscale__crop": 8, "upscale__base": str(self.home / "base")},
+            "buckets": {"data__source": str(self.home / "shapes"), "data__buckets": "true", "data__size": 32},
         }
         return road.recipe(self.home, **{**shared, **kinds[kind], **words})
 

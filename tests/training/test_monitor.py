@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from ldm.system.errors import RunError
 from ldm.training.logging import Tracker
 from ldm.training.monitor import Monitor, mean_of_finite, samples_of_steps
-from ldm.training.randomness import draw
+from ldm.training.randomness import row_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -25,10 +25,15 @@ def pictures() -> Any:
     return [SimpleNamespace(where=f"data row {i}") for i in range(5)]
 
 
+def row_of_7(n: int) -> int:
+    return row_of(7, n, 5)
+
+
 def monitor(tmp_path: Path, **words: Any) -> Monitor:
     tracker = Tracker(tmp_path)
     settings = {"task": "ldm", "max_skipped": 3, "spike": 8.0, **words}
-    return Monitor(Accelerator(cpu=True), tracker, samples_of_steps(7, 2, pictures()), lambda step: 0.25, **settings)
+    samples_of = samples_of_steps(row_of_7, 2, pictures())
+    return Monitor(Accelerator(cpu=True), tracker, samples_of, lambda step: 0.25, **settings)
 
 
 def record(monitor: Monitor, losses: list[float]) -> None:
@@ -43,8 +48,8 @@ def events(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_samples_of_a_step_are_named_with_their_rows() -> None:
-    named = samples_of_steps(7, 2, pictures())(11)
-    rows = [draw(7, n, rows=5, latent_shape=(1, 1, 1), caption_dropout=0).row for n in (22, 23)]
+    named = samples_of_steps(row_of_7, 2, pictures())(11)
+    rows = [row_of(7, n, 5) for n in (22, 23)]
     assert named == {"samples": [22, 23], "rows": [f"data row {row}" for row in rows]}
 
 
@@ -60,7 +65,7 @@ def test_so_many_in_a_row_end_the_run_and_fewer_do_not(tmp_path: Path) -> None:
         "at step 3",
         "lr 0.25",
         "samples 4 to 5",
-        *samples_of_steps(7, 2, pictures())(2)["rows"],
+        *samples_of_steps(row_of_7, 2, pictures())(2)["rows"],
     ):
         assert word in str(ended.value)
     assert [event["step"] for event in events(tmp_path)] == [2, 3, 5, 6, 1, 2, 3]

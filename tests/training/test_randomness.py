@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.data.batches import choose_caption
-from ldm.training.randomness import Draw, draw, generator, sample_numbers
+from ldm.training.randomness import Draw, draw, generator, row_of, sample_numbers
 
 SHAPE = (2, 4, 4)
 
 
 def sample(seed: int, n: int) -> Draw:
-    return draw(seed, n, rows=10, latent_shape=SHAPE, caption_dropout=0.25)
+    return draw(seed, n, row=row_of(seed, n, 10), latent_shape=SHAPE, caption_dropout=0.25)
 
 
 def test_a_sample_depends_on_seed_and_number_alone() -> None:

@@ -40,7 +40,7 @@ from ldm.training.config import Config
 from ldm.training.doctor.trial import OVERFIT, TIMED
 from ldm.training.encoders import Encoders
 from ldm.training.run import train
-from ldm.training.samples import Batch, validation_set
+from ldm.training.samples import Batch, validation_sets
 from ldm.training.trainer import Trainer
 from train.train_ldm import main as train_ldm
 from train.train_vae import main as train_vae
@@ -250,8 +250,8 @@ def test_logged_caption_gaps_are_those_of_the_exported_pipeline(home: Path, tmp_
     text = TextEncoder(pipe.tokenizer, pipe.text_encoder)
     heldout = read_captioned(home / "data", holdout=0.2, progress=False).heldout
     encoders = Encoders(lambda: pipe.vae, lambda: text)
-    asked = validation_set(config, ConditionedPictures(heldout), encoders, (4, 8, 8), torch.device("cpu"))
-    assert asked is not None and asked.shuffled is not None
+    (asked,) = validation_sets(config, ConditionedPictures(heldout), encoders, (4, 8, 8), torch.device("cpu"))
+    assert asked.shuffled is not None
     true, schedule = asked.true, pipe.scheduler.alphas_cumprod.double()
 
     @torch.no_grad()

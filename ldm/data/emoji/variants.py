@@ -1,4 +1,4 @@
-"""Variants of OpenMoji's drawings: other colors, other hair, outlines alone.
+"""Variants of OpenMoji's drawings: other colors, other hair, outlines alone, maps of their colors.
 
 OpenMoji fills its drawings with 24 colors, most of them in pairs of a base and a shade. A recolored drawing is the same
 SVG with the entries of one family swapped for another's:
@@ -16,6 +16,7 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from ldm.data.emoji.openmoji import Drawing, render
@@ -40,6 +41,14 @@ HAIR_COLORS = {
     "white": "ffffff",
     "pink": "ffa7c0",
 }
+#: OpenMoji's 24 palette entries, those of the families, black and white, uint8 [24,3]; white is entry 0.
+PALETTE = np.array(
+    [
+        list(bytes.fromhex(code))
+        for code in dict.fromkeys(("ffffff", "000000", *(entry for family in FAMILIES.values() for entry in family)))
+    ],
+    np.uint8,
+)
 DOMINANT = 0.7  # share of the colored area that one family needs; below, the wrong part changes color
 FIXED_GROUPS = ("flags", "symbols", "people-body", "component", "extras-unicode")  # their colors mean something
 MEASURED = 72  # pixels, to measure areas at: OpenMoji's own grid
@@ -102,6 +111,28 @@ def outline(svg: str) -> str:
     for group in _groups(root, _FILLS):
         group.clear()
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def color_map(svg: str, size: int) -> bytes:
+    """A drawing without its lines as a map of `PALETTE`: PNG bytes of `size` x `size`, each pixel an entry, hard edges.
+
+    What has no fill is white; colors beside the palette, such as skin, become their nearest entry.
+    """
+    root = ElementTree.fromstring(svg)
+    for group in _groups(root, ("line",)):
+        group.clear()
+    root.set("shape-rendering", "crispEdges")
+    rendered = Image.open(io.BytesIO(render(ElementTree.tostring(root, encoding="unicode"), size))).convert("RGB")
+    file = io.BytesIO()
+    Image.fromarray(PALETTE[nearest_entries(np.asarray(rendered))]).save(file, "PNG")
+    return file.getvalue()
+
+
+def nearest_entries(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """uint8 [...,3] => the number of each pixel's nearest entry of `PALETTE`, by the distance of RGB values."""
+    difference = pixels[..., None, :].astype(np.int64) - PALETTE.astype(np.int64)
+    entries: npt.NDArray[np.int64] = np.square(difference).sum(-1).argmin(-1)
+    return entries
 
 
 def _groups(root: ElementTree.Element, names: tuple[str, ...]) -> list[ElementTree.Element]:

@@ -1,7 +1,8 @@
 """Captioned pictures of a Hugging Face data set: from the Hub by name, or saved on disk by `datasets`.
 
 Captions are read at once, and pictures one at a time, undecoded: `datasets` would let any format and any size through.
-Rows are counted as `datasets` counts them, from 0, so that `row 17` is `dataset[17]`.
+Rows are counted as `datasets` counts them, from 0, so that `row 17` is `dataset[17]`. Every other column of pictures
+holds second pictures, which are read by row and column.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ldm.data.images import BadPictureError
@@ -17,22 +18,24 @@ from ldm.data.rows import BadDataError, Finding, Found, Stamp, file_stamp, plain
 
 
 class HubStore:
-    """The picture column of a data set, read by row."""
+    """The pictures of a data set, read by row, those of other columns by (row, column)."""
 
-    def __init__(self, pictures: Any, column: str, folder: str | None) -> None:
+    def __init__(self, pictures: Any, column: str, folder: str | None, others: Mapping[str, Any] | None = None) -> None:
+        """Read the pictures of one column, and those of others by their data sets of one column."""
         from datasets import config
         from huggingface_hub import constants
 
-        self._pictures, self._column = pictures, column
+        self._column, self._pictures = column, {column: pictures, **(others or {})}
         # A cell may hold the path of a picture instead of its bytes. Paths are not trusted: only what was
         # downloaded, or lies in the data set's own folder, is opened.
         caches = [config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE, *([folder] if folder else [])]
         self._allowed = [os.path.realpath(cache) for cache in caches]
-        self._stamp = _stamp(pictures, column)
+        self._stamps = {name: _stamp(of_column, name) for name, of_column in self._pictures.items()}
 
-    def read(self, locator: int) -> bytes:
+    def read(self, locator: int | Sequence[Any]) -> bytes:
         """The bytes of a picture. Raises BadPictureError if the row has none."""
-        cell = self._pictures[locator][self._column] or {}
+        row, column = self._place(locator)
+        cell = self._pictures[column][row][column] or {}
         if cell.get("bytes") is not None:
             return bytes(cell["bytes"])
         path = cell.get("path")
@@ -47,9 +50,22 @@ class HubStore:
         except OSError as error:
             raise BadPictureError(f"picture cannot be read ({error.strerror})") from None
 
-    def stamp(self, locator: int) -> Stamp | None:
+    def locate(self, cell: object) -> tuple[int, str]:
+        """The place of a second picture, by the row's cell for it. Raises BadPictureError if it names none."""
+        if isinstance(cell, list | tuple) and len(cell) == 2 and cell[1] in self._pictures:
+            return cell[0], cell[1]
+        raise BadPictureError("column holds no pictures")
+
+    def stamp(self, locator: int | Sequence[Any]) -> Stamp | None:
         """What changes when the data set's files do; None if its pictures lie elsewhere, or in memory."""
-        return None if self._stamp is None else (f"{self._stamp[0]} {locator}", self._stamp[1])
+        row, column = self._place(locator)
+        stamp = self._stamps[column]
+        return (
+            None if stamp is None else (f"{stamp[0]} {row}{'' if column == self._column else ' ' + column}", stamp[1])
+        )
+
+    def _place(self, locator: int | Sequence[Any]) -> tuple[int, str]:
+        return (locator, self._column) if isinstance(locator, int) else (locator[0], locator[1])
 
 
 def _stamp(pictures: Any, column: str) -> Stamp | None:
@@ -94,15 +110,18 @@ def load(source: str, config: str | None, split: str) -> Any:
     return dataset
 
 
-def hub_rows(dataset: Any, name: str, caption_columns: Sequence[str]) -> Iterator[Finding]:
+def hub_rows(dataset: Any, name: str, caption_columns: Sequence[str], image_column: str = "image") -> Iterator[Finding]:
     """A row for each row of the data set. Cells of a ClassLabel column are the names of the classes."""
     from datasets import ClassLabel, Value
+
+    seconds = second_columns(dataset, image_column)
 
     names = {key: kind.names for key, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
     values = {key for key, kind in dataset.features.items() if isinstance(kind, Value) and "binary" not in kind.dtype}
     wanted = [key for key in dataset.column_names if key in values or key in names or key in caption_columns]
     if not wanted:
-        yield from (Found(f"{name} row {number}", number, ()) for number in range(len(dataset)))
+        for number in range(len(dataset)):
+            yield Found(f"{name} row {number}", number, (), extra={column: (number, column) for column in seconds})
         return
     number = 0
     for batch in dataset.with_format(None).select_columns(wanted).iter(1000):
@@ -111,14 +130,14 @@ def hub_rows(dataset: Any, name: str, caption_columns: Sequence[str]) -> Iterato
             for column, classes in names.items():  # of which -1 and None are no class
                 row[column] = None if row[column] in (None, -1) else classes[row[column]]
             captions = [row[column] for column in caption_columns]
-            extra = plain(row, ("split", *caption_columns))
+            extra = plain(row, ("split", *caption_columns)) | {column: (number, column) for column in seconds}
             yield Found(f"{name} row {number}", number, captions, row.get("split"), extra)
             number += 1
 
 
 def open_store(dataset: Any, source: str, image_column: str, caption_columns: Sequence[str]) -> HubStore:
     """The store of a data set's pictures. Raises BadDataError if a column is missing or holds no pictures."""
-    from datasets import Image, Value
+    from datasets import Value
 
     columns = set(dataset.column_names)
     require_columns([image_column], columns, source, "set data.image_column")
@@ -130,11 +149,25 @@ def open_store(dataset: Any, source: str, image_column: str, caption_columns: Se
             "download what it names first (img2dataset makes shards), or set data.image_column"
         )
     try:
-        pictures = dataset.with_format(None).select_columns([image_column])
-        pictures = pictures.cast_column(image_column, Image(decode=False))
+        pictures = _undecoded(dataset, image_column)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise BadDataError(f"column {image_column!r} holds no pictures ({str(error)[:80]}): {source}") from None
-    return HubStore(pictures, image_column, source if os.path.isdir(source) else None)
+    others = {column: _undecoded(dataset, column) for column in second_columns(dataset, image_column)}
+    return HubStore(pictures, image_column, source if os.path.isdir(source) else None, others)
+
+
+def second_columns(dataset: Any, image_column: str) -> list[str]:
+    """The other columns that hold pictures."""
+    from datasets import Image
+
+    return [name for name, kind in dataset.features.items() if isinstance(kind, Image) and name != image_column]
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    """The data set of a column of pictures alone, as the bytes of their files."""
+    from datasets import Image
+
+    return dataset.with_format(None).select_columns([column]).cast_column(column, Image(decode=False))
 
 
 def is_saved(folder: str) -> bool:

@@ -47,7 +47,7 @@ def open_source(
         raise BadDataError(f"folder is missing: {source}{_nearest_folder(source)}")
     dataset = hub.load(source, hub_config, hub_split)
     hub_store = hub.open_store(dataset, source, image_column, caption_columns)
-    return hub_store, hub.hub_rows(dataset, source, caption_columns), None
+    return hub_store, hub.hub_rows(dataset, source, caption_columns, image_column), None
 
 
 def _nearest_folder(path: str) -> str:

@@ -1,5 +1,7 @@
 """WebDataset shards: tar files whose members share a key, `000123.jpg` with `000123.txt` or `000123.json`.
 
+A second picture of the same key has a name before its ending, `000123.sketch.png`: that of its column, `sketch`.
+
 The tars are read through once, headers and captions only, and the offset of each picture is kept; from then on any
 picture is one seek away, so shards can be shuffled like a folder. A key is unique within its shard.
 """
@@ -18,6 +20,7 @@ from ldm.data.sources.folders import MAX_FILE_BYTES, MAX_TEXT_BYTES, PICTURES, c
 from ldm.data.sources.tables import BadRow, json_row
 
 _SEVERAL = re.compile(r"[*?\[{]")
+_AMBIGUOUS = "several"  # pictures of one name and key, in place of the place of one
 
 
 class ShardStore:
@@ -38,6 +41,14 @@ class ShardStore:
         if len(data) < size:
             raise BadPictureError("shard is truncated")
         return data
+
+    def locate(self, cell: object) -> tuple[int, ...]:
+        """The place of a second picture, by the row's cell for it. Raises BadPictureError if the key has none."""
+        if isinstance(cell, list | tuple) and len(cell) == 3:
+            return tuple(cell)
+        raise BadPictureError(
+            "key has several pictures of that name" if cell == _AMBIGUOUS else "key has no such picture"
+        )
 
     def stamp(self, locator: Sequence[int]) -> Stamp:
         """What changes when the shard does. Raises BadPictureError if it is gone."""
@@ -89,11 +100,13 @@ class _Sample:
 
     def __init__(self) -> None:
         self.pictures: list[tuple[str, int, int]] = []  # suffix, offset, size
+        self.seconds: dict[str, tuple[int, int] | None] = {}  # by name; None if there are several of it
         self.texts: dict[str, bytes] = {}
         self.problem: str | None = None
 
     def add(self, suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
-        if suffix not in (".txt", ".json") and suffix not in PICTURES:
+        second, ending = os.path.splitext(suffix)
+        if suffix not in (".txt", ".json") and ending not in PICTURES and suffix not in PICTURES:
             return
         limit = MAX_TEXT_BYTES if suffix in (".txt", ".json") else MAX_FILE_BYTES
         if not member.isreg() or member.issparse():
@@ -102,6 +115,9 @@ class _Sample:
             self.problem = f"{suffix} is too large ({member.size:,} bytes)"
         elif suffix in PICTURES:
             self.pictures.append((suffix, member.offset_data, member.size))
+        elif ending in PICTURES and len(second) > 1:
+            place = (member.offset_data, member.size)
+            self.seconds[second[1:]] = None if second[1:] in self.seconds else place
         elif suffix in self.texts:
             self.problem = f"key has two {suffix}"
         elif (file := tar.extractfile(member)) is not None:
@@ -129,7 +145,9 @@ class _Sample:
             columns = ", ".join(caption_columns)
             has = f"; its .json has {', '.join(row) or 'no keys'}, expected {columns}" if ".json" in self.texts else ""
             return Problem(f"picture has no caption of the same key{has}", where)
-        return Found(where, (shard, offset, size), cells, row.get("split"), plain(row, ("split", *caption_columns)))
+        extra = plain(row, ("split", *caption_columns))
+        extra |= {name: (shard, *place) if place else _AMBIGUOUS for name, place in self.seconds.items()}
+        return Found(where, (shard, offset, size), cells, row.get("split"), extra)
 
 
 def _index(path: str, samples: dict[str, _Sample]) -> Problem | None:

@@ -93,7 +93,7 @@ def _examine(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "data", f"{message}, {len(pictures.skipped)} left out (data.on_bad=skip):{named}")
     else:
         yield Finding("ok", "data", message)
-    for warning in pictures.unfit(config.data.size):
+    for warning in pictures.unfit(config.data.size, config.data.most_ratio):
         yield Finding("warning", "sizes", warning)
     yield from repeated(pictures)
 
@@ -178,7 +178,7 @@ def try_out(task: Task) -> Iterator[Finding]:
     """Room for a task's run, and a trial of it, on samples that are read and encoded for it alone."""
     yield disk(task)
     numbers = trial_numbers(task)
-    *parts, few = task.batches([*numbers, range(FEW)])
+    *parts, few = task.batches([*numbers, range(min(FEW, task.recipe.batch_size))])
     task.free()  # as it is while the run takes its steps
     size = task.recipe.accumulation
     yield from try_steps(task, [parts[i : i + size] for i in range(0, len(parts), size)], [few])

@@ -45,11 +45,14 @@ class PixelSamples:
     latent_shape: tuple[int, int, int]
     crops: float = 0.0
 
+    def row_of(self, n: int) -> int:
+        return row_of(self.seed, n, len(self.pictures))
+
     def row_facts(self, number: int, row: Row) -> list[Any]:
         return []
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        row = self.pictures[row_of(self.seed, n, len(self.pictures))]
+        row = self.pictures[self.row_of(n)]
         rng = generator(self.seed, "vae sample", n)
         x, y, flip = torch.rand(3, generator=rng, dtype=torch.float64).tolist()
         whole = not self.crops or float(torch.rand((), generator=rng, dtype=torch.float64)) >= self.crops

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ldm.data.batches import evenly, load_pixels
+from ldm.data.buckets import Buckets
 from ldm.data.cache.latents import LatentCache
 from ldm.data.dataset import CaptionedPictures, Row
 from ldm.data.labels import Labels
@@ -63,6 +64,9 @@ class LabeledSamples:
     latent_shape: tuple[int, int, int]
     cache: LatentCache | None
 
+    def row_of(self, n: int) -> int:
+        return row_of(self.seed, n, len(self.pictures))
+
     def row_facts(self, number: int, row: Row) -> list[Any]:
         return [int(self.ids[number])]
 
@@ -72,7 +76,7 @@ class LabeledSamples:
             return [self[n] for n in numbers]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        number = row_of(self.seed, n, len(self.pictures))
+        number = self.row_of(n)
         rng = generator(self.seed, "classifier sample", n)
         u, x, y, flip = torch.rand(4, generator=rng, dtype=torch.float64)
         flipped = self.data.flip and float(flip) < 0.5
@@ -157,8 +161,9 @@ class Classifier(Task):
             cache = build_cache(config, self.pictures.train, self.encoders, self.latent_shape, "classifier")
             self.samples, self.workers = replace(self.samples, cache=cache), 0
         if len(rows):
-            mean, _ = encode_once(config, rows, [], self.encoders, self.latent_shape, "classifier_heldout")
-            x0, ids = mean.to(self.accelerator.device), torch.from_numpy(self.labels.ids(rows))
+            squares = Buckets.square(config.data.size, len(rows))
+            means, _ = encode_once(config, rows, squares, [], self.encoders, self.latent_shape, "classifier_heldout")
+            x0, ids = torch.stack(means).to(self.accelerator.device), torch.from_numpy(self.labels.ids(rows))
             rng = generator(config.seed, "held out")
             self.heldout = LabeledValidationSet.fixed(x0, ids.to(x0.device), config.diffusion.timesteps, rng)
         self.free()

@@ -49,7 +49,7 @@ from ldm.training.encoders import Encoders
 from ldm.training.export import export, quiet, save_frozen, write_pipeline
 from ldm.training.facts import RunFacts, stamp, written_stamp
 from ldm.training.initial_model import InitialModel
-from ldm.training.latent_cache import build_cache, cache_bytes
+from ldm.training.latent_cache import buckets_of_all, build_cache, cache_bytes
 from ldm.training.normalization import check_scale
 from ldm.training.objective import build_objective, build_schedule, build_timesteps
 from ldm.training.previews import Prompt, build_prompt_set, generate_grid
@@ -58,10 +58,11 @@ from ldm.training.samples import (
     LatentSamples,
     has_pixels,
     to_device,
-    validation_set,
+    validation_sets,
     with_context,
     with_latents,
 )
+from ldm.training.sizes import buckets_of
 from ldm.training.task import Recipe, Task, float32_bytes
 from ldm.training.train_state import TrainState, whole_weights
 from ldm.version import __version__
@@ -86,7 +87,7 @@ class Diffusion(Task):
 
     source: ConditionedPictures | None = None
     encoders: Encoders | None = None
-    heldout: CaptionedValidationSet | None = field(default=None, init=False)
+    heldout: Sequence[CaptionedValidationSet] = field(default=(), init=False)
     prompts: Sequence[Prompt] = field(default=(), init=False)
     exported: Path | None = field(default=None, init=False)
 
@@ -129,6 +130,8 @@ class Diffusion(Task):
                 accelerator.print(f"init: starting from {config.init}, which predicts {initial.prediction}")
             else:
                 check_scale(encoders.vae, pictures.train, data.size)
+            if data.buckets:
+                accelerator.print(buckets_of(config, pictures.train))
             accelerator.print(report_reconstruction(encoders.vae, pictures, data.size)[1])
         return cls(config, accelerator, source, encoders)
 
@@ -200,25 +203,26 @@ class Diffusion(Task):
         assert source is not None and encoders is not None
         self.prompts = build_prompt_set(config, source, encoders.text_outline)
         if config.cache_folder() is not None:
-            cache = build_cache(config, source.train.all_pictures, encoders, shape)
+            buckets = buckets_of_all(config, source.train)
+            cache = build_cache(config, source.train.all_pictures, encoders, shape, buckets=buckets)
             self.samples = self.latent_samples(cache)
             self.workers = config.data.workers if config.data.inpaint else 0
-        self.heldout = self.validation_set()
+        self.heldout = self.validation_sets()
         if config.cache_folder() is not None:
             encoders.free()
         self.save_frozen(encoders)
-        (self.stored,) = self.batches([range(STORED)])
+        (self.stored,) = self.batches([range(min(STORED, config.loop.batch_size))])  # of one step: of one size
 
     def latent_samples(self, cache: LatentCache | None = None) -> LatentSamples:
         """The samples of the run, from a cache or from the pictures."""
         assert self.source is not None
         return LatentSamples.of(self.config, self.source.train, self.latent_shape, cache)
 
-    def validation_set(self) -> CaptionedValidationSet | None:
-        """The held-out pictures at fixed (t, eps); None without any. Every rank must call it."""
+    def validation_sets(self) -> list[CaptionedValidationSet]:
+        """The held-out pictures at fixed (t, eps), by bucket. Every rank must call it."""
         assert self.source is not None and self.encoders is not None
         device = self.accelerator.device
-        return validation_set(self.config, self.source.heldout, self.encoders, self.latent_shape, device, self.used)
+        return validation_sets(self.config, self.source.heldout, self.encoders, self.latent_shape, device, self.used)
 
     def load_vae(self) -> Any:
         """The VAE of pipelines, in float32."""
@@ -317,7 +321,7 @@ class Diffusion(Task):
 
     def validate(self) -> dict[str, float]:
         """The held-out loss by quarter of t, and by how much shuffled captions and none raise it."""
-        if self.heldout is None:
+        if not self.heldout:
             return {}
         with self.evaluating() as unet:
 
@@ -325,7 +329,10 @@ class Diffusion(Task):
                 return self.output(unet, x_t, t, conditioning)[:, : x_t.shape[1]]
 
             of: Literal["eps", "x0"] = "x0" if self.used else "eps"  # of few steps, each shows its x0
-            use = caption_losses(prediction, self.schedule, self.config.diffusion.prediction, self.heldout, of)
+            kind = self.config.diffusion.prediction
+            use = CaptionLosses.together(
+                [caption_losses(prediction, self.schedule, kind, one, of) for one in self.heldout]
+            )
         return validation_metrics(use, self.used)
 
     @torch.no_grad()

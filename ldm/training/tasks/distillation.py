@@ -22,7 +22,7 @@ from ldm.data.dataset import CaptionedPictures
 from ldm.diffusion.distillation import consistency_loss, solver_pairs
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.schedule import RectifiedFlow, beside
-from ldm.evaluation.validation import ValidationSet, with_each_caption
+from ldm.evaluation.validation import CaptionLosses, ValidationSet, with_each_caption
 from ldm.inference.defaults import Defaults
 from ldm.models.conditioning import Conditioning, denoise, scale_embedding, together
 from ldm.models.ema import averaged
@@ -180,7 +180,7 @@ class Distillation(Diffusion):
 
     def validate(self) -> dict[str, float]:
         """The loss of the average on held-out pictures by quarter of t, at the middle scale."""
-        if self.heldout is None:
+        if not self.heldout:
             return {}
         T, steps = self.schedule.T, self.config.distill.solver_steps
 
@@ -197,7 +197,7 @@ class Distillation(Diffusion):
             return torch.stack(rows)
 
         with self.evaluating():
-            use = with_each_caption(errors, self.heldout)
+            use = CaptionLosses.together([with_each_caption(errors, one) for one in self.heldout])
         return validation_metrics(use)
 
     @property

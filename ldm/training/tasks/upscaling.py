@@ -91,11 +91,12 @@ class Upscaling(Diffusion):
         shape = (self.latent_shape[0], crops.edge, crops.edge)
         return replace(LatentSamples.of(config, source.train, shape, cache), crops=crops)
 
-    def validation_set(self) -> CaptionedValidationSet | None:
+    def validation_sets(self) -> list[CaptionedValidationSet]:
         """The held-out pictures, whole, with shrunk ones at fixed noise levels."""
-        found = super().validation_set()
-        if found is None:
-            return None
+        found = super().validation_sets()
+        if not found:
+            return []
+        (squares,) = found
         assert self.source is not None
         rows = validation_pictures(self.config, self.source.heldout).pictures
         small = build_small_pictures(self.config, rows, None, "small-heldout")
@@ -103,8 +104,9 @@ class Upscaling(Diffusion):
             range(len(rows))
         )
         device = self.accelerator.device
-        conditioning = replace(found.true.conditioning, class_labels=levels.to(device), channels=channels.to(device))
-        return replace(found, true=replace(found.true, conditioning=conditioning))
+        given = {"class_labels": levels.to(device), "channels": channels.to(device)}
+        conditioning = replace(squares.true.conditioning, **given)
+        return [replace(squares, true=replace(squares.true, conditioning=conditioning))]
 
     def frozen_facts(self) -> dict[str, str]:
         return super().frozen_facts() | ({"upscale_base": self.base.sha256[:16]} if self.base else {})
