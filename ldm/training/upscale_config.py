@@ -55,7 +55,7 @@ class UpscaleConfig:
             "lora.rank": (config.lora.rank, "adapters stand beside a model that generates; set it to 0"),
             "data.inpaint": (data.inpaint, "what follows x_t is the small picture; set it to false"),
             "data.condition_column": (data.condition_column, "what follows x_t is the small picture; leave it out"),
-            "data.buckets": (data.buckets, "an upscaler learns from squares, and makes pictures of any size; leave it out"),
+            "data.buckets": (data.buckets, "an upscaler learns from square crops; set it to false"),
             "data.number_columns": (data.number_columns, "an upscaler's class is its noise level; leave it out"),
             "diffusion.few_steps": (config.diffusion.few_steps, "an upscaler takes few steps anyway; set it to 0"),
             "data.label_column": (data.label_column, "an upscaler's class is its noise level; leave it out"),
