@@ -12,7 +12,6 @@ from typing import Any
 
 from world import (
     KINDS,
-    RESULTS,
     SAVE_EVERY,
     STEPS,
     Board,
@@ -23,6 +22,7 @@ from world import (
     hashes,
     newest_step,
     reference,
+    result,
     saved_in,
 )
 
@@ -80,7 +80,7 @@ def kills(bench: Bench, trials: int) -> Figures:
         kind = list(KINDS)[run % len(KINDS)]
         seconds = bench.reference(kind).seconds
         config = bench.world.recipe(kind, bench.world.home / f"kills-{run}")
-        exported = Path(config.run) / RESULTS[KINDS[kind]]
+        exported = Path(config.run) / result(kind)
         with clean(config):
             ended = False
             while not ended:

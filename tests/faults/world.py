@@ -32,6 +32,7 @@ from accelerate import Accelerator  # noqa: F401
 import ldm.pipelines.text_to_image  # noqa: F401
 from ldm.cli import config as command_line
 from ldm.data.dataset import read_captioned
+from ldm.models.lora import WEIGHTS
 from ldm.models.vae import VAEConfig, build_vae, normalize
 from ldm.system.hashing import fault, sha256
 from ldm.training import normalization, trainer
@@ -47,7 +48,7 @@ STEPS, SAVE_EVERY = 9, 3
 PHASES = ("start", "cache", "training", "saving", "exporting", "evaluating", "previewing")
 #: kind of training => its task
 KINDS = {"cached": "ldm", "vae": "vae", "workers": "ldm", "classifier": "classifier", "inpaint": "ldm",
-         "distill": "distill", "upscale": "ldm", "buckets": "ldm"}  # fmt: skip
+         "lora": "ldm", "distill": "distill", "upscale": "ldm", "buckets": "ldm"}  # fmt: skip
 #: task => the file that it leaves in its run
 RESULTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -55,6 +56,11 @@ RESULTS = {
     "distill": "pipeline/unet/diffusion_pytorch_model.safetensors",
     "classifier": "classifier/model.safetensors",
 }
+
+
+def result(kind: str) -> str:
+    """The file that a kind of training leaves in its run."""
+    return f"lora/{WEIGHTS}" if kind == "lora" else RESULTS[KINDS[kind]]
 
 
 class Board:
@@ -230,6 +236,7 @@ class World:
             "vae": {"data__workers": 2},
             "classifier": {"data__label_column": "color", "data__flip": "true"},
             "inpaint": {"data__inpaint": "true", "data__workers": 2},
+            "lora": {"init": str(self.home / "model"), "unet__channels": [32, 64], "lora__rank": 2, **road.OF_INIT},
             "distill": {"init": str(self.home / "model"), "unet__channels": [32, 64], **road.OF_INIT},
             "upscale": {"upscale__factor": 2, "upscale__crop": 8, "upscale__base": str(self.home / "base")},
             "buckets": {"data__source": str(self.home / "shapes"), "data__buckets": "true", "data__size": 32},
@@ -288,8 +295,8 @@ def hashes(kind: str, config: Config) -> dict[str, str]:
     """The hashes of the last checkpoint's tensors and of what is handed on."""
     last = checkpoints(saved_in(kind, config))[-1]
     found = {path.name: sha256(path) for path in sorted(last.glob("*.safetensors"))}
-    result = RESULTS[KINDS[kind]]
-    return {**found, "step": last.name, result: sha256(Path(config.run) / result)}
+    left = result(kind)
+    return {**found, "step": last.name, left: sha256(Path(config.run) / left)}
 
 
 @dataclass
