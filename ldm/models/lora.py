@@ -34,6 +34,7 @@ TEXT_TARGETS = {
     "bert": ("query", "key", "value", "attention.output.dense"),
     "t5": ("q", "k", "v", "o"),
 }
+SMALL_WORDS = {"a", "an", "the", "of", "in", "on", "at", "with", "and"}  # in captions of anything
 #: How stock loaders of text encoders spell PEFT's lora_A and lora_B; they know its own spelling for CLIP alone.
 TEXT_SPELLING = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
 
@@ -210,9 +211,10 @@ def stock_name(name: str) -> str:
 
 
 def trigger_words(captions: Sequence[str]) -> str:
-    """The words that all captions have in common, in the order of the first; "" if there are none."""
+    """The words that all captions have in common, in the order of the first; "" if there are none but small words."""
     words = [caption.split() for caption in captions]
-    return " ".join(word for word in words[0] if all(word in each for each in words)) if words else ""
+    common = [word for word in words[0] if all(word in each for each in words)] if words else []
+    return "" if set(common) <= SMALL_WORDS else " ".join(common)
 
 
 # --- which they are ---------------------------------------------------------------------------------

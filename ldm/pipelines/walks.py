@@ -63,6 +63,9 @@ def walk(
             raise ValueError(f"{name}: expected one, or two to walk between, got {ends!r}")
     if len(prompts) < 2 and len(seeds) < 2:
         raise ValueError("prompts: expected two prompts or two seeds to walk between")
+    for name, ends in (("prompts", prompts), ("seeds", seeds)):
+        if len(ends) == 2 and ends[0] == ends[1]:
+            raise ValueError(f"{name}: {ends[0]!r} is both ends, so all pictures would be one; name two, or it once")
     for seed in seeds:
         check_number("seeds", seed, 0, 2**63 - 1, Integral)
     if len(prompts) == 2 and pipe.tokenizer is None:

@@ -155,3 +155,11 @@ def test_cache_is_listed_and_every_record_is_checked(tmp_path: Path, capsys: pyt
         assert said in out and "store-1: 2 records, 0.0 MiB, all whole" in out
     with pytest.raises(SystemExit, match="holds no cache; expected RUN/cache"):
         main(["data", "cache", str(tmp_path / "store-1")])
+
+
+def test_an_unknown_option_is_answered_by_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "models/openmoji64", "cat", "--stepz", "3"])
+    said = capsys.readouterr().err
+    assert said.startswith("usage: ldm sample [OPTION ...] MODEL")
+    assert "ldm sample: error: unrecognized arguments: --stepz 3; did you mean --steps?" in said

@@ -229,6 +229,8 @@ def test_a_target_that_names_no_layer_is_an_error(tiny_pipeline_folder: Path) ->
 def test_trigger_words_are_those_of_all_captions() -> None:
     assert trigger_words(["cat, noto style", "red cat, noto style"]) == "cat, noto style"
     assert trigger_words(["red heart", "pizza"]) == "" == trigger_words([])
+    assert trigger_words(["a cat on the mat", "a dog on the mat in rain"]) == "a on the mat"
+    assert trigger_words(["a cat", "a dog"]) == ""  # of which no caption is free
 
 
 def test_facts_are_in_the_file_and_beside_it(two: tuple[Path, Path]) -> None:

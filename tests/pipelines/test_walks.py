@@ -75,6 +75,8 @@ def test_classes_walk_between_seeds(tmp_path: Path) -> None:
         (["cat"] * 3, [1], 4, "prompts: expected one, or two to walk between"),
         ("cat", [1, 2], 4, "prompts: expected one, or two to walk between, got 'cat'"),
         (["cat"], [], 4, "seeds: expected one, or two"),
+        (["cat"] * 2, [1, 2], 4, "prompts: 'cat' is both ends"),
+        (["cat"], [7, 7], 4, "seeds: 7 is both ends, so all pictures would be one; name two, or it once"),
         (["cat"], [1, -1], 4, "seeds: expected a whole number from 0"),
         (["cat", "pizza"], [1], 1, "frames: expected a .*number from 2"),
     ],
