@@ -17,7 +17,14 @@ import tiny
 import torch
 
 #: The files that take longest. A file is run by one worker, so these begin first, or one worker waits for another.
-LONGEST = ("test_training.py", "test_lineage.py", "test_faults.py", "test_doctor.py", "test_second_device.py")
+LONGEST = (
+    "test_training.py",
+    "test_openvino.py",
+    "test_faults.py",
+    "test_lineage.py",
+    "test_doctor.py",
+    "test_second_device.py",
+)
 
 
 def pytest_collection_finish() -> None:

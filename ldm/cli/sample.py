@@ -93,12 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weaker", type=place, metavar="MODEL", help="a weaker model of the same data to move away from (autoguidance)"
     )
     add("--autoguidance-scale", type=float, metavar="W", help="how far, in place of --guidance-scale (default: 2)")
-    add(
-        "--dynamic-thresholding",
-        type=float,
-        metavar="Q",
-        help="clamp predictions at this quantile, such as 0.995, and bring it to 1; for latents within [-1, 1]",
-    )
     add("--classifier", type=path, metavar="FOLDER", help="a classifier (RUN/classifier) that steers to --class-label")
     add("--classifier-scale", type=float, metavar="W", help="how strongly it steers (default: 1)")
 
@@ -147,6 +141,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="guide only where LOW <= t/T < HIGH; 0 1 is everywhere",
+    )
+    add(
+        "--dynamic-thresholding",
+        type=float,
+        metavar="Q",
+        help="clamp predictions at this quantile, such as 0.995, and bring it to 1; for latents within [-1, 1]",
     )
 
 

@@ -5,6 +5,7 @@ rows.py         what every source hands over: rows and problems
 checks.py       rows as a source has them => rows to train on
 facts.py        what is known of each picture file, remembered between starts
 images.py       bytes => upright RGB => pixels
+buckets.py      aspect ratios => a few sizes of one area
 batches.py      rows => pixels, captions and batches of them
 labels.py       classes from a column
 numbers.py      numbers from columns

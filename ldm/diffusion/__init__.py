@@ -17,6 +17,6 @@ Read it in this order, beside docs/theory.md:
     losses       what to minimize, with which weights
     timesteps    which t to minimize it at
     guidance     two predictions in, one out
-    distillation what a guided sampler takes dozens of steps for, in a few
+    distillation  what a guided sampler takes dozens of steps for, in a few
     samplers     Langevin dynamics, the probability-flow ODE, its likelihood
 """

@@ -9,6 +9,7 @@ optimizer.py       the learning rate, skipped steps
 optimizers.py      AdamW, Muon, schedule-free, 8-bit AdamW by name
 objective.py       the diffusion section of the config => process, timesteps, loss
 initial_model.py   the model that init names: what it brings, its U-Net at step 0
+order.py           which picture sample n shows
 samples.py         (seed, sample) => the tensors of a batch of the U-Net's
 randomness.py      every random number of training, as a function of (seed, sample)
 masks.py           what an inpainting model learns to fill in

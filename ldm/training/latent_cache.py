@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -137,13 +138,15 @@ def cache_bytes(
     if config.data.cache == "off":
         return 0
     train, heldout = source.train, validation_pictures(config, source.heldout)
-    size = FACTS.disk_bytes(len(source.all_pictures))
+    size, records = FACTS.disk_bytes(len(source.all_pictures)), Counter[str]()
+    stores: dict[str, Kind] = {}
     for part, copies in ((train, 2 if config.data.flip else 1), (heldout, 1)):
         buckets = buckets_of_all(config, part)
         posteriors, contexts = kinds(config, encoders, latent_shape, buckets)
-        size += sum(
-            kind.disk_bytes(copies * len(group)) for kind, (_, group) in zip(posteriors, buckets.groups(), strict=True)
-        )
+        for kind, (_, group) in zip(posteriors, buckets.groups(), strict=True):
+            stores[kind.file] = kind
+            records[kind.file] += copies * len(group)
+    size += sum(kind.disk_bytes(records[file]) for file, kind in stores.items())
     if contexts is not None:
         captions = {caption for part in (train, heldout) for row in part.pictures for caption in row.captions}
         size += contexts.disk_bytes(1 + len(captions))

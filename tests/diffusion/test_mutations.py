@@ -204,8 +204,11 @@ FAULTS = [
 
 @functools.cache
 def lasting_schedules() -> list[NoiseSchedule]:
-    """Those that modules hold."""
-    return [o for o in gc.get_objects() if type(o) is NoiseSchedule]
+    """Those that modules hold; garbage collection passes over them (conftest.py), so it doesn't list them, either."""
+    gc.unfreeze()
+    found = [o for o in gc.get_objects() if type(o) is NoiseSchedule]
+    gc.freeze()
+    return found
 
 
 def forget_tables() -> None:

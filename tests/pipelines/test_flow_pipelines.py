@@ -73,7 +73,7 @@ def test_training_can_start_from_it(folder: Path) -> None:
     assert (config.schedule, config.prediction, config.flow_shift) == ("rectified_flow", "flow", 2.0)
     schedule = build_schedule(config)
     assert isinstance(schedule, RectifiedFlow) and schedule.shift == 2.0
-    assert build_timesteps(config) is not None
+    assert build_timesteps(config, schedule) is not None
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,15 @@ def test_pictures_that_are_all_held_out_are_one_line_that_names_the_key(tmp_path
     """The split is by the hash of the caption: one caption, one split."""
     road.draw_folder(tmp_path / "data")
     tiny.save_text_encoder(tmp_path / "text", "bert")
+    if entry == "distill":
+        tiny.pipeline(tmp_path / "encoder").save_pretrained(tmp_path / "model")
     file = tmp_path / "data/metadata.jsonl"
     rows = [{**json.loads(line), "text": "face"} for line in file.read_text("utf-8").splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     with pytest.raises(ValueError, match=r"all 24 pictures of .*'face'.* are held out; lower data\.holdout") as refused:
-        ENTRIES[entry](road.recipe(tmp_path, data__holdout=0.9, data__label_column="color"))
+        teacher = {"init": str(tmp_path / "model"), **road.OF_INIT}
+        words = teacher if entry == "distill" else {"data__label_column": "color"}
+        ENTRIES[entry](road.recipe(tmp_path, data__holdout=0.9, **words))
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -107,5 +111,5 @@ def test_previews_take_at_most_the_steps_that_there_are(tmp_path: Path, capsys: 
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="task: expected one of vae, ldm, classifier, got 'unet'"):
+    with pytest.raises(ValueError, match="task: expected one of vae, ldm, distill, classifier, got 'unet'"):
         train("unet", Config())

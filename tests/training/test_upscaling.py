@@ -125,10 +125,10 @@ def test_without_the_cache_a_sample_is_the_crop_of_the_picture(task: Any) -> Non
 
 
 def test_validation_shows_whole_held_out_pictures_at_fixed_levels(task: Any) -> None:
-    true = task.heldout.true
+    true = task.heldout[0].true
     assert true.x0.shape == (4, 4, 16, 16) and true.conditioning.channels.shape == (4, 3, 16, 16)
     assert len(set(true.conditioning.class_labels.tolist())) > 1
-    again = task.validation_set().true.conditioning
+    again = task.validation_sets()[0].true.conditioning
     assert torch.equal(again.channels, true.conditioning.channels)
 
 
