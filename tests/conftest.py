@@ -17,7 +17,8 @@ import tiny
 import torch
 
 #: The files that take longest. A file is run by one worker, so these begin first, or one worker waits for another.
-LONGEST = (
+LONGEST = ("test_training.py", "test_openvino.py", "test_faults.py", "test_lineage.py", "test_doctor.py",
+           "test_second_device.py")  # fmt: skip
     "test_training.py",
     "test_openvino.py",
     "test_faults.py",
