@@ -314,6 +314,11 @@ def _for_student(config: Config) -> Config:
     for key, value in (("lora.rank", config.lora.rank), ("diffusion.few_steps", config.diffusion.few_steps)):
         if value:
             raise ValueError(f"{key}: is for `ldm train ldm`; to distill leave it out")
+    averages = {"name": (config.optim.name == "schedule_free", "adamw"), "ema_widths": (config.optim.ema_widths, "[]")}
+    for key, (wrong, right) in averages.items():
+        if wrong:
+            why = "a student learns from the average of optim.ema_decay alone"
+            raise ValueError(f"optim.{key}: {why}; set it to {right}")
     loop, distill = config.loop, config.distill
     steps = distill.steps if loop.num_inference_steps is None else loop.num_inference_steps
     scale = distill.usual_scale if loop.guidance_scale is None else loop.guidance_scale

@@ -51,7 +51,7 @@ def train(task: str, config: Config) -> list[float]:
     sizes = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     accelerator.print(f"{data.source}: {sizes}{'' if len(pictures.heldout) else ', so there is no validation loss'}")
     if not has_begun(config.run, task):
-        for warning in pictures.unfit(data.size, data.most_ratio if task == "ldm" else 1.0):
+        for warning in pictures.unfit(data.size, data.most_ratio if task in ("ldm", "distill") else 1.0):
             accelerator.print(f"warning: {warning}")
 
     def create(config: Config) -> Task:

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ldm.cli.main import main
 from ldm.data.numbers import Numbers
-from ldm.models.unet import UNetConfig, build_unet
 from ldm.pipelines.text_to_image import LDMPipeline
 
 NUMBERS = Numbers(("size", "angle"), (0.5, 90.0), (0.25, 30.0))
@@ -22,17 +21,7 @@ NUMBERS = Numbers(("size", "angle"), (0.5, 90.0), (0.25, 30.0))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("numbers")
-    pipe = tiny.pipeline(root / "text")
-    torch.manual_seed(5)
-    unet = build_unet(
-        UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
-        latent_shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size),
-        context_dim=pipe.unet.config.cross_attention_dim,
-        numbers=NUMBERS.width,
-    )
-    pipe.register_modules(unet=unet.eval())
-    pipe.numbers = NUMBERS
-    pipe.save_pretrained(root / "pipeline")
+    tiny.numbers_pipeline(root / "text", NUMBERS).save_pretrained(root / "pipeline")
     return root / "pipeline"
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.data.dataset import CaptionedPictures
+from ldm.inference import samplers
 from ldm.models.fingerprint import base_fingerprints
 from ldm.models.lora import (
     NAME,
@@ -59,10 +60,17 @@ class LoRA(Diffusion):
 
     @classmethod
     def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
+        base = InitialModel.open(config.init or "")
         key = "inpaint" if config.data.inpaint else "condition_column"
-        if getattr(config.data, key) and not InitialModel.open(config.init or "").extra_channels:
+        if getattr(config.data, key) and not base.extra_channels:
             raise ValueError(
                 f"data.{key}: init={config.init} takes no second picture, and adapters can't add one; leave it out"
+            )
+        spacing = base.scheduler.get("timestep_spacing")
+        if config.diffusion.few_steps and spacing != "trailing":
+            raise ValueError(
+                f"diffusion.few_steps: init={config.init} steps through other timesteps (timestep_spacing={spacing}) "
+                "than those that are learned, and adapters bring no scheduler; set lora.rank=0"
             )
         return super().create(config, accelerator, pictures)
 
@@ -147,6 +155,8 @@ class LoRA(Diffusion):
             return None
         pipeline = self.load_base()
         pipeline.load_lora_weights(self.exported)
+        if self.used:  # as `summary` has it sampled
+            pipeline.scheduler = samplers.build("ddim", pipeline.scheduler.config)
         grid = generate_grid(pipeline, self.prompts, self.config, interrupted)
         del pipeline
         give_back()
