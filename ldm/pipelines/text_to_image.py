@@ -205,6 +205,8 @@ class LDMPipeline(CascadedPipeline):
             guidance_rescale=guidance_rescale, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             sources=1 if edit is None else len(edit.source),
         )  # fmt: skip
+        if upscaler is not None:
+            upscaler.check_generated(height, width, inputs.prompts)
         if sampler is not None:
             check_sampler("sampler", sampler)
         scheduler = self.scheduler if sampler is None else samplers.build(sampler, self.scheduler.config)

@@ -45,6 +45,7 @@ from ldm.pipelines.inputs import (
     OUTPUT_TYPES,
     check_known,
     check_number,
+    check_prompts,
     known_texts,
     one_each,
     one_generator_each,
@@ -319,6 +320,23 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
         least = 2 ** (len(self.unet.config.block_out_channels) - 1)
         if not all(least <= edge <= MAX_EDGE for edge in (height, width)):
             raise ValueError(f"image: expected edges from {least} to {MAX_EDGE} pixels, got {width} x {height}")
+
+    def check_generated(self, height: int, width: int, prompts: Sequence[str]) -> None:
+        """Raise a ValueError, naming `upscale`, unless it takes pictures of this size with these prompts."""
+        try:
+            self.check_edges(height, width)
+            if self.tokenizer is not None and prompts:
+                check_prompts("prompt", prompts, self.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"upscale: {str(error).partition(': ')[2]}") from None
+
+    def fitting(self, captions: Sequence[str]) -> list[str]:
+        """Captions as prompts: "" for those that are too long, of which the small picture says enough."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return [""] * len(captions)
+        lengths = [len(tokenizer(caption, verbose=False).input_ids) for caption in captions]
+        return [c if n <= tokenizer.model_max_length else "" for c, n in zip(captions, lengths, strict=True)]
 
     # --- arguments ------------------------------------------------------------------------------------
 

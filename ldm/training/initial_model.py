@@ -31,7 +31,7 @@ from ldm.models.loading import load_network
 from ldm.models.safety import check_model_folder, read_json
 from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig, described
-from ldm.pipelines.loading import LABELS_FILE, NUMBERS_FILE, find_pipeline
+from ldm.pipelines.loading import LABELS_FILE, NUMBERS_FILE, UPSCALER, find_pipeline
 from ldm.training.config import Config
 from ldm.training.facts import RunFacts, folder_stamp
 from ldm.training.objective import build_schedule
@@ -95,6 +95,8 @@ class InitialModel:
             defaults = {key: one.default for key, one in kind.parameters.items() if one.default is not one.empty}
             return {**defaults, **{key: value for key, value in saved.items() if not key.startswith("_")}}
 
+        if index.get("_class_name") == UPSCALER:
+            raise ValueError(f"{folder} is an upscaler, which is trained from random weights alone")
         for part in ("unet", "vae", "scheduler"):
             if index.get(part) in (None, [None, None]):
                 raise ValueError(f"{folder}: it has no {part}")

@@ -32,12 +32,10 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.optimizers import check_optimizer
     from ldm.training.sizes import check_sizes
     from ldm.training.task import Task
+    from ldm.training.tasks import task_of_unet
     from ldm.training.tasks.autoencoder import Autoencoder
     from ldm.training.tasks.classifier import Classifier
-    from ldm.training.tasks.diffusion import Diffusion
     from ldm.training.tasks.distillation import Distillation
-    from ldm.training.tasks.lora import LoRA
-    from ldm.training.tasks.upscaling import Upscaling
     from ldm.training.trainer import Trainer
 
     config = resolved(config, task)
@@ -60,7 +58,7 @@ def train(task: str, config: Config) -> list[float]:
 
     tasks: dict[str, type[Task]] = {
         "vae": Autoencoder,
-        "ldm": LoRA if config.lora.rank else Upscaling if config.upscale.factor else Diffusion,
+        "ldm": task_of_unet(config),
         "distill": Distillation,
         "classifier": Classifier,
     }

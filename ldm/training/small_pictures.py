@@ -89,9 +89,15 @@ class Base:
         except (OSError, ValueError) as error:
             raise type(error)(f"upscale.base: {error}") from None
         name, small = config.upscale.base, config.data.size // config.upscale.factor
-        if unet["in_channels"] != unet["out_channels"] or unet.get("num_class_embeds"):
+        if unet["in_channels"] != unet["out_channels"] or unet.get("num_class_embeds") or unet.get("class_embed_type"):
             raise ValueError(
-                f"upscale.base: {name} takes a class or a second picture; expected a model of captions alone"
+                f"upscale.base: {name} takes a class, numbers or a second picture; expected a model of captions alone"
+            )
+        scheduler = read_json(self.folder / "scheduler/scheduler_config.json")
+        if unet.get("time_cond_proj_dim") is not None or scheduler.get("solver_order") == 1:  # as diffusion.few_steps
+            raise ValueError(
+                f"upscale.base: {name} knows a few steps alone, and image-to-image takes others; name the model it was "
+                "trained from"
             )
         edge = unet["sample_size"] * 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
         if edge != small:
