@@ -154,7 +154,7 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
         neither steps nor guidance takes the model's `defaults`; else what it leaves out is as in stock diffusers.
 
         Args:
-            prompt: what the pictures show, one for all or one each; by default nothing is said.
+            prompt: what the pictures show, one for all or one each; by default the empty prompt.
             image: the small pictures: PIL, of any mode; an array [H,W,3] or [B,H,W,3], a tensor [3,H,W] or [B,3,H,W],
                 uint8 or in [0,1]; or a list. Edges that aren't multiples of the factor are continued, then cut off.
             noise_level: of the noise that the small picture is put under, from 0 to `config.max_noise_level`: more
@@ -331,7 +331,7 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
             raise ValueError(f"upscale: {str(error).partition(': ')[2]}") from None
 
     def fitting(self, captions: Sequence[str]) -> list[str]:
-        """Captions as prompts: "" for those that are too long, of which the small picture says enough."""
+        """Captions as prompts: "" for those that are too long, for the small picture determines most."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             return [""] * len(captions)

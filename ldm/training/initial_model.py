@@ -306,6 +306,7 @@ def resolved(config: Config, task: str) -> Config:
                 raise ValueError(f"init: {model.folder}: {error}") from None
     if task in ("ldm", "distill"):
         _check_conditions(config, model)
+        _check_frozen(config, model, "a student" if task == "distill" else "adapters" if config.lora.rank else None)
     return replace(config, **brought)
 
 
@@ -362,3 +363,18 @@ def _check_conditions(config: Config, model: InitialModel) -> None:
         "data.inpaint" if data.inpaint else "data.condition_column" if data.condition_column else "",
     ):
         raise ValueError(f"{taken}: init={model.name} {hint}")
+
+
+def _check_frozen(config: Config, model: InitialModel, learner: str | None) -> None:
+    """Raise a ValueError for what a model lacks, and what learns beside or after it can't add."""
+    key = "inpaint" if config.data.inpaint else "condition_column"
+    if learner and getattr(config.data, key) and not model.extra_channels:
+        raise ValueError(
+            f"data.{key}: init={model.name} takes no second picture, and {learner} can't add one; leave it out"
+        )
+    spacing = model.scheduler.get("timestep_spacing")
+    if config.lora.rank and config.diffusion.few_steps and spacing != "trailing":
+        raise ValueError(
+            f"diffusion.few_steps: init={model.name} steps through other timesteps (timestep_spacing={spacing}) than "
+            "those that are learned, and adapters bring no scheduler; set lora.rank=0"
+        )

@@ -57,7 +57,7 @@ class UpscaleConfig:
             "data.condition_column": (data.condition_column, "what follows x_t is the small picture; leave it out"),
             "data.buckets": (data.buckets, "an upscaler learns from square crops; set it to false"),
             "data.number_columns": (data.number_columns, "an upscaler's class is its noise level; leave it out"),
-            "diffusion.few_steps": (config.diffusion.few_steps, "an upscaler takes few steps anyway; set it to 0"),
+            "diffusion.few_steps": (config.diffusion.few_steps, "an upscaler learns every timestep; set it to 0"),
             "optim.ema_widths": (config.optim.ema_widths, "an upscaler has one average, of ema_decay; set it to []"),
             "data.label_column": (data.label_column, "an upscaler's class is its noise level; leave it out"),
             "data.cache": (data.cache == "off", "an upscaler learns from crops of latents that are kept; leave it out"),

@@ -240,7 +240,7 @@ def test_guidance_that_a_student_can_t_have_is_refused_by_name(distilled: Path) 
         ("distill", {"lora__rank": 2}, r"^lora\.rank: is for `ldm train ldm`"),
         ("distill", {"diffusion__few_steps": 2}, r"^diffusion\.few_steps: is for `ldm train ldm`"),
         ("distill", {"distill__solver_steps": 30}, r"^distill\.solver_steps: expected a divisor of init's 1000 timest"),
-        ("distill", {"data__inpaint": "true"}, r"^data\.inpaint: the teacher init=.* takes no second picture"),
+        ("distill", {"data__inpaint": "true"}, r"^data\.inpaint: init=.* takes no second picture, and a stu"),
         ("distill", {"optim__name": "schedule_free"}, r"^optim\.name: a student learns from the average of optim\.ema"),
         ("distill", {"optim__ema_widths": [0.1]}, r"^optim\.ema_widths: a student learns from the average of optim\.e"),
         ("distill", {"data__buckets": "true", "data__bucket_ratio": 1.1}, r"^data\.buckets: .* none but the square"),

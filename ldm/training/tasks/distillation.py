@@ -64,9 +64,6 @@ class Distillation(Diffusion):
                 f"init: {config.init} knows no captions, classes or numbers, so there is no guidance to distill; use "
                 "`ldm train ldm` with diffusion.few_steps"
             )
-        key = "inpaint" if config.data.inpaint else "condition_column"
-        if getattr(config.data, key) and not teacher.extra_channels:
-            raise ValueError(f"data.{key}: the teacher init={config.init} takes no second picture; leave it out")
         return super().create(config, accelerator, pictures)
 
     # --- networks ---------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ class Upscaling(Diffusion):
     @classmethod
     def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
         if config.upscale.base is not None:
-            Base(config, accelerator.device, encoding_dtype(accelerator))  # what is wrong with it is wrong now
+            Base(
+                config, accelerator.device, encoding_dtype(accelerator)
+            )  # refuses a wrong one now
         return super().create(config, accelerator, pictures)
 
     @cached_property
@@ -125,7 +127,7 @@ class Upscaling(Diffusion):
             vae, text, self.weightless_unet(), scheduler_config(self.schedule, self.config.diffusion.prediction),
             max_noise_level=self.config.upscale.max_noise_level,
         )  # fmt: skip
-        pipeline.defaults = Defaults(guidance_scale=1.0)  # the small picture says enough
+        pipeline.defaults = Defaults(guidance_scale=1.0)  # the small picture determines most
         return pipeline
 
     def preview(self, step: int, interrupted: Callable[[], bool]) -> Image.Image | None:
