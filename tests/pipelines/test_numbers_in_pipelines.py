@@ -98,3 +98,16 @@ def test_the_command_takes_numbers_and_the_picture_remembers_them(
     with pytest.raises(SystemExit):
         main([*words, "cat", "--number", "size"])
     assert "expected COLUMN=NUMBER, such as size=0.3, got 'size'" in capsys.readouterr().err
+
+
+def test_edits_and_walks_take_numbers(folder: Path, tmp_path: Path) -> None:
+    main(["sample", str(folder), "cat", "--out", str(tmp_path / "cat.png")])
+    words = ["--steps", "2", "--guidance-scale", "2", "--dtype", "float32", "--seed"]
+    made = []
+    for size in ("0.1", "0.9"):
+        numbers, out = ["--number", f"size={size}", "--number", "angle=45"], str(tmp_path / f"{size}.png")
+        main(["edit", str(folder), str(tmp_path / "cat.png"), "cat", "--out", out, *words, "0", *numbers])
+        made.append(Image.open(out).tobytes())
+        main(["walk", str(folder), "cat", "cat", "--frames", "2", "--out", out, *words[:-1], *numbers])
+        made.append(Image.open(out).tobytes())
+    assert len(set(made)) == 4

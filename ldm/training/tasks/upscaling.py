@@ -55,9 +55,7 @@ class Upscaling(Diffusion):
     @classmethod
     def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
         if config.upscale.base is not None:
-            Base(
-                config, accelerator.device, encoding_dtype(accelerator)
-            )  # refuses a wrong one now
+            Base(config, accelerator.device, encoding_dtype(accelerator))  # refuses a wrong one now
         return super().create(config, accelerator, pictures)
 
     @cached_property
