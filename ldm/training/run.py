@@ -40,6 +40,12 @@ def train(task: str, config: Config) -> list[float]:
 
     config = resolved(config, task)
     check_sizes(config, task)
+    other = {"ldm": "distill", "distill": "ldm"}.get(task)
+    if other and has_begun(config.run, other):
+        raise ValueError(
+            f"run: {config.run} holds the checkpoints of `ldm train {other}`, and both would write its pipeline; name "
+            "another run"
+        )
     accelerator, data = build_accelerator(config.loop), config.data
     if task not in ("vae", "classifier"):  # which have AdamW
         check_optimizer(config.optim.name, accelerator)

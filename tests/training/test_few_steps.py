@@ -16,6 +16,7 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ldm import LDMPipeline
+from ldm.cli.find import find_model, run_of
 from ldm.data.dataset import read_captioned
 from ldm.data.numbers import Numbers
 from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
@@ -190,6 +191,14 @@ def test_a_student_s_run(home: Path, tmp_path: Path, distilled: Path) -> None:
     assert all(list(road.logged(distilled, f"distill/heldout/{name}")) == [3, 6] for name in names)
     config = resolved(config_of(home, tmp_path), "distill")
     assert (config.preview_steps, config.preview_scale) == (4, 3.0)
+
+
+def test_a_student_s_run_is_found_and_no_other_training_s(home: Path, distilled: Path) -> None:
+    """Evaluation takes its data from the checkpoints; another training would write the same pipeline."""
+    folder, _, config = find_model(str(distilled))
+    assert config is not None and config["data"]["source"] == str(home / "data") and run_of(folder) == (distilled, 6)
+    with pytest.raises(ValueError, match="run: .* holds the checkpoints of `ldm train distill`, .*; name another run"):
+        train("ldm", config_of(home, distilled))
 
 
 def test_the_null_class_is_what_a_class_model_is_guided_from(home: Path, tmp_path: Path) -> None:

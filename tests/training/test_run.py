@@ -107,5 +107,5 @@ def test_previews_take_at_most_the_steps_that_there_are(tmp_path: Path, capsys: 
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="task: expected one of vae, ldm, classifier, got 'unet'"):
+    with pytest.raises(ValueError, match="task: expected one of vae, ldm, distill, classifier, got 'unet'"):
         train("unet", Config())
