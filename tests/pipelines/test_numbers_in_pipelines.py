@@ -108,6 +108,6 @@ def test_edits_and_walks_take_numbers(folder: Path, tmp_path: Path) -> None:
         numbers, out = ["--number", f"size={size}", "--number", "angle=45"], str(tmp_path / f"{size}.png")
         main(["edit", str(folder), str(tmp_path / "cat.png"), "cat", "--out", out, *words, "0", *numbers])
         made.append(Image.open(out).tobytes())
-        main(["walk", str(folder), "cat", "cat", "--frames", "2", "--out", out, *words[:-1], *numbers])
+        main(["walk", str(folder), "cat", "red heart", "--frames", "2", "--out", out, *words[:-1], *numbers])
         made.append(Image.open(out).tobytes())
     assert len(set(made)) == 4
