@@ -160,7 +160,9 @@ class TextEncoder:
         bias = getattr(norm, "bias", None)
         wide = std if bias is not None else (std.square() + mean.square()).sqrt()
         if not float(wide.median()) > 0:
-            raise ValueError("text.encoder: its output is constant across tokens; are its weights loaded, and the tokenizer its own?")
+            raise ValueError(
+                "text.encoder: its output is constant across tokens; are its weights loaded, and the tokenizer its own?"
+            )
         wide = wide.clamp(min=0.1 * float(wide.median()))
         norm.weight.copy_(norm.weight.cpu().double() / wide)  # Apple's GPU has no float64
         if bias is not None:
