@@ -3,8 +3,8 @@
 Importing this costs nothing: `LDMPipeline` and what it needs (torch, diffusers, transformers) load on first use.
 Imports go down this list only (pyproject.toml has the contract):
 
-app/         the page
 cli/         the command line, a file for each command
+app/         the page
 training/    the training loop, its tasks, and what keeps it safe
 pipelines/   LDMPipeline: prompts in, pictures out
 sharing/     what leaves this machine: models with cards, pictures with their settings

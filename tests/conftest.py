@@ -17,8 +17,7 @@ import tiny
 import torch
 
 #: The files that take longest. A file is run by one worker, so these begin first, or one worker waits for another.
-LONGEST = ("test_training.py", "test_openvino.py", "test_faults.py", "test_lineage.py", "test_doctor.py",
-           "test_second_device.py")  # fmt: skip
+LONGEST = (
     "test_training.py",
     "test_openvino.py",
     "test_faults.py",

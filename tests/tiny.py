@@ -14,6 +14,7 @@ import transformers
 from diffusers import LCMScheduler
 
 from ldm.data.labels import Labels
+from ldm.data.numbers import Numbers
 from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
 from ldm.models.text_encoder import TextConfig, TextEncoder
@@ -165,6 +166,22 @@ def class_pipeline(folder: Path, names: tuple[str, ...]) -> LDMPipeline:
     drawing.labels = Labels("kind", names)
     drawing.set_progress_bar_config(disable=True)
     return drawing
+
+
+def numbers_pipeline(folder: Path, numbers: Numbers) -> LDMPipeline:
+    """The same for a model that is conditioned on these numbers, beside text."""
+    whole = pipeline(folder)
+    torch.manual_seed(5)
+    size = whole.unet.config.sample_size
+    unet = build_unet(
+        UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
+        latent_shape=(whole.unet.config.in_channels, size, size),
+        context_dim=whole.unet.config.cross_attention_dim,
+        numbers=numbers.width,
+    )
+    whole.register_modules(unet=unet.eval())
+    whole.numbers = numbers
+    return whole
 
 
 def inpaint_pipeline(folder: Path) -> LDMPipeline:

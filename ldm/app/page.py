@@ -43,6 +43,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
     model, sizes = model_sha256(pipeline, adapters=False), shapes(pipeline)
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
     has_text, has_condition = pipeline.tokenizer is not None, bool(pipeline.condition_channels)
+    quantities = pipeline.numbers.columns if pipeline.numbers else ()
     title = "Generate pictures from text" if has_text else "Generate pictures"
     loaded = {one.name: one.scale for one in active_adapters(pipeline)}
 
@@ -76,15 +77,18 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         number: int | None,
         surprise: bool,
         shape: str,
-        *weights: float,
+        *further: float | None,
     ) -> Iterator[dict[Any, Any]]:
         """Step after step, what changes on the page."""
         first = secrets.randbelow(RANDOM_SEEDS) if surprise or number is None else number
         started = time.monotonic()
+        named, weights = dict(zip(quantities, further, strict=False)), further[len(quantities) :]
+        numbers = {name: value for name, value in named.items() if value is not None}
         try:
             arguments: dict[str, Any] = {
                 "prompt": text if has_text else None,
                 "class_label": label,
+                "numbers": numbers or None,
                 "condition": decode(Path(picture).read_bytes()) if picture else None,
                 "negative_prompt": unwanted or None,
                 "num_inference_steps": steps,
@@ -94,7 +98,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                 "seed": first,
                 **({} if shape == sizes[0] else size_of(shape)),
             }
-            adapters = dict(zip(loaded, weights, strict=True))
+            adapters = {name: weight or 0.0 for name, weight in zip(loaded, weights, strict=True)}
             with closing(jobs.run(request.session_hash, adapters=adapters, **arguments)) as progress:
                 for done in progress:
                     if isinstance(done, int):
@@ -131,6 +135,8 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                 # inputs that this model does not take are not shown
                 names = pipeline.labels.names if pipeline.labels else ()
                 label = gr.Dropdown([("any", None), *names], value=None, label="Class", visible=bool(names))
+                with gr.Row(visible=bool(quantities)):
+                    amounts = [gr.Number(None, label=name, info="all empty: any") for name in quantities]
                 # the file as it was uploaded: it is decoded as training decodes its pictures
                 picture = gr.Image(
                     type="filepath", image_mode=None, label="The picture to make it of", visible=has_condition
@@ -176,7 +182,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
         begun.then(
             generate,
-            inputs=[prompt, label, picture, *settings, seed, surprise, shape, *loras],
+            inputs=[prompt, label, picture, *settings, seed, surprise, shape, *amounts, *loras],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="generate",

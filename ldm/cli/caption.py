@@ -166,7 +166,7 @@ def fit(folder: CaptionFolder, known: list[str], net: Path, arguments: argparse.
 
 
 def from_model(folder: CaptionFolder, names: list[str], arguments: argparse.Namespace) -> Suggestions:
-    """What a captioning model says."""
+    """The captions of a captioning model."""
     from ldm.models.captioner import Captioner
     from ldm.system.devices import best_device
 
@@ -177,7 +177,7 @@ def from_model(folder: CaptionFolder, names: list[str], arguments: argparse.Name
     silent = [name for name in names if name not in captions]
     if silent:
         more = f" and {len(silent) - 1:,} more" if len(silent) > 1 else ""
-        print(f"warning: {arguments.source} says nothing about {silent[0]}{more}; they stay without", file=sys.stderr)
+        print(f"warning: {arguments.source} has no caption for {silent[0]}{more}; skipped", file=sys.stderr)
     return captions
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ldm.cli.find import load
 from ldm.cli.lora import add_lora_option, check_lora_engine, load_loras
 from ldm.cli.parser import PICTURES, Command, folder, path, picture_file, place, positive
-from ldm.cli.sample import SETTINGS, add_settings, batches, file_name, note
+from ldm.cli.sample import SETTINGS, add_number_option, add_settings, batches, file_name, note
 from ldm.pipelines import import_networks
 from ldm.system.files import make_writable
 
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures generated at once (default: 16)")
     add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
     add("--class-label", metavar="CLASS", help="for a model of classes")
+    add_number_option(add)
     add_lora_option(add)
     add_settings(parser)
 
@@ -127,6 +128,7 @@ def edit(arguments: argparse.Namespace, picture: Any, mask: Any) -> None:
 
     typed = {name: getattr(arguments, option) for option, name in SETTINGS.items()}
     typed |= {"prompt": arguments.prompt, "class_label": arguments.class_label, "expand": arguments.expand}
+    typed["numbers"] = dict(arguments.numbers) if arguments.numbers else None
     settings = {name: value for name, value in typed.items() if value is not None}
     settings["strength"] = arguments.strength
     if arguments.strength is None:

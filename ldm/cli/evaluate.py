@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ldm.evaluation.features import FeatureExtractor
 
 
+SETTINGS = ("steps", "guidance_scale", "guidance_interval")  # of pictures
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -143,12 +146,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.write_defaults and not (arguments.sweep and arguments.model):
         raise ValueError("--write-defaults: it writes what --sweep finds for a model; give both")
     folder, home, config = find_model(arguments.model) if arguments.model else (None, None, None)
+    upscaler = folder is not None and is_upscaler(folder)
+    if upscaler:
+        check_options_of_upscaler(arguments)
+    elif arguments.base is not None:
+        raise ValueError("--base: only an upscaler has one; leave it out")
     pictures = read_data(arguments, config)
     net = net_folder(arguments, pictures)
     if arguments.fit_net:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         fit(pictures, net, arguments, device)
-    if folder is not None and home is not None and is_upscaler(folder):
+    if folder is not None and home is not None and upscaler:
         examine_upscaler(folder, arguments.out or home, pictures, arguments)
     elif folder is not None and home is not None and arguments.nll:
         bound_likelihood(folder, arguments.out or home, pictures, arguments)
@@ -169,6 +177,14 @@ def is_upscaler(folder: Path) -> bool:
     from ldm.pipelines.loading import UPSCALER
 
     return read_json(folder / "model_index.json").get("_class_name") == UPSCALER
+
+
+def check_options_of_upscaler(arguments: argparse.Namespace) -> None:
+    """Raise a ValueError for an option that only models of prompts are evaluated with."""
+    for option in ("nll", "ema", "sweep", "write_defaults", "lora", *SETTINGS, "train_pictures", "seeds", "report"):
+        if getattr(arguments, option):
+            named = "--" + option.replace("_", "-")
+            raise ValueError(f"{named}: {arguments.model} is an upscaler, which is not evaluated with it; leave it out")
 
 
 def examine_upscaler(folder: Path, out: Path, pictures: CaptionedPictures, arguments: argparse.Namespace) -> None:

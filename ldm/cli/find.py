@@ -38,7 +38,6 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
     """
     from ldm.models.lora import WEIGHTS
     from ldm.pipelines.loading import find_pipeline
-    from ldm.training.checkpoint import checkpoint_folder, checkpoints
 
     path = Path(name)
     if (path / "pipeline/model_index.json").exists():
@@ -53,9 +52,8 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
         )
     else:
         folder = run = find_pipeline(name)
-    found = checkpoints(checkpoint_folder(run, "ldm")) if folder.name == "pipeline" else []
-    config = json.loads((found[-1] / "state.json").read_text("utf-8"))["config"] if found else None
     of_run = folder.name == "pipeline"
+    config = newest_state(run).get("config") if of_run else None
     home = (
         (path if folder != path else path.parent) / "evaluation" if of_run else Path("runs") / f"{path.name}-evaluation"
     )
@@ -64,13 +62,19 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
 
 def run_of(folder: Path) -> tuple[Path | None, int | None]:
     """The run that a pipeline folder belongs to, and the step of its newest checkpoint, as far as there are any."""
-    from ldm.training.checkpoint import checkpoint_folder, checkpoints
-
     if folder.name != "pipeline":
         return None, None
     run = folder.resolve().parent
-    found = checkpoints(checkpoint_folder(run, "ldm"))
-    return run, json.loads((found[-1] / "state.json").read_text("utf-8"))["step"] if found else None
+    return run, newest_state(run).get("step")
+
+
+def newest_state(run: Path) -> dict[str, Any]:
+    """state.json of the newest checkpoint of the training that wrote RUN/pipeline; empty without one."""
+    from ldm.training.checkpoint import checkpoint_folder, checkpoints
+
+    found = [path for task in ("distill", "ldm") for path in checkpoints(checkpoint_folder(run, task))]
+    state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text("utf-8")) if found else {}
+    return state
 
 
 def load(folder: str, dtype: str, engine: str | None) -> Any:

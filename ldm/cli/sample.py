@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help="the class to generate, or to steer towards; one for all pictures or one each",
     )
+    add_number_option(add)
+    add("--condition", type=path, metavar="PICTURE", help="the second picture, for a model that is conditioned on one")
+    add(
+        "--weaker", type=place, metavar="MODEL", help="a weaker model of the same data to move away from (autoguidance)"
+    )
+    add("--autoguidance-scale", type=float, metavar="W", help="how far, in place of --guidance-scale (default: 2)")
+    add("--classifier", type=path, metavar="FOLDER", help="a classifier (RUN/classifier) that steers to --class-label")
+    add("--classifier-scale", type=float, metavar="W", help="how strongly it steers (default: 1)")
+
+
+def add_number_option(add: Callable[..., Any]) -> None:
+    """--number, as often as the model has columns; `numbers` is a list of pairs, or None."""
     add(
         "--number",
         dest="numbers",
@@ -88,13 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMN=NUMBER",
         help="what the model is conditioned on besides; once for each of its columns",
     )
-    add("--condition", type=path, metavar="PICTURE", help="the second picture, for a model that is conditioned on one")
-    add(
-        "--weaker", type=place, metavar="MODEL", help="a weaker model of the same data to move away from (autoguidance)"
-    )
-    add("--autoguidance-scale", type=float, metavar="W", help="how far, in place of --guidance-scale (default: 2)")
-    add("--classifier", type=path, metavar="FOLDER", help="a classifier (RUN/classifier) that steers to --class-label")
-    add("--classifier-scale", type=float, metavar="W", help="how strongly it steers (default: 1)")
 
 
 def number(text: str) -> tuple[str, float]:

@@ -19,8 +19,8 @@ TASKS = {
     "vae": "Train the autoencoder on the pictures of data.source and save it, normalized, in RUN/vae.",
     "ldm": "Train the diffusion model on the captioned pictures of data.source and save it in RUN/pipeline. It needs a "
     "VAE: `ldm train vae` with the same recipe trains one, vae=<folder or Hub id> names a pretrained one.",
-    "distill": "Train a student of the model that init names, which generates in one to four steps of one network "
-    "evaluation each what its teacher takes dozens for, and save it in RUN/pipeline.",
+    "distill": "Train a student of the model that init names, which generates in one to four evaluations of the U-Net, "
+    "and save it in RUN/pipeline.",
     "classifier": "Train a classifier of noisy latents on data.label_column and save it in RUN/classifier. It steers "
     "sampling: ldm sample … --classifier RUN/classifier --class-label NAME.",
 }

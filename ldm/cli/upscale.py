@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLACE",
         help=f"a folder, or for one picture a file: {', '.join(PICTURES)} (default: {OUT}/)",
     )
-    add("--prompt", help="what the pictures show (default: what a PNG file of `ldm sample` says of itself)")
+    add("--prompt", help="what the pictures show (default: the prompt in a PNG file of `ldm sample`)")
     add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
     add(
         "--noise-level",
@@ -145,7 +145,7 @@ def upscale(arguments: argparse.Namespace, files: list[Path], pictures: list[Any
 
 
 def prompt_of(file: Path) -> str:
-    """The prompt that a picture was generated from, if its file says so."""
+    """The prompt in a picture's file; "" without one."""
     from ldm.sharing import png_metadata
 
     try:

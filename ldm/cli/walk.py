@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm.cli.find import load
 from ldm.cli.lora import add_lora_option, check_lora_engine, load_loras
 from ldm.cli.parser import PICTURES, Command, path, place, positive
-from ldm.cli.sample import SETTINGS, add_settings
+from ldm.cli.sample import SETTINGS, add_number_option, add_settings
 from ldm.data.animation import MOTION, check_motion, save_motion, strip
 from ldm.pipelines import import_networks
 from ldm.system.files import make_writable
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures generated at once (default: 16)")
     add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
     add("--class-label", metavar="CLASS", help="for a model of classes")
+    add_number_option(add)
     add_lora_option(add)
     add_settings(parser)
 
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline.enable_openvino()
     pipeline.set_progress_bar_config(disable=True)
     typed = {name: getattr(arguments, option) for option, name in SETTINGS.items()}
-    typed["class_label"] = arguments.class_label
+    typed |= {"class_label": arguments.class_label, "numbers": dict(arguments.numbers) if arguments.numbers else None}
     with tqdm(total=arguments.frames, unit="picture") as bar:
         pictures = walk(
             pipeline,

@@ -151,7 +151,7 @@ def captions_from_names(folder: CaptionFolder, names: list[str]) -> dict[str, st
     `animals/red_panda-02.jpg` => "red panda", `cats/IMG_1234.jpg` => "cats".
 
     Raises:
-        BadDataError: listing the pictures of which neither says anything.
+        BadDataError: listing the pictures without words in either.
     """
     captions: dict[str, str] = {}
     problems = []

@@ -120,7 +120,7 @@ class ClassifierGuidance:
     Attributes:
         prediction: what the network predicts.
         schedule: of the classifier's training.
-        log_prob: of the classes that are asked for, one per sample.
+        log_prob: of the wanted classes, one per sample.
         scale: 0 is off, 1 is Bayes' rule, above 1 exaggerates.
     """
 

@@ -56,14 +56,14 @@ def at_share(share: Tensor, T: int) -> Tensor:
 
 
 class LossSecondMoment(nn.Module):
-    """Draws t where the loss is large, and says with what weight to correct for it.
+    """Samples t where the loss is large, with the weight that corrects for it.
 
     A module only so that its history is saved, restored and moved with the model's.
 
     Args:
         T: number of timesteps.
         history: how many losses to remember of each t.
-        uniform: the share of draws that stay uniform, so that no t is forgotten.
+        uniform: the share of samples that stay uniform, so that every t is learned.
     """
 
     losses: Tensor

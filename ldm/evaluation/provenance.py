@@ -86,9 +86,9 @@ def read_curves(log: Path) -> dict[str, list[tuple[float, float]]]:
         except ValueError:
             continue  # an unfinished line of a killed run
         for name in CURVES:
-            value = row.get(f"ldm/{name}", row.get(name, math.nan))  # up to version 0.1 without the prefix
-            if math.isfinite(value):
-                found.setdefault(name, {})[row["step"]] = value
+            for key in (f"ldm/{name}", f"distill/{name}", name):  # up to version 0.1 without the prefix
+                if math.isfinite(row.get(key, math.nan)):
+                    found.setdefault(name, {})[row["step"]] = row[key]
     return {name: averaged(sorted(points.items())) for name, points in found.items()}
 
 

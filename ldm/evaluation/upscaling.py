@@ -65,9 +65,10 @@ def evaluate_upscaler(
     small = to_pictures(torch.stack([load_pixels(row, edge) for row in rows]))
     true = torch.stack([load_pixels(row, size) for row in rows])
     captions = [row.captions[0] if row.captions else "" for row in rows]
+    texts = pipeline.fitting(captions)
 
     def upscaled(sources: Sequence[Image.Image], level: int) -> Tensor:
-        made = pipeline.upscale(list(sources), captions, noise_level=level, seed=seed, batch_size=batch_size).images
+        made = pipeline.upscale(list(sources), texts, noise_level=level, seed=seed, batch_size=batch_size).images
         return to_pixels_of(made)
 
     made = {"bicubic": resampled(small, size, False), "Lanczos + unsharp": resampled(small, size, True)}

@@ -1,4 +1,4 @@
-"""A slow average of the U-Net's weights, which is what draws.
+"""A slow average of the U-Net's weights, with which pictures are generated.
 
 The average is diffusers' EMAModel, but for its step: that is one pass over the weights here. Beside it, how the average
 is lent to the network and taken back.

@@ -93,10 +93,10 @@ def tokenizer_facts(tokenizer: Any) -> list[Any]:
 
 
 def model_sha256(pipeline: Any, *, adapters: bool = True) -> str:
-    """Which model this is: the SHA-256, in 64 hex digits, of all that decides what a pipeline draws.
+    """Which model this is: the SHA-256, in 64 hex digits, of all that decides what a pipeline generates.
 
-    Its networks as they are in memory (the same weights in another dtype draw something else), its tokenizer and its
-    scheduler. Not where it lies, nor how it is drawn from by default.
+    Its networks as they are in memory (the same weights in another dtype generate something else), its tokenizer and
+    its scheduler. Not where it lies, nor its default settings.
 
     Args:
         adapters: whether active LoRA adapters and their scales count, or the model is meant without them.

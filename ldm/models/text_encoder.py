@@ -1,9 +1,9 @@
 """captions => context: a frozen CLIP, BERT, T5 or GPT-2.
 
 The context of a caption is the encoder's last hidden state over the caption padded to `max_length`
-tokens, the very tensor that stock StableDiffusionPipeline computes when it draws. The two must agree
+tokens, the very tensor that stock StableDiffusionPipeline computes for a prompt. The two must agree
 to the last bit, so this follows it in what is not obvious: the padding stays in (the U-Net may attend
-to it), the encoder is told to ignore padding only if its config says `use_attention_mask`, and the
+to it), the encoder ignores padding only if its config sets `use_attention_mask`, and the
 null caption of classifier-free guidance is the empty string.
 """
 
@@ -160,7 +160,9 @@ class TextEncoder:
         bias = getattr(norm, "bias", None)
         wide = std if bias is not None else (std.square() + mean.square()).sqrt()
         if not float(wide.median()) > 0:
-            raise ValueError("text.encoder: it says the same of every token; is it trained, and its tokenizer its own?")
+            raise ValueError(
+                "text.encoder: its output is constant across tokens; are its weights loaded, and the tokenizer its own?"
+            )
         wide = wide.clamp(min=0.1 * float(wide.median()))
         norm.weight.copy_(norm.weight.cpu().double() / wide)  # Apple's GPU has no float64
         if bias is not None:

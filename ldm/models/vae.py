@@ -3,7 +3,7 @@
 Diffusion assumes data of about unit variance; a VAE's raw latents have whatever variance its training
 left them. So the mean and std of every latent channel are measured over the data set once and folded
 into the VAE's own weights: into `quant_conv`, the last layer of the encoder, and `post_quant_conv`,
-the first of the decoder. After that the VAE *speaks* unit-variance latents, `scaling_factor` is 1, and
+the first of the decoder. After that the VAE has latents of unit variance, `scaling_factor` is 1, and
 stock diffusers (whose pipelines know a scalar `scaling_factor` and nothing else) needs no code of ours.
 """
 

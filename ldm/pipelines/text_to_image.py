@@ -181,7 +181,7 @@ class LDMPipeline(CascadedPipeline):
             guidance_scale = AUTOGUIDANCE_SCALE if autoguidance_scale is None else autoguidance_scale
         steps = len(timesteps or sigmas or ()) or num_inference_steps
         settings = self.defaults.resolve(steps, guidance_scale, guidance_interval)
-        self._check_distilled(settings.guidance_interval, weak_unet)
+        self._check_distilled(settings.guidance_interval, weak_unet, weaker)
         upscaler = self.upscaler if upscale else None
         if upscaler is not None and output_type == "latent":
             raise ValueError(
@@ -205,6 +205,8 @@ class LDMPipeline(CascadedPipeline):
             guidance_rescale=guidance_rescale, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             sources=1 if edit is None else len(edit.source),
         )  # fmt: skip
+        if upscaler is not None:
+            upscaler.check_generated(height, width, inputs.prompts)
         if sampler is not None:
             check_sampler("sampler", sampler)
         scheduler = self.scheduler if sampler is None else samplers.build(sampler, self.scheduler.config)
@@ -315,12 +317,13 @@ class LDMPipeline(CascadedPipeline):
             self._weaker = (key, load_weaker(self, weaker))
         return self._weaker[1].to(self._execution_device)
 
-    def _check_distilled(self, interval: tuple[float, float], weak_unet: Any) -> None:
+    def _check_distilled(self, interval: tuple[float, float], weak_unet: Any, weaker: Any) -> None:
         """Raise a ValueError for guidance that a U-Net with the scale as an input can't have: stock ignores it."""
         if self.unet.config.time_cond_proj_dim is None:
             return
-        for name, given in (("guidance_interval", interval != EVERYWHERE), ("weak_unet", weak_unet is not None)):
-            if given:
+        given = {"guidance_interval": interval != EVERYWHERE, "weak_unet": weak_unet is not None}
+        for name, wrong in {**given, "weaker": weaker is not None}.items():
+            if wrong:
                 raise ValueError(f"{name}: the model is distilled, guided by guidance_scale alone; leave {name} out")
 
     def _call_back(

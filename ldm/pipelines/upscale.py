@@ -45,6 +45,7 @@ from ldm.pipelines.inputs import (
     OUTPUT_TYPES,
     check_known,
     check_number,
+    check_prompts,
     known_texts,
     one_each,
     one_generator_each,
@@ -153,7 +154,7 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
         neither steps nor guidance takes the model's `defaults`; else what it leaves out is as in stock diffusers.
 
         Args:
-            prompt: what the pictures show, one for all or one each; by default nothing is said.
+            prompt: what the pictures show, one for all or one each; by default the empty prompt.
             image: the small pictures: PIL, of any mode; an array [H,W,3] or [B,H,W,3], a tensor [3,H,W] or [B,3,H,W],
                 uint8 or in [0,1]; or a list. Edges that aren't multiples of the factor are continued, then cut off.
             noise_level: of the noise that the small picture is put under, from 0 to `config.max_noise_level`: more
@@ -319,6 +320,23 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
         least = 2 ** (len(self.unet.config.block_out_channels) - 1)
         if not all(least <= edge <= MAX_EDGE for edge in (height, width)):
             raise ValueError(f"image: expected edges from {least} to {MAX_EDGE} pixels, got {width} x {height}")
+
+    def check_generated(self, height: int, width: int, prompts: Sequence[str]) -> None:
+        """Raise a ValueError, naming `upscale`, unless it takes pictures of this size with these prompts."""
+        try:
+            self.check_edges(height, width)
+            if self.tokenizer is not None and prompts:
+                check_prompts("prompt", prompts, self.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"upscale: {str(error).partition(': ')[2]}") from None
+
+    def fitting(self, captions: Sequence[str]) -> list[str]:
+        """Captions as prompts: "" for those that are too long, for the small picture determines most."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return [""] * len(captions)
+        lengths = [len(tokenizer(caption, verbose=False).input_ids) for caption in captions]
+        return [c if n <= tokenizer.model_max_length else "" for c, n in zip(captions, lengths, strict=True)]
 
     # --- arguments ------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The weaker model of autoguidance: another pipeline's U-Net, after a check that both speak of the same latents.
+"""The weaker model of autoguidance: another pipeline's U-Net, after a check that both have the same latents.
 
 Autoguidance (Karras et al. 2024) takes the difference of two predictions of one x_t under one condition. That means
 something only if both models have the same latents, contexts, classes, process and kind of prediction: models of the

@@ -90,13 +90,17 @@ class Budget:
 
     def apply(self, config: Config) -> Config:
         """The recipe, scaled: a third of the steps from preview to preview."""
-        third = -(-self.steps // PREVIEWS)
+        third, share, optim = -(-self.steps // PREVIEWS), self.steps / config.loop.steps, config.optim
         loop = replace(
             config.loop, steps=self.steps, half_size_steps=self.half_size_steps, sample_every=third,
             evaluate_every=third, checkpoint_every=third, log_every=min(config.loop.log_every, third),
         )  # fmt: skip
         data = replace(config.data, limit=self.pictures)
-        return replace(config, loop=loop, data=data, optim=replace(config.optim, warmup=self.warmup))
+        optim = replace(
+            optim, warmup=self.warmup, cooldown=round(share * optim.cooldown),
+            ema_snapshot_every=max(1, round(share * optim.ema_snapshot_every)),
+        )  # fmt: skip
+        return replace(config, loop=loop, data=data, optim=optim)
 
     def __str__(self) -> str:
         return (

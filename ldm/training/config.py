@@ -299,7 +299,7 @@ class LoopConfig:
         keep: checkpoints kept.
         prompts: of the previews, every `sample_every` steps and at the end; without any, some training captions.
         guidance_scale, num_inference_steps: of the previews; null is a scale of 3 and 20 steps, or diffusion.timesteps
-            if fewer; of a model of few steps what its pipeline does by default.
+            if fewer; of a model of few steps what its pipeline does by default; an upscaler's scale is 1.
         evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
         max_skipped: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
         spike: a loss so many robust standard deviations above the running median is written to log.jsonl with the
@@ -427,7 +427,8 @@ class Config:
     def preview_scale(self) -> float:
         """Guidance scale of previews."""
         scale = self.loop.guidance_scale
-        return scale if scale is not None else 1.0 if self.diffusion.few_steps else PREVIEW_SCALE
+        unguided = self.diffusion.few_steps or self.upscale.factor
+        return scale if scale is not None else 1.0 if unguided else PREVIEW_SCALE
 
     def cache_folder(self) -> Path | None:
         """Where latents and contexts are kept; None if they aren't."""

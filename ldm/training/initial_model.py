@@ -31,7 +31,7 @@ from ldm.models.loading import load_network
 from ldm.models.safety import check_model_folder, read_json
 from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig, described
-from ldm.pipelines.loading import LABELS_FILE, NUMBERS_FILE, find_pipeline
+from ldm.pipelines.loading import LABELS_FILE, NUMBERS_FILE, UPSCALER, find_pipeline
 from ldm.training.config import Config
 from ldm.training.facts import RunFacts, folder_stamp
 from ldm.training.objective import build_schedule
@@ -95,6 +95,8 @@ class InitialModel:
             defaults = {key: one.default for key, one in kind.parameters.items() if one.default is not one.empty}
             return {**defaults, **{key: value for key, value in saved.items() if not key.startswith("_")}}
 
+        if index.get("_class_name") == UPSCALER:
+            raise ValueError(f"{folder} is an upscaler, which is trained from random weights alone")
         for part in ("unet", "vae", "scheduler"):
             if index.get(part) in (None, [None, None]):
                 raise ValueError(f"{folder}: it has no {part}")
@@ -304,6 +306,7 @@ def resolved(config: Config, task: str) -> Config:
                 raise ValueError(f"init: {model.folder}: {error}") from None
     if task in ("ldm", "distill"):
         _check_conditions(config, model)
+        _check_frozen(config, model, "a student" if task == "distill" else "adapters" if config.lora.rank else None)
     return replace(config, **brought)
 
 
@@ -314,6 +317,11 @@ def _for_student(config: Config) -> Config:
     for key, value in (("lora.rank", config.lora.rank), ("diffusion.few_steps", config.diffusion.few_steps)):
         if value:
             raise ValueError(f"{key}: is for `ldm train ldm`; to distill leave it out")
+    averages = {"name": (config.optim.name == "schedule_free", "adamw"), "ema_widths": (config.optim.ema_widths, "[]")}
+    for key, (wrong, right) in averages.items():
+        if wrong:
+            why = "a student learns from the average of optim.ema_decay alone"
+            raise ValueError(f"optim.{key}: {why}; set it to {right}")
     loop, distill = config.loop, config.distill
     steps = distill.steps if loop.num_inference_steps is None else loop.num_inference_steps
     scale = distill.usual_scale if loop.guidance_scale is None else loop.guidance_scale
@@ -355,3 +363,18 @@ def _check_conditions(config: Config, model: InitialModel) -> None:
         "data.inpaint" if data.inpaint else "data.condition_column" if data.condition_column else "",
     ):
         raise ValueError(f"{taken}: init={model.name} {hint}")
+
+
+def _check_frozen(config: Config, model: InitialModel, learner: str | None) -> None:
+    """Raise a ValueError for what a model lacks, and what learns beside or after it can't add."""
+    key = "inpaint" if config.data.inpaint else "condition_column"
+    if learner and getattr(config.data, key) and not model.extra_channels:
+        raise ValueError(
+            f"data.{key}: init={model.name} takes no second picture, and {learner} can't add one; leave it out"
+        )
+    spacing = model.scheduler.get("timestep_spacing")
+    if config.lora.rank and config.diffusion.few_steps and spacing != "trailing":
+        raise ValueError(
+            f"diffusion.few_steps: init={model.name} steps through other timesteps (timestep_spacing={spacing}) than "
+            "those that are learned, and adapters bring no scheduler; set lora.rank=0"
+        )

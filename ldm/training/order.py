@@ -5,7 +5,7 @@ epochs of their own, each a permutation. Of a bucket with a share p of the pictu
 have floor(e p N / B) batches: what is left of a bucket carries over, so that every picture is seen equally often. The
 batches of an epoch come in random order.
 
-    step -> epoch, place in it -> bucket, the how manieth of its batches -> its epoch, place in that -> picture
+    step -> epoch, place in it -> bucket, which of its batches -> its epoch, place in that -> picture
 
 Without buckets all pictures are in one, and each epoch is a permutation of all of them.
 """

@@ -155,13 +155,12 @@ def upscaled_grid(
     )
     pipeline.set_progress_bar_config(desc="preview", leave=False)
     upscaled: list[Image.Image] = []
+    texts = pipeline.fitting([row.captions[0] if row.captions else "" for row in rows])
     for i, picture in enumerate(small):
         if interrupted():
             return None
-        text = rows[i].captions[0] if pipeline.tokenizer and rows[i].captions else ""
-        fits = pipeline.tokenizer and len(pipeline.tokenizer(text).input_ids) <= pipeline.tokenizer.model_max_length
-        upscaled += pipeline(
-            text if fits else None, image=picture, num_inference_steps=config.preview_steps, guidance_scale=1.0,
+        upscaled += pipeline.upscale(
+            picture, texts[i], num_inference_steps=config.preview_steps, guidance_scale=config.preview_scale,
             seed=config.seed + i,
         ).images  # fmt: skip
     words = ["small", "upscaled", "true"]

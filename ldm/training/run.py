@@ -32,16 +32,20 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.optimizers import check_optimizer
     from ldm.training.sizes import check_sizes
     from ldm.training.task import Task
+    from ldm.training.tasks import task_of_unet
     from ldm.training.tasks.autoencoder import Autoencoder
     from ldm.training.tasks.classifier import Classifier
-    from ldm.training.tasks.diffusion import Diffusion
     from ldm.training.tasks.distillation import Distillation
-    from ldm.training.tasks.lora import LoRA
-    from ldm.training.tasks.upscaling import Upscaling
     from ldm.training.trainer import Trainer
 
     config = resolved(config, task)
     check_sizes(config, task)
+    other = {"ldm": "distill", "distill": "ldm"}.get(task)
+    if other and has_begun(config.run, other):
+        raise ValueError(
+            f"run: {config.run} holds the checkpoints of `ldm train {other}`, and both would write its pipeline; name "
+            "another run"
+        )
     accelerator, data = build_accelerator(config.loop), config.data
     if task not in ("vae", "classifier"):  # which have AdamW
         check_optimizer(config.optim.name, accelerator)
@@ -51,7 +55,7 @@ def train(task: str, config: Config) -> list[float]:
     sizes = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
     accelerator.print(f"{data.source}: {sizes}{'' if len(pictures.heldout) else ', so there is no validation loss'}")
     if not has_begun(config.run, task):
-        for warning in pictures.unfit(data.size, data.most_ratio if task == "ldm" else 1.0):
+        for warning in pictures.unfit(data.size, data.most_ratio if task in ("ldm", "distill") else 1.0):
             accelerator.print(f"warning: {warning}")
 
     def create(config: Config) -> Task:
@@ -60,7 +64,7 @@ def train(task: str, config: Config) -> list[float]:
 
     tasks: dict[str, type[Task]] = {
         "vae": Autoencoder,
-        "ldm": LoRA if config.lora.rank else Upscaling if config.upscale.factor else Diffusion,
+        "ldm": task_of_unet(config),
         "distill": Distillation,
         "classifier": Classifier,
     }

@@ -161,16 +161,12 @@ class LatentSamples:
             sample |= {"pixels": pixels, "caption": caption}
             if self.source.condition_column:
                 sample["condition_pixels"] = load(self.source.condition(drawn.row))
-            return self.cropped(n, drawn, flip, sample)
-        sample["mean"], sample["std"] = self.cache.posterior(drawn.row, flip)
-        if self.cache.contexts is not None:
-            sample["context"] = self.cache.context(caption)
-        if self.source.condition_column:
-            sample["channels"], _ = self.cache.posterior(self.source.condition_number(drawn.row), flip)
-        return self.cropped(n, drawn, flip, sample)
-
-    def cropped(self, n: int, drawn: Draw, flip: bool, sample: dict[str, Any]) -> dict[str, Any]:
-        """A sample as an upscaler takes it; any other model's as it is."""
+        else:
+            sample["mean"], sample["std"] = self.cache.posterior(drawn.row, flip)
+            if self.cache.contexts is not None:
+                sample["context"] = self.cache.context(caption)
+            if self.source.condition_column:
+                sample["channels"], _ = self.cache.posterior(self.source.condition_number(drawn.row), flip)
         return sample if self.crops is None else self.crops(n, drawn.row, drawn.crop, flip, sample)
 
 

@@ -62,7 +62,7 @@ def check_sizes(config: Config, task: str) -> None:
             f"data.size: {size} does not fit: {'; '.join(problems)}. Set data.size to {' or '.join(fitting)}, or take "
             "fewer levels"
         )
-    if task == "ldm":
+    if task in ("ldm", "distill"):
         sizes_of_buckets(config)
 
 

@@ -1,8 +1,8 @@
 """The small pictures that an upscaler learns from: kept beside the latent cache, each in one or two versions.
 
     version 0    the picture shrunk, as the base model's training shrank it
-    version 1    that, after the base has been through it: encoded and decoded by its VAE, and most often noised a
-                 little and denoised, as image-to-image does (SDEdit, Meng et al. 2022)
+    version 1    that, encoded and decoded by the base's VAE, and most often noised a little and denoised in between,
+                 as image-to-image does (SDEdit, Meng et al. 2022)
 
 A base's own pictures differ from shrunk ones in what it blurs and gets wrong, but they belong to no large picture.
 Version 1 has these faults and still belongs to one. How much is noised away, and the noise, are a function of (seed,
@@ -53,8 +53,8 @@ class SmallPictures:
     Attributes:
         rows: of the large pictures.
         size: edge in pixels.
-        store, table: the versions [V,3,s,s] in 8 bits, and the key of each row's; None to shrink a picture when it is
-            asked for, of which there is version 0 then.
+        store, table: the versions [V,3,s,s] in 8 bits, and the key of each row's; None to shrink pictures at access,
+            version 0 alone.
     """
 
     rows: Sequence[Row]
@@ -89,9 +89,15 @@ class Base:
         except (OSError, ValueError) as error:
             raise type(error)(f"upscale.base: {error}") from None
         name, small = config.upscale.base, config.data.size // config.upscale.factor
-        if unet["in_channels"] != unet["out_channels"] or unet.get("num_class_embeds"):
+        if unet["in_channels"] != unet["out_channels"] or unet.get("num_class_embeds") or unet.get("class_embed_type"):
             raise ValueError(
-                f"upscale.base: {name} takes a class or a second picture; expected a model of captions alone"
+                f"upscale.base: {name} takes a class, numbers or a second picture; expected a model of captions alone"
+            )
+        scheduler = read_json(self.folder / "scheduler/scheduler_config.json")
+        if unet.get("time_cond_proj_dim") is not None or scheduler.get("solver_order") == 1:  # as diffusion.few_steps
+            raise ValueError(
+                f"upscale.base: {name} knows a few steps alone, and image-to-image takes others; name the model it was "
+                "trained from"
             )
         edge = unet["sample_size"] * 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
         if edge != small:
@@ -125,7 +131,7 @@ class Base:
 
     @torch.no_grad()
     def through(self, sources: Sequence[Source]) -> Tensor:
-        """Pictures after the base has been through them, [B,3,s,s] in [-1,1]."""
+        """Version 1 of pictures, [B,3,s,s] in [-1,1]."""
         pixels = torch.stack([picture for picture, _, _ in sources])
         rngs = [generator(self.config.seed, "base", content.hex()) for _, _, content in sources]
         most = round(self.config.upscale.base_strength * STEPS)

@@ -1,6 +1,6 @@
 """What an upscaler learns from: crops of large pictures' latents, and the small pictures that they belong to, noised.
 
-    small         the picture shrunk by the factor, or a version of it that the base model has been through
+    small         the picture shrunk by the factor, as it is or after the base model's image-to-image
     level         0 ... max_noise_level, a class of the U-Net
     channels      small under noise of that level, in pixels, which follow x_t
     crop          the same square of latents and small picture: a latent stands for one of the small picture's pixels

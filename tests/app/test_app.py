@@ -31,6 +31,7 @@ from ldm.app import page as app
 from ldm.cli.find import default_model
 from ldm.cli.main import main
 from ldm.data.images import decode
+from ldm.data.numbers import Numbers
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.inference.defaults import Defaults
 from ldm.models.lora import LoRAConfig, add_adapters
@@ -403,6 +404,28 @@ def test_wide_and_tall_sizes_are_offered_and_generated(pipe: LDMPipeline, monkey
     (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
     expected = pipe("cat", width=32, height=8, num_inference_steps=2, guidance_scale=3.0, seed=5).images[0]
     assert picture.size == (32, 8) and np.array_equal(picture, expected)
+
+
+def test_a_model_of_numbers_has_a_field_for_each(tmp_path: Path) -> None:
+    """Empty fields are no numbers; one that is empty beside another is named."""
+    pipe = tiny.numbers_pipeline(tmp_path, Numbers(("size", "angle"), (0.5, 90.0), (0.25, 30.0)))
+    page = app.build_page(pipe)
+    fields = [one for one in page.blocks.values() if isinstance(one, gr.Number) and one.label != "Seed"]
+    assert [one.label for one in fields] == ["size", "angle"]
+    (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
+
+    def made(*numbers: float | None) -> Image.Image:
+        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", *numbers)
+        (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
+        return picture
+
+    arguments: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 5}
+    for given, expected in (((0.75, 60), {"size": 0.75, "angle": 60}), ((None, None), None)):
+        picture = made(*given)
+        assert np.array_equal(picture, pipe("cat", numbers=expected, **arguments).images[0])
+        assert png_metadata.of(picture, Path("page")).numbers == expected
+    with pytest.raises(gr.Error, match="numbers: expected a number for angle, got None"):
+        made(0.75, None)
 
 
 def test_no_more_steps_than_timesteps(tmp_path: Path) -> None:

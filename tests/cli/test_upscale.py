@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import road
 import tiny
 from PIL import Image
 
@@ -116,3 +117,24 @@ def test_models_of_a_wrong_kind_are_refused(home: Path, upscaler: str, tiny_pipe
     Image.new("RGB", (2000, 8)).save("long.png")
     said = refusal("upscale", upscaler, "long.png")
     assert said == "error: long.png: expected edges from 2 to 1024 pixels, got 2000 x 8"
+
+
+@pytest.mark.parametrize(
+    "words", [("--nll",), ("--ema", "0.1"), ("--sweep",), ("--lora", "some"), ("--steps", "5"), ("--seeds", "2")]
+)
+def test_what_only_other_models_are_evaluated_with_is_refused(
+    words: tuple[str, ...], home: Path, upscaler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LDMUpscalePipeline, "from_pretrained", lambda *_, **__: pytest.fail("a network was loaded"))
+    road.draw_folder(home / "data")
+    said = refusal("evaluate", upscaler, "--data", "data", *words)
+    assert said == f"error: {words[0]}: {upscaler} is an upscaler, which is not evaluated with it; leave it out"
+
+
+def test_captions_that_are_too_long_are_left_out_of_an_evaluation(home: Path, upscaler: str) -> None:
+    """As previews leave them out: the upscaler then has the small picture alone."""
+    road.draw_folder(home / "data", 2 * tiny.SIZE)
+    rows = (home / "data/metadata.jsonl").read_text("utf-8")
+    (home / "data/metadata.jsonl").write_text(rows.replace('"text": "', '"text": "' + "red " * 12), "utf-8")
+    main(["evaluate", upscaler, "--data", "data", "--holdout", "0.5", "--pictures", "3", "--out", "found"])
+    assert (home / "found/upscaling.json").exists()

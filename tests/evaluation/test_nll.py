@@ -156,3 +156,13 @@ def test_the_command_writes_a_table_and_json(
     parts = sum(term["nats_per_dim"] for term in written["terms"]) + written["prior"]
     assert parts == pytest.approx(written["nats_per_dim"])
     assert written["pictures"] == len(read_captioned(data, holdout=0.5, progress=False).heldout)
+
+
+def test_models_of_few_steps_and_of_second_pictures_are_refused(tmp_path: Path) -> None:
+    few, pictures = tiny.pipeline(tmp_path), read_captioned(road.draw_folder(tmp_path / "data"), progress=False)
+    few.scheduler.register_to_config(solver_order=1)
+    for pipeline in (few, tiny.student_pipeline(tmp_path)):
+        with pytest.raises(ValueError, match="nll: this model knows a few steps alone"):
+            nll_of_pipeline(pipeline, pictures)
+    with pytest.raises(ValueError, match="nll: this model takes a conditioning picture"):
+        nll_of_pipeline(tiny.condition_pipeline(tmp_path), pictures)

@@ -11,13 +11,10 @@ import pytest
 from ldm.evaluation.provenance import averaged, copy_run_record, read_curves
 
 
-def test_curves_are_the_log_and_the_last_value_of_a_step_counts(tmp_path: Path) -> None:
-    rows = [
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": float("nan")},
-        {"step": 3, "loss": 9.0},
-        {"step": 3, "loss": 2.0},
-    ]
+@pytest.mark.parametrize("task", ["", "ldm/", "distill/"])
+def test_curves_are_the_log_and_the_last_value_of_a_step_counts(tmp_path: Path, task: str) -> None:
+    losses = [(1, 3.0), (2, float("nan")), (3, 9.0), (3, 2.0)]
+    rows = [{"step": step, f"{task}loss": loss, "vae/loss": 7.0} for step, loss in losses]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
     assert read_curves(tmp_path / "log.jsonl") == {"loss": [(1, 3.0), (3, 2.0)]}
     assert read_curves(tmp_path / "none.jsonl") == {}

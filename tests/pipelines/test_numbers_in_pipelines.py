@@ -13,7 +13,6 @@ from PIL import Image
 
 from ldm.cli.main import main
 from ldm.data.numbers import Numbers
-from ldm.models.unet import UNetConfig, build_unet
 from ldm.pipelines.text_to_image import LDMPipeline
 
 NUMBERS = Numbers(("size", "angle"), (0.5, 90.0), (0.25, 30.0))
@@ -22,17 +21,7 @@ NUMBERS = Numbers(("size", "angle"), (0.5, 90.0), (0.25, 30.0))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("numbers")
-    pipe = tiny.pipeline(root / "text")
-    torch.manual_seed(5)
-    unet = build_unet(
-        UNetConfig(channels=(32, 64), attention=(False, True), layers=1, head_channels=16),
-        latent_shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size),
-        context_dim=pipe.unet.config.cross_attention_dim,
-        numbers=NUMBERS.width,
-    )
-    pipe.register_modules(unet=unet.eval())
-    pipe.numbers = NUMBERS
-    pipe.save_pretrained(root / "pipeline")
+    tiny.numbers_pipeline(root / "text", NUMBERS).save_pretrained(root / "pipeline")
     return root / "pipeline"
 
 
@@ -109,3 +98,16 @@ def test_the_command_takes_numbers_and_the_picture_remembers_them(
     with pytest.raises(SystemExit):
         main([*words, "cat", "--number", "size"])
     assert "expected COLUMN=NUMBER, such as size=0.3, got 'size'" in capsys.readouterr().err
+
+
+def test_edits_and_walks_take_numbers(folder: Path, tmp_path: Path) -> None:
+    main(["sample", str(folder), "cat", "--out", str(tmp_path / "cat.png")])
+    words = ["--steps", "2", "--guidance-scale", "2", "--dtype", "float32", "--seed"]
+    made = []
+    for size in ("0.1", "0.9"):
+        numbers, out = ["--number", f"size={size}", "--number", "angle=45"], str(tmp_path / f"{size}.png")
+        main(["edit", str(folder), str(tmp_path / "cat.png"), "cat", "--out", out, *words, "0", *numbers])
+        made.append(Image.open(out).tobytes())
+        main(["walk", str(folder), "cat", "red heart", "--frames", "2", "--out", out, *words[:-1], *numbers])
+        made.append(Image.open(out).tobytes())
+    assert len(set(made)) == 4

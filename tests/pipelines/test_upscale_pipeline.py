@@ -236,6 +236,23 @@ def test_saving_keeps_the_upscaler_and_from_pipe_too(cascade: Path, tmp_path: Pa
     assert not base.has_upscaler
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"width": 1032}, "upscale: expected edges from 2 to 1024 pixels, got 1032 x 16"),
+        ({"prompt": "red " * 9}, "upscale: expected at most 8 tokens, got 11 in 'red red red"),
+    ],
+)
+def test_what_the_upscaler_can_t_take_is_refused_before_the_base_runs(
+    words: dict[str, Any], message: str, cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = quiet(LDMPipeline.from_pretrained(cascade))
+    base.upscaler.tokenizer.model_max_length = 8
+    monkeypatch.setattr(base.unet, "forward", lambda *_, **__: pytest.fail("the base's U-Net ran"))
+    with pytest.raises(ValueError, match=message):
+        base(**{"prompt": "cat", **words}, upscale=True)
+
+
 def test_no_upscaler_is_one_line_before_anything_runs(tiny_pipeline_folder: Path, cascade: Path) -> None:
     base = LDMPipeline.from_pretrained(tiny_pipeline_folder)
     for call in (lambda: base.upscale(picture()), lambda: base("cat", upscale=True)):

@@ -55,6 +55,9 @@ def test_a_recipe_is_scaled_to_its_time(home: Path) -> None:
     scaled = found.apply(config)
     assert scaled.loop.steps == found.steps and scaled.data.limit == found.pictures
     assert 3 * scaled.loop.sample_every >= found.steps > 2 * scaled.loop.sample_every
+    cooling = found.apply(recipe(home, optim__cooldown=400, optim__ema_snapshot_every=80)).optim
+    assert cooling.cooldown == pytest.approx(found.steps / 4, abs=1)
+    assert found.steps / cooling.ema_snapshot_every == pytest.approx(1600 / 80, rel=0.05)
 
 
 def test_too_little_time_is_refused_with_the_least_that_would_do(home: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ldm import LDMPipeline
+from ldm.cli.find import find_model, run_of
 from ldm.data.dataset import read_captioned
+from ldm.data.numbers import Numbers
 from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings
 from ldm.inference.defaults import Defaults
 from ldm.models.conditioning import scale_embedding
@@ -36,6 +40,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     road.draw_folder(folder / "data")
     tiny.pipeline(folder / "encoder", prediction="v").save_pretrained(folder / "model")
     tiny.class_pipeline(folder / "encoder", tuple(sorted(road.COLORS))).save_pretrained(folder / "classes")
+    rows = [json.loads(line) for line in (folder / "data/metadata.jsonl").read_text("utf-8").splitlines()]
+    lines = [json.dumps({**row, "length": len(row["text"])}) + "\n" for row in rows]
+    (folder / "data/metadata.jsonl").write_text("".join(lines), "utf-8")
+    tiny.numbers_pipeline(folder / "encoder", Numbers(("length",), (9.0,), (2.0,))).save_pretrained(folder / "numbers")
     return folder
 
 
@@ -185,6 +193,14 @@ def test_a_student_s_run(home: Path, tmp_path: Path, distilled: Path) -> None:
     assert (config.preview_steps, config.preview_scale) == (4, 3.0)
 
 
+def test_a_student_s_run_is_found_and_no_other_training_s(home: Path, distilled: Path) -> None:
+    """Evaluation takes its data from the checkpoints; another training would write the same pipeline."""
+    folder, _, config = find_model(str(distilled))
+    assert config is not None and config["data"]["source"] == str(home / "data") and run_of(folder) == (distilled, 6)
+    with pytest.raises(ValueError, match="run: .* holds the checkpoints of `ldm train distill`, .*; name another run"):
+        train("ldm", config_of(home, distilled))
+
+
 def test_the_null_class_is_what_a_class_model_is_guided_from(home: Path, tmp_path: Path) -> None:
     words = {"init": str(home / "classes"), "text__encoder": "null", "data__caption_columns": [],
              "unet__attention": [False, True], "data__label_column": "color"}  # fmt: skip
@@ -192,6 +208,21 @@ def test_the_null_class_is_what_a_class_model_is_guided_from(home: Path, tmp_pat
     assert np.isfinite(losses).all()
     pipe = LDMPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe(class_label="red", output_type="np").images.shape == (1, 16, 16, 3)
+
+
+@torch.no_grad()
+def test_no_numbers_are_what_a_model_of_numbers_is_guided_from(home: Path, tmp_path: Path) -> None:
+    """Zeros, beside the empty caption: what the pipeline guides away from."""
+    words = {"init": str(home / "numbers"), "data__number_columns": ["length"], "unet__attention": [False, True]}
+    task = built(config_of(home, tmp_path, diffusion__caption_dropout=0, **words))
+    (batch,) = task.batches([range(2)])
+    x_t, t, scale = batch.x0.contiguous(), torch.tensor([19, 499]), torch.tensor([2.0, 3.0])
+    conditioning = batch.conditioning
+    null = task.encoders.text.encode(["", ""])
+    positive = task.teacher(x_t, t, conditioning.context, class_labels=conditioning.class_labels).sample
+    negative = task.teacher(x_t, t, null, class_labels=torch.zeros(2, 2)).sample
+    expected = negative + scale[:, None, None, None] * (positive - negative)
+    torch.testing.assert_close(task.guided(x_t, t, conditioning, scale), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -205,7 +236,8 @@ def test_a_student_s_evaluations_are_one_a_step(distilled: Path, scale: float) -
 
 def test_guidance_that_a_student_can_t_have_is_refused_by_name(distilled: Path) -> None:
     pipe = LDMPipeline.from_pretrained(distilled / "pipeline")
-    for words in ({"guidance_interval": (0.2, 1.0)}, {"weak_unet": pipe.unet}):
+    weaker = str(distilled / "pipeline")
+    for words in ({"guidance_interval": (0.2, 1.0)}, {"weak_unet": pipe.unet}, {"weaker": weaker}):
         with pytest.raises(ValueError, match=f"^{next(iter(words))}: the model is distilled"):
             pipe("red heart", **words)  # type: ignore[arg-type]
 
@@ -217,14 +249,27 @@ def test_guidance_that_a_student_can_t_have_is_refused_by_name(distilled: Path) 
         ("distill", {"lora__rank": 2}, r"^lora\.rank: is for `ldm train ldm`"),
         ("distill", {"diffusion__few_steps": 2}, r"^diffusion\.few_steps: is for `ldm train ldm`"),
         ("distill", {"distill__solver_steps": 30}, r"^distill\.solver_steps: expected a divisor of init's 1000 timest"),
-        ("distill", {"data__inpaint": "true"}, r"^data\.inpaint: the teacher init=.* takes no second picture"),
+        ("distill", {"data__inpaint": "true"}, r"^data\.inpaint: init=.* takes no second picture, and a stu"),
+        ("distill", {"optim__name": "schedule_free"}, r"^optim\.name: a student learns from the average of optim\.ema"),
+        ("distill", {"optim__ema_widths": [0.1]}, r"^optim\.ema_widths: a student learns from the average of optim\.e"),
+        ("distill", {"data__buckets": "true", "data__bucket_ratio": 1.1}, r"^data\.buckets: .* none but the square"),
+        (
+            "ldm",
+            {"init": "leading", "lora__rank": 2, "diffusion__few_steps": 2},
+            r"^diffusion\.few_steps: .* steps through other timesteps \(timestep_spacing=leading\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(
     home: Path, tmp_path: Path, task: str, words: dict[str, Any], said: str
 ) -> None:
+    if words.get("init") == "leading":
+        scheduler = shutil.copytree(home / "model", tmp_path / "leading") / "scheduler/scheduler_config.json"
+        scheduler.write_text(scheduler.read_text("utf-8").replace('"trailing"', '"leading"'), "utf-8")
+        words = {**words, "init": str(tmp_path / "leading")}
     with pytest.raises(ValueError, match=said):
-        train(task, config_of(home, tmp_path, **words))
+        train(task, config_of(home, tmp_path / "run", **words))
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 @pytest.mark.parametrize(

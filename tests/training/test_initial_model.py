@@ -227,6 +227,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda model: edit(model / "unet/config.json", in_channels=7), "init: .* takes 7 channels; expected 4, 8 with"
     ),
     "distilled": (lambda model: edit(model / "unet/config.json", time_cond_proj_dim=32), "init: .*time_cond_proj"),
+    "upscaler": (
+        lambda model: edit(model / "model_index.json", _class_name="StableDiffusionUpscalePipeline"),
+        "init: .* is an upscaler, which is trained from random weights alone",
+    ),
     "unnamed classes": (
         lambda model: edit(model / "unet/config.json", num_class_embeds=5), "init: .* has 5 class embeddings"
     ),

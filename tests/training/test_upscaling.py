@@ -14,10 +14,12 @@ from diffusers import DDPMScheduler, StableDiffusionUpscalePipeline
 from PIL import Image
 
 from ldm.data.batches import load_pixels
+from ldm.data.numbers import Numbers
 from ldm.models.vae import VAEConfig, build_vae, decode, encode, load_vae, to_pictures
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.pipelines.upscale import LDMUpscalePipeline
 from ldm.training.config import Config
+from ldm.training.doctor.examine import examine
 from ldm.training.randomness import generator
 from ldm.training.run import train
 from ldm.training.small_pictures import STEPS, Base, small_kind
@@ -125,7 +127,7 @@ def test_without_the_cache_a_sample_is_the_crop_of_the_picture(task: Any) -> Non
 
 
 def test_validation_shows_whole_held_out_pictures_at_fixed_levels(task: Any) -> None:
-    true = task.heldout[0].true
+    (true,) = (one.true for one in task.heldout)
     assert true.x0.shape == (4, 4, 16, 16) and true.conditioning.channels.shape == (4, 3, 16, 16)
     assert len(set(true.conditioning.class_labels.tolist())) > 1
     again = task.validation_sets()[0].true.conditioning
@@ -162,6 +164,15 @@ def test_a_run_leaves_stock_s_folder_whose_vae_decodes_what_it_learned(home: Pat
     assert 0.1 < float(measured) < 10  # latents of about unit variance, scaled by 0.08333
 
 
+def test_the_doctor_looks_at_the_upscaler(home: Path, tmp_path: Path) -> None:
+    """Not at a model of pictures: the first thing that is tried out has the small pictures in its needs."""
+    disk = next(found for found in examine(config_of(home, tmp_path / "run")) if found.check.endswith(" disk"))
+    assert disk.check == "upscaler disk" and disk.state == "ok"
+    words = {"upscale__base": str(tmp_path / "nothere")}
+    *_, last = examine(config_of(home, tmp_path / "run", **words))
+    assert last.state == "problem" and last.message.startswith("upscale.base: ")
+
+
 def load_pixels_of(home: Path) -> torch.Tensor:
     with Image.open(home / "data/images/red_heart.png") as picture:
         array = np.asarray(picture.convert("RGB").resize((tiny.SIZE, tiny.SIZE)))
@@ -191,6 +202,11 @@ def test_a_changed_base_is_another_one_for_checkpoints_and_stores(task: Any, hom
         ({"init": "base"}, "init: an upscaler begins with random weights"),
         ({"data__inpaint": "true"}, "data.inpaint: what follows x_t is the small picture; set it to false"),
         ({"data__label_column": "color"}, "data.label_column: an upscaler's class is its noise level; leave it out"),
+        (
+            {"data__number_columns": ["size"]},
+            "data.number_columns: an upscaler's class is its noise level; leave it out",
+        ),
+        ({"optim__ema_widths": [0.1]}, "optim.ema_widths: an upscaler has one average, of ema_decay; set it to []"),
         ({"data__cache": "off"}, "data.cache: an upscaler learns from crops of latents that are kept"),
         ({"loop__half_size_steps": 2}, "loop.half_size_steps: an upscaler learns from crops anyway"),
         ({"upscale__crop": 6}, "upscale.crop: expected a multiple of 4, as the U-Net's levels need"),
@@ -220,7 +236,15 @@ def test_a_vae_or_a_base_that_does_not_fit_is_refused_before_anything_runs(home:
     refused("upscale.base: .*nothere.* is not a pipeline folder", upscale__base=str(tmp_path / "nothere"))
     refused("upscale.base: .* makes pictures of 16 pixels, .* is 24; set data.size=32", data__size=48)
     tiny.inpaint_pipeline(tmp_path / "encoder").save_pretrained(tmp_path / "inpaint")
-    refused("upscale.base: .* takes a class or a second picture", upscale__base=str(tmp_path / "inpaint"))
+    refused("upscale.base: .* takes a class, numbers or a second picture", upscale__base=str(tmp_path / "inpaint"))
     tiny.upscale_pipeline(tmp_path / "encoder").save_pretrained(tmp_path / "upscaler")
-    refused("upscale.base: .* takes a class or a second picture", upscale__base=str(tmp_path / "upscaler"))
+    refused("upscale.base: .* takes a class, numbers or a second picture", upscale__base=str(tmp_path / "upscaler"))
+    numbers = Numbers(("size",), (0.0,), (1.0,))
+    tiny.numbers_pipeline(tmp_path / "encoder", numbers).save_pretrained(tmp_path / "numbers")
+    refused("upscale.base: .* takes a class, numbers or a second", upscale__base=str(tmp_path / "numbers"))
+    few, student = tiny.pipeline(tmp_path / "encoder"), tiny.student_pipeline(tmp_path / "encoder")
+    few.scheduler.register_to_config(solver_order=1)
+    for name, pipe in (("few", few), ("student", student)):
+        pipe.save_pretrained(tmp_path / name)
+        refused(f"upscale.base: .*{name} knows a few steps alone, .*; name", upscale__base=str(tmp_path / name))
     assert not (tmp_path / "run/checkpoints").exists()

@@ -191,10 +191,15 @@ def nll_of_pipeline(
         pictures: captioned, and labeled if the model has classes.
         seed: of the samples of the VAE's posterior, the timesteps and the noise.
     Raises:
-        ValueError: if the model takes a conditioning picture, or its scheduler has no known noise schedule.
+        ValueError: if the model takes a conditioning picture or is one of few steps, or its scheduler has no known
+            noise schedule.
     """
     if pipeline.extra_channels:
-        raise ValueError("nll: this model takes a conditioning picture; the bound supports text and classes only")
+        raise ValueError(
+            "nll: this model takes a conditioning picture; the bound supports text, classes and numbers only"
+        )
+    if pipeline.unet.config.time_cond_proj_dim is not None or pipeline.scheduler.config.get("solver_order") == 1:
+        raise ValueError("nll: this model knows a few steps alone, and the bound is a sum over every timestep")
     config, device, size = pipeline.scheduler.config, pipeline.unet.device, pipeline.edge("height")
     schedule, prediction = schedule_from_config(config), prediction_from_config(config)
     rng = torch.Generator().manual_seed(seed)

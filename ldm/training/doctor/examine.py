@@ -38,11 +38,12 @@ from ldm.training.normalization import (
     measure_captions,
     measure_latents,
 )
+from ldm.training.optimizers import check_optimizer
 from ldm.training.sizes import check_sizes
 from ldm.training.task import Task
+from ldm.training.tasks import task_of_unet
 from ldm.training.tasks.autoencoder import Autoencoder
 from ldm.training.tasks.diffusion import Diffusion
-from ldm.training.tasks.lora import LoRA
 
 BLURRED = 20.0  # dB; below it a reconstruction is no longer its picture
 CUT = 0.05  # share of captions
@@ -98,6 +99,7 @@ def _examine(config: Config) -> Iterator[Finding]:
     yield from repeated(pictures)
 
     accelerator = build_accelerator(config.loop)
+    check_optimizer(config.optim.name, accelerator)
     device, size = accelerator.device, config.data.size
     text_scale: tuple[Tensor, Tensor] | None = None
     vae_scale: tuple[Tensor, Tensor] | None = None
@@ -147,8 +149,7 @@ def _examine(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "VAE", message) if mean >= BLURRED else Finding("warning", "VAE", message + far)
     del vae
     encoders = Encoders(load_the_vae, load_text if config.text.encoder else None, encoding_dtype(accelerator))
-    kind = LoRA if config.lora.rank else Diffusion
-    yield from try_out(kind(config, accelerator, source, encoders))
+    yield from try_out(task_of_unet(config)(config, accelerator, source, encoders))
 
 
 def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:

@@ -7,3 +7,19 @@ distillation.py a student of few steps, beside the U-Net it learns from
 upscaling.py    an upscaler behind a base model: crops, small pictures
 classifier.py   the classifier of noisy latents
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.training.tasks.diffusion import Diffusion
+
+
+def task_of_unet(config: Any) -> type[Diffusion]:
+    """What `ldm train ldm` trains of a config: adapters, an upscaler, or the U-Net itself."""
+    from ldm.training.tasks.diffusion import Diffusion
+    from ldm.training.tasks.lora import LoRA
+    from ldm.training.tasks.upscaling import Upscaling
+
+    return LoRA if config.lora.rank else Upscaling if config.upscale.factor else Diffusion

@@ -59,14 +59,11 @@ class Distillation(Diffusion):
             raise ValueError(
                 f"distill.solver_steps: expected a divisor of init's {teacher.schedule.T} timesteps, got {steps}"
             )
-        if teacher.text is None and teacher.labels is None:
+        if teacher.text is None and teacher.labels is None and teacher.numbers is None:
             raise ValueError(
-                f"init: {config.init} knows neither captions nor classes, so there is no guidance to distill; use "
+                f"init: {config.init} knows no captions, classes or numbers, so there is no guidance to distill; use "
                 "`ldm train ldm` with diffusion.few_steps"
             )
-        key = "inpaint" if config.data.inpaint else "condition_column"
-        if getattr(config.data, key) and not teacher.extra_channels:
-            raise ValueError(f"data.{key}: the teacher init={config.init} takes no second picture; leave it out")
         return super().create(config, accelerator, pictures)
 
     # --- networks ---------------------------------------------------------------------------------
@@ -109,12 +106,12 @@ class Distillation(Diffusion):
         self.null_context = context.to(self.accelerator.device)
 
     def null(self, conditioning: Conditioning, count: int) -> Conditioning:
-        """What guidance moves away from, [count]: no caption and no class, but the same second picture."""
-        context, classes = None, None
+        """What guidance moves away from, [count]: no caption, class or numbers, but the same second picture."""
+        context, classes = None, conditioning.class_labels
         if conditioning.context is not None and self.null_context is not None:
             context = self.null_context.to(conditioning.context).expand(count, -1, -1)
-        if conditioning.class_labels is not None and self.source is not None:
-            classes = torch.full_like(conditioning.class_labels, self.source.null_class)
+        if classes is not None and self.source is not None:
+            classes = torch.as_tensor(self.source.null_input).to(classes).expand_as(classes)
         return Conditioning(context, classes, conditioning.channels)
 
     # --- one step ---------------------------------------------------------------------------------

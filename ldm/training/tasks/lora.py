@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from PIL import Image
 from torch import nn
 
-from ldm.data.dataset import CaptionedPictures
+from ldm.inference import samplers
 from ldm.models.fingerprint import base_fingerprints
 from ldm.models.lora import (
     NAME,
@@ -33,11 +32,9 @@ from ldm.models.unet import choose_attention
 from ldm.pipelines.loading import find_pipeline
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.memory import give_back
-from ldm.training.config import Config
 from ldm.training.distributed import Tick
 from ldm.training.encoders import Encoders
 from ldm.training.export import check_adapters, export, quiet
-from ldm.training.initial_model import InitialModel
 from ldm.training.previews import generate_grid
 from ldm.training.tasks.diffusion import Diffusion
 from ldm.training.text_adapters import TokenEncoders, UNetWithText
@@ -56,15 +53,6 @@ class LoRA(Diffusion):
         if self.config.lora.text_encoder and not isinstance(self.encoders, TokenEncoders | None):
             self.encoders = TokenEncoders.of(self.encoders)
         super().__post_init__()
-
-    @classmethod
-    def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
-        key = "inpaint" if config.data.inpaint else "condition_column"
-        if getattr(config.data, key) and not InitialModel.open(config.init or "").extra_channels:
-            raise ValueError(
-                f"data.{key}: init={config.init} takes no second picture, and adapters can't add one; leave it out"
-            )
-        return super().create(config, accelerator, pictures)
 
     # --- networks ---------------------------------------------------------------------------------
 
@@ -147,6 +135,8 @@ class LoRA(Diffusion):
             return None
         pipeline = self.load_base()
         pipeline.load_lora_weights(self.exported)
+        if self.used:  # as `summary` has it sampled
+            pipeline.scheduler = samplers.build("ddim", pipeline.scheduler.config)
         grid = generate_grid(pipeline, self.prompts, self.config, interrupted)
         del pipeline
         give_back()

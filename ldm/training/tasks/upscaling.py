@@ -43,18 +43,20 @@ class Upscaling(Diffusion):
     title = "upscaler"
     pipeline_class = LDMUpscalePipeline
 
+    def __post_init__(self) -> None:
+        vae = None if self.encoders is None else self.encoders.vae_outline
+        if vae is not None and getattr(vae, "quant_conv", None) is None:
+            raise ValueError(
+                "vae: stock upscalers scale latents by 0.08333, which is folded into quant convolutions; expected an "
+                f"AutoencoderKL that has them, got {type(vae).__name__}"
+            )
+        super().__post_init__()
+
     @classmethod
     def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
         if config.upscale.base is not None:
-            Base(config, accelerator.device, encoding_dtype(accelerator))  # what is wrong with it is wrong now
-        task = super().create(config, accelerator, pictures)
-        assert task.encoders is not None
-        if getattr(task.encoders.vae_outline, "quant_conv", None) is None:
-            raise ValueError(
-                "vae: stock upscalers scale latents by 0.08333, which is folded into quant convolutions; expected an "
-                f"AutoencoderKL that has them, got {type(task.encoders.vae_outline).__name__}"
-            )
-        return task
+            Base(config, accelerator.device, encoding_dtype(accelerator))  # refuses a wrong one now
+        return super().create(config, accelerator, pictures)
 
     @cached_property
     def base(self) -> Base | None:
@@ -123,7 +125,7 @@ class Upscaling(Diffusion):
             vae, text, self.weightless_unet(), scheduler_config(self.schedule, self.config.diffusion.prediction),
             max_noise_level=self.config.upscale.max_noise_level,
         )  # fmt: skip
-        pipeline.defaults = Defaults(guidance_scale=1.0)  # the small picture says enough
+        pipeline.defaults = Defaults(guidance_scale=1.0)  # the small picture determines most
         return pipeline
 
     def preview(self, step: int, interrupted: Callable[[], bool]) -> Image.Image | None:
