@@ -181,7 +181,7 @@ def save_adapters(
             without them, and can't load an encoder but CLIP.
     """
     from diffusers import StableDiffusionPipeline
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     StableDiffusionPipeline.save_lora_weights(
         folder,
@@ -199,8 +199,18 @@ def save_adapters(
         "lora_adapter_metadata": json.dumps(described, indent=2, sort_keys=True),
         METADATA: content,
     }
-    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata=metadata)
+    (folder / WEIGHTS).write_bytes(in_order(save(load_file(folder / WEIGHTS), metadata=metadata)))
     (folder / FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def in_order(file: bytes) -> bytes:
+    """A safetensors file with its header's notes in order: the library writes several of them in any."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + file[start:]
 
 
 def stock_name(name: str) -> str:

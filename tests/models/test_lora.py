@@ -233,6 +233,15 @@ def test_trigger_words_are_those_of_all_captions() -> None:
     assert trigger_words(["a cat", "a dog"]) == ""  # of which no caption is free
 
 
+def test_a_file_is_a_function_of_the_adapters(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """Also its header, of three notes, which the library writes in any of six orders."""
+    for i in range(6):
+        trained(tiny_pipeline_folder, tmp_path / str(i), LoRAConfig(rank=2))
+    assert len({(tmp_path / str(i) / WEIGHTS).read_bytes() for i in range(6)}) == 1
+    header = (tmp_path / "0" / WEIGHTS).read_bytes()[8:]
+    assert int.from_bytes((tmp_path / "0" / WEIGHTS).read_bytes()[:8], "little") % 8 == 0 and header[:1] == b"{"
+
+
 def test_facts_are_in_the_file_and_beside_it(two: tuple[Path, Path]) -> None:
     facts = read_lora(two[0] / WEIGHTS).facts
     assert facts == json.loads((two[0] / FACTS).read_text("utf-8"))
