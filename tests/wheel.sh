@@ -49,7 +49,7 @@ expect() { # a text that the output of a command holds, which may fail
 expect "Generate pictures from prompts" ldm sample --help
 expect "there is no model in models/openmoji64" ldm app
 expect "train one: " ldm sample
-expect "expected a YAML file, or one of base256, demo" ldm train ldm --config dmo
+expect "expected a YAML file, or one of aspect, base256, demo" ldm train ldm --config dmo
 
 few="run=run data.source=pictures doctor=false loop.threads=1"
 ldm data openmoji pictures --subset demo --size 64
