@@ -117,6 +117,8 @@ def start(
     install()
     leave_quickly()
     import_networks()
+    from ldm.training.distributed import leave_group
+
     try:
         main(parse_config(words, description, prog))
     except (ValueError, OSError, ModuleNotFoundError, RunError) as error:
@@ -129,10 +131,3 @@ def start(
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{stopped.signal.name}: {stopped.saved}; run the same command again to resume", file=sys.stderr)
         raise
-
-
-def leave_group() -> None:
-    """Leave the process group, if torch has been imported and there is one."""
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()

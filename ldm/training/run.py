@@ -26,7 +26,7 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.models.ema import learning
     from ldm.training.budget import decide, limited, read_budget
     from ldm.training.checkpoint import has_begun
-    from ldm.training.distributed import build_accelerator
+    from ldm.training.distributed import build_accelerator, keep_group
     from ldm.training.doctor.examine import before_first_step
     from ldm.training.initial_model import resolved
     from ldm.training.optimizers import check_optimizer
@@ -87,5 +87,6 @@ def train(task: str, config: Config) -> list[float]:
     )
     losses = Trainer(job).fit()
     accelerator.print(job.summary())
+    keep_group()
     accelerator.end_training()
     return losses

@@ -202,6 +202,9 @@ DAMAGES = {
 }
 
 
+RESTARTS = 4  # of a finished run of two ranks; their ends used to hang now and then
+
+
 def lost_ranks(bench: Bench, trials: int) -> Figures:
     """Rank 1 of two gloo processes killed at a random moment; the other leaves, and both go on exactly."""
     figures: Counter[str] = Counter()
@@ -230,10 +233,11 @@ def lost_ranks(bench: Bench, trials: int) -> Figures:
                 figures["survivors that left with 0"] += code == 0
                 figures[f"survivors that left with {code}"] += code != 0
                 figures["trials"] += 1
-            for child in bench.world.train_two(kind, config):
-                if child.wait() != 0:
-                    figures["errors"] += 1
-                    print(child.words[-3000:])
+            for _ in range(1 + RESTARTS):  # to its end, then finished, which leaves at once
+                for child in bench.world.train_two(kind, config):
+                    if child.wait(60) != 0:
+                        figures["errors"] += 1
+                        print(child.words[-3000:])
             bench.compare(kind, config, figures, processes=2)
     return {**figures, "seconds until the survivor left, at most": round(slowest, 2)}
 
