@@ -17,7 +17,6 @@ from PIL import Image
 
 from ldm.data.cache.latents import LatentCache
 from ldm.data.dataset import CaptionedPictures
-from ldm.diffusion.schedule import scheduler_config
 from ldm.evaluation.validation import CaptionedValidationSet
 from ldm.inference.defaults import Defaults
 from ldm.models.text_encoder import TextEncoder
@@ -120,12 +119,16 @@ class Upscaling(Diffusion):
 
     # --- export, preview --------------------------------------------------------------------------
 
+    @property
+    def defaults(self) -> Defaults:
+        return Defaults(guidance_scale=1.0)  # the small picture determines most
+
     def weightless_pipeline(self, vae: Any, text: TextEncoder | None) -> LDMUpscalePipeline:
+        most = self.config.upscale.max_noise_level
         pipeline = LDMUpscalePipeline.from_components(
-            vae, text, self.weightless_unet(), scheduler_config(self.schedule, self.config.diffusion.prediction),
-            max_noise_level=self.config.upscale.max_noise_level,
-        )  # fmt: skip
-        pipeline.defaults = Defaults(guidance_scale=1.0)  # the small picture determines most
+            vae, text, self.weightless_unet(), self.scheduler, max_noise_level=most
+        )
+        pipeline.defaults = self.defaults
         return pipeline
 
     def preview(self, step: int, interrupted: Callable[[], bool]) -> Image.Image | None:
