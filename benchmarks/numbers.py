@@ -2,7 +2,7 @@
 
     python -m benchmarks.numbers --out runs/numbers
 
-Draws pictures of 16 x 16 pixels whose `size` is a circle's radius, or whose `angle` is a bar's, trains a small model
+Renders pictures of 16 x 16 pixels whose `size` is a circle's radius, or whose `angle` is a bar's, trains a small model
 on each without text, generates at numbers in between, and measures what came out: the radius from the colored area, the
 angle from its second moments. Reported are Spearman's rank correlation and the mean error.
 """
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from ldm import LDMPipeline
 from ldm.cli.main import main as ldm
 
-EDGE, FINE = 16, 8  # pixels of a picture, and how much finer it is drawn
+EDGE, FINE = 16, 8  # pixels of a picture, and how much finer it is rendered
 LEAST, MOST = {"size": 2.0, "angle": 0.0}, {"size": 7.0, "angle": 90.0}
 
 
@@ -65,7 +65,7 @@ KINDS: dict[str, tuple[Callable[[float], Image.Image], Callable[[npt.NDArray[np.
 
 
 def examine(kind: str, out: Path, steps: int, pictures: int) -> str:
-    """Draw, train, generate and measure one kind; returns a line."""
+    """Render, train, generate and measure one kind; returns a line."""
     render, measure = KINDS[kind]
     data, rng = out / kind, np.random.default_rng(0)
     data.mkdir(parents=True, exist_ok=True)
@@ -86,16 +86,16 @@ def examine(kind: str, out: Path, steps: int, pictures: int) -> str:
     ldm(["train", "ldm", *words])
     pipe = LDMPipeline.from_pretrained(out / f"run-{kind}" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    asked = np.linspace(LEAST[kind] + 0.05 * (MOST[kind] - LEAST[kind]), MOST[kind] * 0.95, 32)
-    wanted = [{kind: float(value)} for value in asked]
+    given = np.linspace(LEAST[kind] + 0.05 * (MOST[kind] - LEAST[kind]), MOST[kind] * 0.95, 32)
+    wanted = [{kind: float(value)} for value in given]
     made: Any = pipe(numbers=wanted, num_inference_steps=12, guidance_scale=1.0, seed=0, output_type="np")
     found = np.array([measure(1 - picture.mean(-1)) for picture in made.images])
     if kind == "angle":
-        found = asked + (found - asked + 90) % 180 - 90  # an axis has no direction
-    error = np.abs(found - asked).mean()
-    ranks = found.argsort().argsort()  # those asked for are in order
-    correlation = np.corrcoef(np.arange(len(asked)), ranks)[0, 1]
-    return f"{kind}: rank correlation {correlation:.3f}, mean error {error:.2f}, n {len(asked)}"
+        found = given + (found - given + 90) % 180 - 90  # an axis has no direction
+    error = np.abs(found - given).mean()
+    ranks = found.argsort().argsort()  # the given ones are in order
+    correlation = np.corrcoef(np.arange(len(given)), ranks)[0, 1]
+    return f"{kind}: rank correlation {correlation:.3f}, mean error {error:.2f}, n {len(given)}"
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     import_networks()
     from ldm.app.page import load, serve
 
-    pipeline = load(model, "torch" if arguments.lora else arguments.engine)  # OpenVINO knows no adapters
+    pipeline = load(model, "torch" if arguments.lora else arguments.engine)  # OpenVINO does not support adapters
     load_loras(pipeline, arguments.lora)
     serve(pipeline, host=arguments.host, port=arguments.port, share=arguments.share)
 

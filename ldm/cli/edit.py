@@ -115,7 +115,7 @@ def edit(arguments: argparse.Namespace, picture: Any, mask: Any) -> None:
     if arguments.engine == "openvino":
         pipeline.enable_openvino()
     if arguments.prompt is None and pipeline.tokenizer is not None:
-        raise ValueError("PROMPT: this model generates from text; say what the result shows")
+        raise ValueError("PROMPT: this model generates from text; describe the result")
     if pipeline.inpaints and arguments.mask is None and arguments.expand is None:
         raise ValueError("--mask: this model fills in masked parts; give --mask PICTURE or --expand SIDE=N")
     size = result_size(arguments, picture.size, pipeline, downsampling(pipeline.vae))

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
             found, unknown = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._inside = False
-        if unknown:  # said here, beside this command's usage
+        if unknown:  # reported here, with this command's usage
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

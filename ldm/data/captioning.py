@@ -1,7 +1,8 @@
 """A folder of pictures of which some have no caption yet, and where new captions go.
 
 In a folder with metadata files a caption fills the empty cell of its row, or comes in a new row of the nearest file
-above; elsewhere it becomes the .txt beside its picture. Captions that are there stay, unless the caller says otherwise.
+above; elsewhere it becomes the .txt beside its picture. Captions that are there stay, unless
+`ldm data caption --overwrite` replaces them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ldm.diffusion.schedule import NoiseSchedule, gather
 
 
 def q_step(schedule: NoiseSchedule, x_prev: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_t ~ q(x_t | x_{t-1}), one step of a chain that preserves variance, as all but rectified flow do.
+    """Sample x_t ~ q(x_t | x_{t-1}), one step of a chain that preserves variance, as all but rectified flow do.
 
     Args:
         x_prev: [B, ...] x_{t-1}; the clean x0 where t is 0.
@@ -29,7 +29,7 @@ def q_step(schedule: NoiseSchedule, x_prev: Tensor, t: Tensor, noise: Tensor) ->
 
 
 def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Draw x_t ~ q(x_t | x0) with the given noise.
+    """Sample x_t ~ q(x_t | x0) with the given noise.
 
     Args:
         x0: [B, ...] clean latents.

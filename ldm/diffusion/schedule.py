@@ -257,8 +257,8 @@ def scheduler_config(schedule: NoiseSchedule, prediction: Prediction) -> dict[st
     knows, so it travels as `trained_betas`, like every schedule without a name there.
 
     Raises:
-        ValueError: for noise prediction with zero terminal SNR: where x_t is all noise, the noise says nothing of x0;
-            for a flow on another path than rectified flow's, or another prediction there.
+        ValueError: for noise prediction with zero terminal SNR: where x_t is all noise, it does not determine x0; for
+            a flow on another path than rectified flow's, or another prediction there.
     """
     if prediction not in DIFFUSERS_NAMES:
         raise ValueError(f"prediction: expected eps, x0, v or flow, got {prediction!r}")

@@ -55,7 +55,7 @@ def build(name: str, config: Mapping[str, Any]) -> Any:
     if name in NO_ZERO_SNR and config.get("rescale_betas_zero_snr"):
         raise ValueError(f"sampler: {name} knows no zero terminal SNR; use ddim, dpm++, euler or unipc")
     if name not in FLOW and config.get("use_flow_sigmas"):
-        raise ValueError(f"sampler: {name} knows no rectified flow; use {', '.join(FLOW[:-1])} or {FLOW[-1]}")
+        raise ValueError(f"sampler: {name} does not support rectified flow; use {', '.join(FLOW[:-1])} or {FLOW[-1]}")
     if name in OURS:
         return OURS[name](config)
     import diffusers

@@ -31,7 +31,7 @@ def sample(
     """Denoise latents.
 
     Args:
-        denoiser: predicts eps, x0, v or flow, whatever the scheduler's `prediction_type` says.
+        denoiser: predicts eps, x0, v or flow, whatever the scheduler's `prediction_type` is.
         x: [B,C,h,w] noise, times the scheduler's `init_noise_sigma`.
         scheduler: a stock diffusers scheduler, or one of `ldm.inference.samplers`, whose timesteps are set.
         timesteps: the scheduler's; scalars, the noisiest first.

@@ -60,7 +60,7 @@ class Order:
 
     @staticmethod
     def _key(size: Size) -> tuple[int, ...]:
-        """What tells the permutations of a bucket from others; of squares nothing, as without buckets."""
+        """The key of the permutations of a bucket; empty for squares, as without buckets."""
         return () if size[0] == size[1] else size
 
 

@@ -63,7 +63,9 @@ def test_other_samplers_are_refused_by_name(pipe: LDMPipeline) -> None:
         if name in FLOW:
             build(name, pipe.scheduler.config)
             continue
-        with pytest.raises(ValueError, match=rf"sampler: {name.replace('+', '.')} knows no rectified flow; use dpm"):
+        with pytest.raises(
+            ValueError, match=rf"sampler: {name.replace('+', '.')} does not support rectified flow; use dpm"
+        ):
             build(name, pipe.scheduler.config)
 
 

@@ -114,7 +114,7 @@ class Classifier(Task):
         self.schedule = schedule_of(config)
         if self.schedule.name == "rectified_flow":
             raise ValueError(
-                "diffusion.schedule: stock samplers don't say where on rectified_flow's path they are, which guidance "
+                "diffusion.schedule: stock samplers don't report their place on rectified_flow's path, which guidance "
                 "by a classifier needs; train it for a model with another schedule"
             )
         self.samples = LabeledSamples(

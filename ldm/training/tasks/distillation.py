@@ -61,8 +61,8 @@ class Distillation(Diffusion):
             )
         if teacher.text is None and teacher.labels is None and teacher.numbers is None:
             raise ValueError(
-                f"init: {config.init} knows no captions, classes or numbers, so there is no guidance to distill; use "
-                "`ldm train ldm` with diffusion.few_steps"
+                f"init: {config.init} is not conditioned on captions, classes or numbers, so there is no guidance to "
+                "distill; use `ldm train ldm` with diffusion.few_steps"
             )
         return super().create(config, accelerator, pictures)
 
