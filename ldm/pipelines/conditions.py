@@ -31,9 +31,9 @@ class ConditionedPipeline(SavedPipeline):
             context, null = self.encode_prompt(
                 inputs.prompts or None, device, copies, contrast, inputs.negatives or None, **embedding
             )
-        if inputs.class_ids:
+        if inputs.class_inputs:
             kind = self.unet.dtype if self.numbers else torch.int64
-            labels = torch.tensor(inputs.class_ids, device=device, dtype=kind).repeat_interleave(copies, 0)
+            labels = torch.tensor(inputs.class_inputs, device=device, dtype=kind).repeat_interleave(copies, 0)
             no_class = torch.full_like(labels, 0 if self.numbers else self.unet.config.num_class_embeds - 1)
         if inputs.conditions:
             pixels = torch.stack(inputs.conditions)  # pixels => scaled latents

@@ -32,7 +32,7 @@ class Inputs:
         batch: number of prompts, classes or conditions.
         images: number of pictures, `num_images_per_prompt` for each of them.
         prompts, negatives: texts.
-        class_ids: of the model's own classes; or standardized numbers, a list each (`ldm.data.numbers`).
+        class_inputs: numbers of the model's own classes; or standardized numbers, a list each (`ldm.data.numbers`).
         targets: classes that a classifier guides towards.
         conditions: second pictures, as pixels [3,H,W].
         generators: one per picture; None for new noise each time.
@@ -42,7 +42,7 @@ class Inputs:
     images: int
     prompts: list[str]
     negatives: list[str]
-    class_ids: list[Any]
+    class_inputs: list[Any]
     targets: list[int]
     conditions: list[Tensor]
     generators: list[torch.Generator] | None
@@ -73,10 +73,11 @@ def check_inputs(pipe: Any, height: int, width: int, **given: Any) -> Inputs:
     names = given["class_label"]
     names = list(names) if isinstance(names, list | tuple) else [names]
     targets = [classifier.class_id(name) for name in names] if classifier is not None else []
-    class_ids: list[Any] = known_classes(names if pipe.labels is not None or not targets else [None], pipe.labels)
-    class_ids += known_numbers(given["numbers"], pipe.numbers)
+    class_inputs: list[Any] = known_classes(names if pipe.labels is not None or not targets else [None], pipe.labels)
+    class_inputs += known_numbers(given["numbers"], pipe.numbers)
+    class_argument = "numbers" if pipe.numbers else "class_label"
     conditions = known_conditions(given["condition"], pipe.condition_channels, height, width)
-    lengths = (1 if embeds is None else len(embeds), len(prompts), len(class_ids), len(targets), len(conditions))
+    lengths = (1 if embeds is None else len(embeds), len(prompts), len(class_inputs), len(targets), len(conditions))
     batch = max(given["sources"], *lengths)
     if given["sources"] not in (1, batch):
         raise ValueError(f"image: expected 1 or {batch}, one for each prompt, got {given['sources']}")
@@ -89,7 +90,9 @@ def check_inputs(pipe: Any, height: int, width: int, **given: Any) -> Inputs:
         images=images,
         prompts=one_each("prompt", prompts, batch) if prompts else [],
         negatives=one_each("negative_prompt", negatives, batch) if negatives else [],
-        class_ids=one_each("numbers" if pipe.numbers else "class_label", class_ids, batch) if class_ids else [],
+        class_inputs=one_each("numbers" if pipe.numbers else "class_label", class_inputs, batch)
+        if class_inputs
+        else [],
         targets=one_each("class_label", targets, batch) if targets else [],
         conditions=one_each("condition", conditions, batch) if conditions else [],
         generators=one_generator_each(given["generator"], given["seed"], images),

@@ -213,12 +213,12 @@ class LDMPipeline(CascadedPipeline):
         if dynamic_thresholding is not None:
             scheduler = samplers.thresholding(scheduler, dynamic_thresholding)
         if weaker is not None:
-            weak_unet = self.weak_unet(weaker)
+            weak_unet = self.weaker_unet(weaker)
         if classifier is not None:
             classifier.check_process(scheduler)
 
         # what stock callbacks and properties read
-        contrast = bool(inputs.prompts or inputs.class_ids or prompt_embeds is not None or weak_unet is not None)
+        contrast = bool(inputs.prompts or inputs.class_inputs or prompt_embeds is not None or weak_unet is not None)
         self._guidance_scale = settings.guidance_scale if contrast else 1.0
         self._guidance_rescale, self._clip_skip = guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
@@ -310,7 +310,7 @@ class LDMPipeline(CascadedPipeline):
             given["timestep_cond"] = embedded.to(device=device, dtype=dtype)
         return given
 
-    def weak_unet(self, weaker: str | PathLike[str]) -> Any:
+    def weaker_unet(self, weaker: str | PathLike[str]) -> Any:
         """The U-Net of a weaker model's folder, on this pipeline's device; the last one is kept."""
         key = str(weaker), self.unet.dtype, weights_state(self.unet)
         if self._weaker is None or self._weaker[0] != key:

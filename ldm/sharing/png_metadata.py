@@ -212,7 +212,7 @@ def stamp(
             upscaler=upscaler,
             classifier=None if classifier is None else fingerprint(classifier.network),
             classifier_scale=None if classifier is None else classifier_scale,
-            weaker=None if weaker is None else fingerprint(pipeline.weak_unet(weaker)),
+            weaker=None if weaker is None else fingerprint(pipeline.weaker_unet(weaker)),
             dynamic_thresholding=dynamic_thresholding,
             adapters=adapters or None,
             drawn_with={

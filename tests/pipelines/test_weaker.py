@@ -60,16 +60,16 @@ def written_out(pipe: LDMPipeline, weaker: Path, scale: float) -> Tensor:
 def test_a_folder_names_the_weaker_model(pipe: LDMPipeline, weaker: Path, scale: float, named: float | None) -> None:
     found = pipe("red heart", weaker=weaker, autoguidance_scale=named, **FEW).images
     assert (found - written_out(pipe, weaker, scale)).abs().max() == 0
-    again = pipe("red heart", weak_unet=pipe.weak_unet(weaker), guidance_scale=scale, **FEW).images
+    again = pipe("red heart", weak_unet=pipe.weaker_unet(weaker), guidance_scale=scale, **FEW).images
     assert torch.equal(found, again)
     assert torch.equal(pipe("red heart", weaker=weaker, autoguidance_scale=1, **FEW).images,
                        pipe("red heart", guidance_scale=1, **FEW).images)  # fmt: skip
 
 
 def test_it_is_loaded_once(pipe: LDMPipeline, weaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = pipe.weak_unet(weaker)
+    first = pipe.weaker_unet(weaker)
     monkeypatch.setattr("ldm.pipelines.text_to_image.load_weaker", None)
-    assert pipe.weak_unet(weaker) is first
+    assert pipe.weaker_unet(weaker) is first
 
 
 def other_vae(pipe: LDMPipeline) -> None:
