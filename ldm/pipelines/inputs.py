@@ -90,9 +90,7 @@ def check_inputs(pipe: Any, height: int, width: int, **given: Any) -> Inputs:
         images=images,
         prompts=one_each("prompt", prompts, batch) if prompts else [],
         negatives=one_each("negative_prompt", negatives, batch) if negatives else [],
-        class_inputs=one_each("numbers" if pipe.numbers else "class_label", class_inputs, batch)
-        if class_inputs
-        else [],
+        class_inputs=one_each(class_argument, class_inputs, batch) if class_inputs else [],
         targets=one_each("class_label", targets, batch) if targets else [],
         conditions=one_each("condition", conditions, batch) if conditions else [],
         generators=one_generator_each(given["generator"], given["seed"], images),
