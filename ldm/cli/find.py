@@ -115,10 +115,13 @@ def device_and_dtype(dtype: str, engine: str | None = None) -> tuple[Any, Any]:
     return device, devices.best_dtype(device) if dtype == "auto" else devices.dtype(dtype)
 
 
-def find_by_hash(named: str | None, sha256: str, dtype: str, engine: str | None) -> tuple[Any, str]:
+def find_by_hash(
+    named: str | None, sha256: str, dtype: str, engine: str | None, upscaler: str | None = None
+) -> tuple[Any, str]:
     """The pipeline that was named, or the one of this hash among models/ and runs/; and its hash.
 
     Args:
+        upscaler: the hash of the upscaler that must be behind it.
         dtype: of the networks' weights, on which the hash depends.
         engine: what is going to compute it.
     Raises:
@@ -130,7 +133,7 @@ def find_by_hash(named: str | None, sha256: str, dtype: str, engine: str | None)
     for folder in [named] if named else folders:
         pipeline = load(folder, dtype, engine)
         found = model_sha256(pipeline)
-        if found == sha256:
+        if found == sha256 and (named or upscaler is None or has_upscaler(pipeline, upscaler)):
             return pipeline, found
         if named:
             print(
@@ -140,4 +143,15 @@ def find_by_hash(named: str | None, sha256: str, dtype: str, engine: str | None)
             )
             return pipeline, found
     tried = ", ".join(folders) or "there are no models"
-    raise ValueError(f"model: none in models/ and runs/ has the SHA-256 {sha256[:12]}… ({tried}); name the folder")
+    behind = "" if upscaler is None else f", with the upscaler {upscaler[:12]}… behind it"
+    raise ValueError(
+        f"model: the picture's model has the SHA-256 {sha256[:12]}…{behind}, as none of these has: {tried}; name its "
+        "folder"
+    )
+
+
+def has_upscaler(pipeline: Any, sha256: str) -> bool:
+    """Whether the upscaler with this hash is behind a pipeline."""
+    from ldm.models.fingerprint import model_sha256
+
+    return pipeline.has_upscaler and model_sha256(pipeline.upscaler) == sha256

@@ -338,7 +338,7 @@ def generate_again(arguments: argparse.Namespace) -> None:
     if "weaker" in extra and extra["autoguidance_scale"] is None and wanted.weaker:
         del extra["autoguidance_scale"]  # the picture's own
 
-    pipeline, model = find_by_hash(arguments.model, wanted.model, wanted.dtype or "float32", engine)
+    pipeline, model = find_by_hash(arguments.model, wanted.model, wanted.dtype or "float32", engine, wanted.upscaler)
     if arguments.lora:
         load_loras(pipeline, arguments.lora)
     elif wanted.adapters:

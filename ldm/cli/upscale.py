@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     files = picture_files(arguments.pictures)
-    pictures = [read_picture(file) for file in files]
+    pictures = read_pictures(files)
     outs = places(files, arguments.out or OUT)
     make_writable(outs[0].parent)
     import_networks()
@@ -84,6 +84,19 @@ def picture_files(named: list[Path]) -> list[Path]:
         else:
             found.append(one)
     return found
+
+
+def read_pictures(files: list[Path]) -> list[Any]:
+    """The pictures in these files. Raises a ValueError that names all that can't be read."""
+    pictures, faults = [], []
+    for file in files:
+        try:
+            pictures.append(read_picture(file))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("; ".join(faults))
+    return pictures
 
 
 def places(files: list[Path], out: Path) -> list[Path]:

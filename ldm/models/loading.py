@@ -31,7 +31,12 @@ def find_model(name: str | Path) -> Path:
         raise FileNotFoundError(f"there is no folder {str(name)[:200]!r}")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except OSError as error:  # its words are of caches and environment variables
+        raise FileNotFoundError(
+            f"{name}: there is no such folder, and none of this name comes from the Hub ({type(error).__name__})"
+        ) from error
 
 
 @contextmanager

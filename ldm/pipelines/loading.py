@@ -336,6 +336,8 @@ def find_pipeline(name: str | PathLike[str], **options: Any) -> Path:
         hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline/model_index.json").exists() else ""
         if any((folder / place).exists() for place in (WEIGHTS, f"lora/{WEIGHTS}")):
             hint = "; it holds a LoRA, which goes with its base: ldm sample BASE --lora FOLDER, or load_lora_weights"
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder}: there is no such folder; expected a pipeline's, such as RUN/pipeline")
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
     from huggingface_hub import hf_hub_download
 

@@ -191,14 +191,15 @@ class DistillConfig:
     """How `ldm train distill` makes a student of few steps out of the model that init names.
 
     Attributes:
-        steps: sampling steps of the previews, and the pipeline's default; the student is trained for any number.
+        steps: sampling steps of the previews, and the pipeline's default, 4 if it is 0; the student is trained for any
+            number. Other trainings want 0.
         guidance_scale: lowest and highest scale that the teacher is guided with; the middle is the pipeline's default.
         solver_steps: steps from noise to picture that the teacher would take; it must divide the timesteps.
         embedding: channels of the embedded scale.
         huber_c: where the pseudo-Huber distance goes over from a square to an absolute value.
     """
 
-    steps: int = 4
+    steps: int = 0
     guidance_scale: tuple[float, float] = (1.0, 5.0)
     solver_steps: int = 50
     embedding: int = 256
@@ -206,7 +207,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check("distill.solver_steps", self.solver_steps, at_least=1)
-        check("distill.steps", self.steps, at_least=1, at_most=self.solver_steps)
+        check("distill.steps", self.steps, at_least=0, at_most=self.solver_steps)
         low, high = self.guidance_scale
         check("distill.guidance_scale", low, at_least=1, at_most=high)
         check("distill.guidance_scale", high, at_most=100)

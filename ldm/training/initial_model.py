@@ -38,6 +38,7 @@ from ldm.training.objective import build_schedule
 
 #: Settings of a U-Net that this training has nothing to feed with.
 UNFED = ("time_cond_proj_dim",)
+STUDENT_STEPS = 4  # of a distillation whose recipe names none
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")  # of betas
 
 
@@ -323,9 +324,11 @@ def _for_student(config: Config) -> Config:
             why = "a student learns from the average of optim.ema_decay alone"
             raise ValueError(f"optim.{key}: {why}; set it to {right}")
     loop, distill = config.loop, config.distill
+    if not distill.steps:
+        distill = replace(distill, steps=min(STUDENT_STEPS, distill.solver_steps))
     steps = distill.steps if loop.num_inference_steps is None else loop.num_inference_steps
     scale = distill.usual_scale if loop.guidance_scale is None else loop.guidance_scale
-    return replace(config, loop=replace(loop, num_inference_steps=steps, guidance_scale=scale))
+    return replace(config, distill=distill, loop=replace(loop, num_inference_steps=steps, guidance_scale=scale))
 
 
 def _agree(model: InitialModel, key: str, given: Any, default: Any, brought: Any) -> None:

@@ -95,9 +95,9 @@ def prompt_of(config: Config, rows: ConditionedPictures, number: int) -> Prompt:
 def generate_grid(
     pipeline: Any, prompts: Sequence[Prompt], config: Config, interrupted: Callable[[], bool]
 ) -> Image.Image | None:
-    """A grid of the prompt set, below the pictures and what masks leave of them if it fills those in.
+    """A grid of the prompt set; None if it was interrupted.
 
-    None if it was interrupted.
+    Above it stand the pictures that it is made of: second pictures, or whole ones and what masks leave of them.
     """
 
     def check(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +116,7 @@ def generate_grid(
         }
         if "condition" in given:
             given["condition"] = [row.image() for row in given["condition"]]
+            above += given["condition"]
         if part[0].picture is not None:
             rows = [prompt.picture for prompt in part if prompt.picture is not None]
             wholes, masks = masked_pictures(config, rows, start, part[0].size or config.data.size)
@@ -139,6 +140,8 @@ def generate_grid(
     captions = [prompt.caption for prompt in prompts]
     if not above:
         return captioned_grid(pictures, captions)
+    if not below:
+        return captioned_grid([*above, *pictures], [*captions, *["generated"] * len(pictures)], columns=len(pictures))
     words = [*captions, *["masked"] * len(below), *["filled in"] * len(pictures)]
     return captioned_grid([*above, *below, *pictures], words, columns=len(pictures))
 

@@ -38,6 +38,12 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.tasks.distillation import Distillation
     from ldm.training.trainer import Trainer
 
+    if task == "ldm" and config.distill.steps:
+        raise ValueError("distill.steps: a student is trained by `ldm train distill`; run that, or set it to 0")
+    if task == "vae" and config.vae is not None:
+        raise ValueError(
+            f"vae: {config.vae} is a pretrained VAE, so there is none to train; set it to null to train one"
+        )
     config = resolved(config, task)
     check_sizes(config, task)
     other = {"ldm": "distill", "distill": "ldm"}.get(task)

@@ -75,6 +75,13 @@ def test_the_upscaler_behind_a_model(home: Path, upscaler: str, tiny_pipeline_fo
     assert (found.width, found.height, found.noise_level) == (16, 16, None) and len(str(found.upscaler)) == 64
     main(["sample", "both", "--like", "heart.png", "--out", "again.png"])
     assert Path("again.png").read_bytes() == Path("heart.png").read_bytes()
+    Path("models").mkdir()
+    Path("models/a").symlink_to(tiny_pipeline_folder)  # the same base without an upscaler
+    with pytest.raises(SystemExit, match=r"with the upscaler \w+… behind it, as none of these has: models/a; name its"):
+        main(["sample", "--like", "heart.png", "--out", "found.png"])
+    Path("models/b").symlink_to(Path("both").resolve())
+    main(["sample", "--like", "heart.png", "--out", "found.png"])
+    assert Path("found.png").read_bytes() == Path("heart.png").read_bytes()
     main(["sample", "both", "cat", *STEPS, "--out", "cat.png"])
     main(["upscale", "both", "cat.png", "--out", "large.png", *STEPS])
     assert png_metadata.read(Path("large.png")).prompt == "cat"
@@ -88,6 +95,7 @@ def test_the_upscaler_behind_a_model(home: Path, upscaler: str, tiny_pipeline_fo
     [
         (["none.png"], "error: none.png: expected a picture, got no such file"),
         (["text.png"], "error: text.png: picture is of an unknown kind"),
+        (["none.png", "text.png"], "error: none.png: expected a picture, got no such file; the order is MODEL PICTURE"),
         (["empty"], "error: empty: expected pictures in the folder"),
         (
             ["small", "--out", "one.png"],

@@ -11,7 +11,17 @@ import pytest
 from PIL import Image
 
 from ldm.data.dataset import read_captioned, split_of
-from ldm.data.emoji.openmoji import HOLDOUT, SHOWCASE, build, find_compositions, find_drawings, in_demo, render
+from ldm.data.emoji.openmoji import (
+    HOLDOUT,
+    SHOWCASE,
+    build,
+    find_compositions,
+    find_drawings,
+    in_demo,
+    make_folder,
+    render,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +144,14 @@ def test_drawing_is_on_white_and_the_right_color(drawings: list) -> None:  # typ
         middle = pixels[28:36, 28:36].mean((0, 1))
         assert middle.argmax() == channel
         assert middle[channel] - np.delete(middle, channel).min() > 60
+
+
+def test_a_folder_that_is_made_again_holds_no_picture_without_a_row(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "ATTRIBUTION.md").touch()
+    (tmp_path / "conditions").mkdir()
+    for name in ("images/old.png", "images/new.png", "conditions/old.png", "conditions/new.png"):
+        (tmp_path / name).touch()
+    make_folder(tmp_path)
+    write_rows(tmp_path, [{"file_name": "images/new.png", "outline": "conditions/new.png", "text": "new"}])
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["new.png", "new.png"]

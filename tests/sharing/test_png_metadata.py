@@ -119,7 +119,10 @@ def test_the_model_is_found_by_its_hash(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["sample", "--like", str(drawn / "00041-red-heart.png")]
-    with pytest.raises(SystemExit, match="model: none in models/ and runs/ has the SHA-256 .* name the folder"):
+    with pytest.raises(
+        SystemExit,
+        match="the picture's model has .*, as none of these has: there are no models",
+    ):
         main(words)
     other = tiny.pipeline(tmp_path / "text", prediction="v")
     other.save_pretrained(tmp_path / "models/other")

@@ -113,3 +113,21 @@ def test_previews_take_at_most_the_steps_that_there_are(tmp_path: Path, capsys: 
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(ValueError, match="task: expected one of vae, ldm, distill, classifier, got 'unet'"):
         train("unet", Config())
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        ("ldm", {"distill__steps": 4}, "distill.steps: a student is trained by `ldm train distill`"),
+        ("vae", {"vae": "models/openmoji64"}, "vae: models/openmoji64 is a pretrained VAE, so there is none to train"),
+    ],
+)
+def test_a_recipe_of_another_task_is_refused(tmp_path: Path, task: str, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(task, road.recipe(tmp_path, **words))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vae_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="my_model: there is no such folder, and none of this name comes from"):
+        train("ldm", road.recipe(tmp_path, vae="my_model"))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldm.data.dataset import split_of
-from ldm.data.emoji.openmoji import HOLDOUT, TONES, Drawing, find_compositions, find_drawings, make_folder, render
+from ldm.data.emoji.openmoji import (
+    HOLDOUT,
+    TONES,
+    Drawing,
+    find_compositions,
+    find_drawings,
+    make_folder,
+    render,
+    write_rows,
+)
 from ldm.data.emoji.styles import Style, read_style
 from ldm.data.emoji.variants import FAMILIES, HAIR_COLORS, dominant_family, has_hair, outline, recolored, with_hair
 
@@ -129,8 +137,7 @@ def build(out: str | Path, styles: dict[str, str | Path], size: int = 256) -> in
     make_folder(out)
     for picture in tqdm(pictures, desc=f"rendering emoji at {size} px", unit="picture"):
         (out / "images" / f"{picture.name}.png").write_bytes(render(picture.svg, size))
-    rows = "".join(json.dumps(picture.row(), ensure_ascii=False) + "\n" for picture in pictures)
-    (out / "metadata.jsonl").write_text(rows, "utf-8")
+    write_rows(out, [picture.row() for picture in pictures])
     (out / "ATTRIBUTION.md").write_text(attribution(found, size), "utf-8")
     return len(pictures)
 

