@@ -90,7 +90,7 @@ def test_sample_asks_a_model_for_what_it_knows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["sample", "no/such/folder", "red"], "no/such/folder is not a pipeline folder"),
+        (["sample", "no/such/folder", "red"], "no/such/folder: there is no such folder"),
         (["sample", "{folder}", "red", "--steps", "0"], "num_inference_steps: expected a whole number from 1"),
         (["data", "check", "no-such-folder"], "no-such-folder"),
     ],
