@@ -79,8 +79,6 @@ def run(arguments: argparse.Namespace) -> None:
         return
     suggestions = METHODS.get(arguments.source, from_model)(folder, names, arguments)
     names = [name for name in names if name in suggestions]
-    if not names:
-        raise ValueError(f"--from: {arguments.source} suggests no caption; set --prompt or --max-tokens")
     for name in names[:LISTED]:
         print(f"{name}: {' | '.join(suggestions[name])}")
     if len(names) > LISTED:
@@ -96,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
         captioned_grid([folder.image(name) for name in shown], captions, columns=8).save(arguments.preview)
         print(f"preview: {arguments.preview}")
     if arguments.dry_run:
-        print("no caption is written (--dry-run)")
+        stays = f"; the in-domain CLIP stays in {net_of(folder, arguments)}" if arguments.source == "clip" else ""
+        print(f"no caption is written (--dry-run){stays}")
         return
     files = folder.write({name: suggestions[name][0] for name in names})
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1:,} more"
@@ -119,12 +118,14 @@ def from_names(folder: CaptionFolder, names: list[str], arguments: argparse.Name
     """What the files or their folders are called."""
     from ldm.data.captioning import captions_from_names
 
-    return {name: [caption] for name, caption in captions_from_names(folder, names).items()}
+    captions = captions_from_names(folder, names)
+    warn_of([name for name in names if name not in captions], "without words in their names or their folders'")
+    return {name: [caption] for name, caption in captions.items()}
 
 
 def from_clip(folder: CaptionFolder, names: list[str], arguments: argparse.Namespace) -> Suggestions:
     """The captions that an in-domain CLIP finds nearest."""
-    from ldm.evaluation.caption_suggestions import EDGE, suggest
+    from ldm.evaluation.caption_suggestions import EDGE, doubts, suggest
     from ldm.evaluation.in_domain_clip import open_clip, read_card
     from ldm.system.devices import best_device
 
@@ -137,32 +138,52 @@ def from_clip(folder: CaptionFolder, names: list[str], arguments: argparse.Names
         raise ValueError(
             f"--from clip: no picture of {folder.folder} has a caption to suggest; name some in --candidates"
         )
-    named = re.sub(r"[^\w.-]+", "-", folder.folder.resolve().name)
-    net, device = arguments.clip or Path("nets") / f"{named}-captions", best_device()
-    if read_card(net) is None:
+    net, device = net_of(folder, arguments), best_device()
+    card = read_card(net)
+    if card is None:
         if net.exists():
             raise ValueError(f"--clip: {net} holds no in-domain CLIP; name a new folder to train one")
-        fit(folder, list(known), net, arguments, device)
-    extractor = open_clip(net, EDGE, device)
+        card = fit(folder, list(known), net, arguments, device)
+        print(f"in-domain CLIP trained in {card['seconds']} s and saved in {net}: {sureness(card)}")
+        extractor = open_clip(net, EDGE, device)
+    else:
+        extractor = open_clip(net, EDGE, device)
+        print(f"in-domain CLIP of {net}: {sureness(card)}; name a new --clip to train another")
+    for doubt in doubts(card):
+        print(f"warning: {doubt}", file=sys.stderr)
     found = suggest(extractor, images(folder, names, "suggesting captions"), candidates, arguments.top)
     return {name: [caption for caption, _ in nearest] for name, nearest in zip(names, found, strict=True)}
 
 
-def fit(folder: CaptionFolder, known: list[str], net: Path, arguments: argparse.Namespace, device: Any) -> None:
-    """Train an in-domain CLIP on the pictures that have captions."""
+def net_of(folder: CaptionFolder, arguments: argparse.Namespace) -> Path:
+    """The folder of the in-domain CLIP: `--clip`, or one that is called as the pictures are."""
+    named: Path | None = arguments.clip
+    called = re.sub(r"[^\w.-]+", "-", folder.folder.resolve().name)
+    return named or Path("nets") / f"{called}-captions"
+
+
+def sureness(card: dict[str, Any]) -> str:
+    """How many pictures an in-domain CLIP has learned from, and how well it finds their captions."""
+    from ldm.evaluation.report.text import recall_text
+
+    found = card["recall"]["picture to caption"]
+    return (
+        f"{card['n']:,} captioned pictures; picture to caption, {card['recall_on']}: {recall_text(found)}; "
+        f"chance {found['chance']['top5']:.1%} (top-5)"
+    )
+
+
+def fit(
+    folder: CaptionFolder, known: list[str], net: Path, arguments: argparse.Namespace, device: Any
+) -> dict[str, Any]:
+    """Train an in-domain CLIP on the pictures that have captions; returns its card."""
     from ldm.data.dataset import read_captioned
     from ldm.evaluation.in_domain_clip import InDomainClipConfig
     from ldm.evaluation.in_domain_clip_training import EPOCHS, train_clip
-    from ldm.evaluation.report.text import recall_text
 
     pictures = read_captioned(folder.folder, caption_columns=(folder.column,), only=set(known))
     config = InDomainClipConfig(text_encoder=arguments.clip_text)
-    card = train_clip(pictures, net, device, config=config, epochs=arguments.epochs or EPOCHS)
-    found = card["recall"]["picture to caption"]
-    print(
-        f"in-domain CLIP trained on {card['n']} captioned pictures in {card['seconds']} s, saved in {net}; picture to "
-        f"caption, {card['recall_on']}: {recall_text(found)}; chance {found['chance']['top5']:.1%} (top-5)"
-    )
+    return train_clip(pictures, net, device, config=config, epochs=arguments.epochs or EPOCHS)
 
 
 def from_model(folder: CaptionFolder, names: list[str], arguments: argparse.Namespace) -> Suggestions:
@@ -174,11 +195,20 @@ def from_model(folder: CaptionFolder, names: list[str], arguments: argparse.Name
     pictures = images(folder, names, "captioning")
     found = captioner.captions(pictures, arguments.prompt, arguments.max_tokens, arguments.beams)
     captions = {name: [caption] for name, caption in zip(names, found, strict=True) if caption}
-    silent = [name for name in names if name not in captions]
-    if silent:
-        more = f" and {len(silent) - 1:,} more" if len(silent) > 1 else ""
-        print(f"warning: {arguments.source} has no caption for {silent[0]}{more}; skipped", file=sys.stderr)
+    if not captions:
+        raise ValueError(f"--from: {arguments.source} suggests no caption; set --prompt or --max-tokens")
+    warn_of([name for name in names if name not in captions], f"that {arguments.source} has no caption for")
     return captions
+
+
+def warn_of(skipped: list[str], which: str) -> None:
+    """List the pictures that get no caption."""
+    from ldm.data.rows import count
+
+    if skipped:
+        lines = [f"warning: {count(len(skipped), 'picture')} {which}, skipped:", *skipped[:LISTED]]
+        lines += [f"and {len(skipped) - LISTED:,} more"] * (len(skipped) > LISTED)
+        print("\n  ".join(lines), file=sys.stderr)
 
 
 METHODS = {"names": from_names, "clip": from_clip}

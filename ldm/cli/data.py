@@ -68,7 +68,7 @@ def add_scenes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("out", type=place, metavar="FOLDER", help="the folder to make")
     add("--size", type=int, default=64, help="edge of a drawing in pixels; a pair is twice as long (default: 64)")
-    add("--drawings", type=int, default=0, metavar="N", help="take only so many drawings (default: all)")
+    add("--drawings", type=int, metavar="N", help="take only so many drawings, at least 8 (default: all)")
 
 
 def run_scenes(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.data.images import BadPictureError, decode
-from ldm.data.rows import BadCaptionError, BadDataError, Problem, captions_of, is_null
+from ldm.data.rows import BadCaptionError, BadDataError, Problem, captions_of, count, is_null
 from ldm.data.sources.folders import PICTURES, FolderStore, Listing, caption_lines, list_folder
 from ldm.data.sources.rewriting import file_of, rewrite_table
 from ldm.data.sources.tables import BadRow, read_table
@@ -28,7 +28,6 @@ _COUNTERS = re.compile(
     r"(?i)\b(img|image|dsc[nf]?|dscf|pxl|mvimg|pict?|picture|photo|scan|screenshot|untitled|download|frame|file|copy|"
     r"wp|gopr|p)\b"
 )
-_FIX = "Rename them, or caption them by hand."
 
 
 @dataclass(frozen=True)
@@ -126,16 +125,16 @@ class CaptionFolder:
             path = self.folder / table
             if not path.exists():
                 write_in_place(path, b"")
-            count = 0
+            filled = 0
 
             def fill(row: dict[str, Any], folder: str = folder) -> dict[str, Any]:
-                nonlocal count
+                nonlocal filled
                 caption = captions.get(file_of(folder, row) or "")
-                count += caption is not None
+                filled += caption is not None
                 return row if caption is None else {**row, self.column: caption}
 
             rewrite_table(str(path), fill, added.get(folder, ()))
-            changed += [path] * bool(count or added.get(folder))
+            changed += [path] * bool(filled or added.get(folder))
         return changed
 
 
@@ -147,24 +146,24 @@ def _captions(cell: object) -> tuple[str, ...]:
 
 
 def captions_from_names(folder: CaptionFolder, names: list[str]) -> dict[str, str]:
-    """What the files are called, or their folders where a file's name is a number.
+    """What the files are called, or their folders where a file's name is a number; pictures without words get none.
 
     `animals/red_panda-02.jpg` => "red panda", `cats/IMG_1234.jpg` => "cats".
 
     Raises:
-        BadDataError: listing the pictures without words in either.
+        BadDataError: if no picture has words in either.
     """
     captions: dict[str, str] = {}
-    problems = []
     for name in names:
         path = PurePosixPath(name)
         found = next((words for part in (path.stem, *path.parts[-2::-1]) if (words := words_of(part))), None)
-        if found is None:
-            problems.append(Problem("neither the file's name nor its folders' are words", folder.listing.shown(name)))
-        else:
+        if found is not None:
             captions[name] = found
-    if problems:
-        raise BadDataError.listing(problems, str(folder.folder), _FIX)
+    if not captions:
+        raise BadDataError(
+            f"{folder.folder}: {count(len(names), 'picture')} without captions, none with words in its name or its "
+            "folders'; rename them, caption them by hand, or name a captioning model in --from"
+        )
     return captions
 
 

@@ -7,6 +7,7 @@ a suggestion is a caption of another picture, and right as far as the data repea
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from ldm.data.images import to_pixels, to_square
 from ldm.evaluation.features import FeatureExtractor
 
 BATCH = 32
+FEW = 100  # captioned pictures; fewer call for a look at what they led to
 EDGE = 64  # of the crops; the network resizes what it wants otherwise
 
 
@@ -50,4 +52,27 @@ def suggest(
             waiting = []
     if waiting:
         finish(waiting)
+    return found
+
+
+def doubts(card: dict[str, Any]) -> list[str]:
+    """Why the suggestions of an in-domain CLIP are unsure, a line each; none where they are not.
+
+    Args:
+        card: of the network: the number `n` of its training pictures, and its recall from pictures to captions.
+    """
+    top5 = card["recall"]["picture to caption"]["top5"]
+    chance = card["recall"]["picture to caption"]["chance"]["top5"]
+    found = []
+    if card["n"] < FEW:
+        found.append(
+            f"the in-domain CLIP has learned from {card['n']} captioned pictures, fewer than {FEW}; look at its "
+            "suggestions, caption more pictures by hand, or name a captioning model in --from"
+        )
+    if top5["low"] <= chance:
+        split = {"heldout": "held-out", "train": "training"}[card["recall_on"]]
+        found.append(
+            f"on {split} pictures the in-domain CLIP is no better than chance: top-5 recall {top5['value']:.1%} "
+            f"({top5['low']:.1%} to {top5['high']:.1%}), chance {chance:.1%}; its suggestions are guesses"
+        )
     return found

@@ -18,7 +18,7 @@ from ldm.cli.main import main
 from ldm.data.captioning import CaptionFolder, words_of
 from ldm.data.dataset import read_captioned
 from ldm.data.sources.rewriting import rewrite_table
-from ldm.evaluation.caption_suggestions import suggest
+from ldm.evaluation.caption_suggestions import doubts, suggest
 from ldm.evaluation.features import FeatureExtractor
 
 
@@ -68,11 +68,26 @@ def test_files_and_folders_name_their_pictures(tmp_path: Path) -> None:
     assert captions(tmp_path)["black cat.png"] == ("black cat",)
 
 
-def test_names_that_say_nothing_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
-    draw(tmp_path, "1.png", "sun.png")
+def test_names_that_say_nothing_are_listed_and_the_others_captioned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    draw(data, "1.png", "sun.png", "IMG_2.png")
+    looks = ["--preview", str(tmp_path / "look.png"), "--table", str(tmp_path / "all.csv")]
+    main(["data", "caption", str(data), "--from", "names", *looks])
+    assert {file.name: file.read_text() for file in data.glob("*.txt")} == {"sun.txt": "sun\n"}
+    assert (tmp_path / "all.csv").read_text().splitlines() == ["file_name,suggestion 1", "sun.png,sun"]
+    assert (tmp_path / "look.png").exists()
+    said = capsys.readouterr().err
+    assert "warning: 2 pictures without words in their names or their folders', skipped" in said
+    assert said.index("\n  1.png") < said.index("\n  IMG_2.png") and "sun.png" not in said
+
+
+def test_names_that_all_say_nothing_are_an_error(tmp_path: Path) -> None:
+    draw(tmp_path, "1.png", "IMG_2.png")
     with pytest.raises(SystemExit) as stopped:
         main(["data", "caption", str(tmp_path), "--from", "names"])
-    assert "neither the file's name nor its folders' are words: " + str(tmp_path / "1.png") in str(stopped.value)
+    assert f"{tmp_path}: 2 pictures without captions, none with words in its name" in str(stopped.value)
     assert not list(tmp_path.glob("*.txt"))
 
 
@@ -170,12 +185,33 @@ def test_clip_is_trained_on_the_captions_there_are(
     assert suggested.keys() == hidden.keys()
     assert all(len(set(three)) == 3 and set(three) <= known for three in suggested.values())
     assert Image.open("look.png").size[0] > 0 and Path("nets/data-captions/net.json").exists()
+    captured = capsys.readouterr()
+    assert "no caption is written (--dry-run); the in-domain CLIP stays in nets/data-captions" in captured.out
+    assert "warning: the in-domain CLIP has learned from" in captured.err and "captioned pictures" in captured.err
     Path("names.txt").write_text("\n".join(hidden.values()) + "\n")
     main([*words, "--candidates", "names.txt"])  # with the network of before
-    assert capsys.readouterr().out.count("in-domain CLIP trained") == 1
+    again = capsys.readouterr()
+    assert "in-domain CLIP trained" in captured.out and "in-domain CLIP trained" not in again.out
+    assert "in-domain CLIP of nets/data-captions" in again.out  # that it is used again is said, and how sure it is
+    assert "warning: the in-domain CLIP has learned from" in again.err
     after = captions(data)
     assert all(after[name][0] in hidden.values() for name in hidden)
     assert all(after[line["file_name"]] == (line["text"],) for line in lines if "text" in line)
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "chance", "warned"),
+    [
+        (100, 0.11, 0.1, []),
+        (99, 0.11, 0.1, ["has learned from 99 captioned pictures"]),
+        (5000, 0.1, 0.1, ["no better than chance"]),
+        (20, 0.0, 1.0, ["has learned from 20 captioned pictures", "no better than chance"]),
+    ],
+)
+def test_an_unsure_clip_is_warned_of(n: int, low: float, chance: float, warned: list[str]) -> None:
+    recall = {"top5": {"value": low + 0.1, "low": low, "high": 1.0}, "chance": {"top5": chance}}
+    found = doubts({"n": n, "recall_on": "heldout", "recall": {"picture to caption": recall}})
+    assert len(found) == len(warned) and all(part in line for part, line in zip(warned, found, strict=True))
 
 
 # --- captioning models -----------------------------------------------------------------------------

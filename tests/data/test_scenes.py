@@ -52,7 +52,15 @@ def test_ink_on_the_edge_is_a_subject_cut_off() -> None:
     assert is_whole(picture) and not is_whole(picture.crop((0, 0, 10, 10)))
 
 
-@pytest.mark.parametrize(("size", "limit", "message"), [(4, 0, "size: expected 8"), (32, 3, "drawings: expected")])
-def test_bad_arguments_are_refused(tmp_path: Path, size: int, limit: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "limit", "message"),
+    [
+        (4, None, "size: expected 8"),
+        (32, 3, "drawings: expected at least 8"),
+        (32, 0, "drawings: expected at least 8, got 0"),
+        (32, -9, "drawings: expected"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path: Path, size: int, limit: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scenes.build(tmp_path / "scenes", size, limit)

@@ -37,12 +37,12 @@ class Scene:
     places: tuple[tuple[int, int], ...]
 
 
-def build(out: str | Path, size: int = 64, limit: int = 0) -> int:
+def build(out: str | Path, size: int = 64, limit: int | None = None) -> int:
     """Render the scenes into the folder `out`; returns the number of pictures.
 
     Args:
         size: edge of a drawing in pixels; a pair is twice as long.
-        limit: take only so many drawings, evenly; 0 is all.
+        limit: take only so many drawings, evenly; all by default.
     Raises:
         ModuleNotFoundError: if a package of the extra `demo` is missing.
         ValueError: for a size outside 8 to 2048, fewer than 8 drawings, or an `out` that holds something else.
@@ -50,7 +50,7 @@ def build(out: str | Path, size: int = 64, limit: int = 0) -> int:
     if not 8 <= size <= 2048:
         raise ValueError(f"size: expected 8 to 2048 pixels, got {size}")
     drawings = [one for one in find_drawings() if not one.tones and one.group not in LEFT_OUT]
-    if limit:
+    if limit is not None:
         if limit < 8:
             raise ValueError(f"drawings: expected at least 8, got {limit}")
         drawings = [drawings[i * len(drawings) // limit] for i in range(min(limit, len(drawings)))]
