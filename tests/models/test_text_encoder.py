@@ -317,3 +317,21 @@ def test_minilm_without_its_package_says_how_to_get_it(monkeypatch: pytest.Monke
 def test_minilm_needs_neither_sentence_transformers_nor_its_package_s_code(tmp_path: Path) -> None:
     copied = shutil.copytree(minilm_folder(), tmp_path / "minilm")
     assert TextEncoder.load(TextConfig(encoder=str(copied), max_length=16)).dim == 384
+
+
+def test_word_vectors_are_those_of_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = TextEncoder.load(TextConfig(encoder="minilm-words", max_length=8))
+    assert (words.dim, words.model.config.use_attention_mask) == (64, True)
+    caption = words.tokenizer("red heart", return_tensors="pt").input_ids[0]
+    table = transformers.AutoModel.from_pretrained(minilm_folder(), use_safetensors=True).float().embeddings
+    vectors = table.word_embeddings.weight + table.token_type_embeddings.weight[0]
+    summed = vectors[caption, :64] + table.position_embeddings.weight[: len(caption), :64]
+    gain, shift = table.LayerNorm.weight[:64], table.LayerNorm.bias[:64]
+    normed = torch.nn.functional.layer_norm(summed, [64], gain, shift, eps=1e-12)
+    expected = torch.nn.functional.layer_norm(normed, [64], eps=1e-12)
+    torch.testing.assert_close(words.encode(["red heart"])[0, : len(caption)], expected, atol=1e-5, rtol=0)
+    folder = tmp_path / "ldm/minilm-words"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10e6
+    (folder / "config.json").write_text("{}")  # damaged: made anew
+    assert TextEncoder.load(TextConfig(encoder="minilm-words")).dim == 64

@@ -1,0 +1,48 @@
+"""MiniLM's word vectors as a text encoder of 4 MB, for models to which captions matter little: upscalers.
+
+It is a BERT of one layer that changes nothing, of the first `WIDTH` channels of MiniLM's embeddings. Channels are
+chosen, not computed, so its weights have the same bits everywhere. It lies beside the user's other caches, since
+encoders are folders.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ldm.system.user_cache import ensure, locked, user_cache
+
+WIDTH = 64  # of 384
+
+
+def word_vectors_folder(minilm: Path) -> Path:
+    """The encoder's folder, made at its first use: $XDG_CACHE_HOME/ldm/minilm-words, by default in ~/.cache.
+
+    Args:
+        minilm: the folder of MiniLM.
+    """
+    folder = user_cache("minilm-words")
+    with locked(folder):
+        ensure(lambda made: save_word_vectors(minilm, made), folder)
+    return folder
+
+
+@torch.no_grad()
+def save_word_vectors(minilm: Path, folder: Path) -> None:
+    """Write the encoder and its tokenizer, both of transformers."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    full = BertModel.from_pretrained(minilm, local_files_only=True, use_safetensors=True).embeddings
+    config = BertConfig.from_pretrained(minilm, local_files_only=True)
+    config.update({"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": WIDTH})
+    words = BertModel(config)
+    for parameter in [*words.encoder.parameters(), *words.pooler.parameters()]:
+        parameter.zero_()  # what a layer adds is nothing; then it norms
+    for name, parameter in words.named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            parameter.fill_(1)
+    for name, parameter in words.embeddings.named_parameters():
+        parameter.copy_(full.get_parameter(name)[..., :WIDTH])
+    words.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm, local_files_only=True).save_pretrained(folder)
