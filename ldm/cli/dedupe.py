@@ -40,7 +40,15 @@ def distance(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     from ldm.data.dataset import read_captioned
-    from ldm.data.deduplication import check_store, check_target, contact_sheet, movable, move_copies, report
+    from ldm.data.deduplication import (
+        captions_in,
+        check_store,
+        check_target,
+        contact_sheet,
+        movable,
+        move_copies,
+        report,
+    )
     from ldm.data.duplicates import groups
     from ldm.data.rows import count
 
@@ -53,13 +61,14 @@ def run(arguments: argparse.Namespace) -> None:
     pictures = read_captioned(folder, caption_columns=(), holdout=0)
     if arguments.apply:
         check_store(pictures)
-    found = movable(groups(pictures, arguments.distance), pictures)
+    captions = captions_in(folder, pictures) if folder.is_dir() else [""] * len(pictures)
+    found = movable(groups(pictures, arguments.distance, captions), pictures)
     if not found:
         print(f"{folder}: {count(len(pictures), 'picture')}, none of them twice")
         return
     print(report(found, len(pictures)))
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(found).save(sheet)
+    contact_sheet(found, {row.locator: caption for row, caption in zip(pictures, captions, strict=True)}).save(sheet)
     print(f"side by side: {sheet}")
     names = [str(pair.second.locator) for group in found for pair in group]
     if not arguments.apply:
@@ -73,7 +82,7 @@ COMMAND = Command(
     "find pictures that are there twice; with --apply, move the extra copies to another folder",
     """
 ldm data dedupe my_pictures             (which ones, and a contact sheet)
-ldm data dedupe my_pictures --apply     (the largest copy stays, the others go to my_pictures-duplicates)""",
+ldm data dedupe my_pictures --apply     (the largest with a caption stays, the others go to my_pictures-duplicates)""",
     add_arguments,
     run,
 )

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from ldm.data.dataset import CaptionedPictures
+from ldm.data.dataset import CaptionedPictures, Row
 from ldm.data.duplicates import Pair
 from ldm.data.grid import captioned_grid
 from ldm.data.rows import BadDataError, count
-from ldm.data.sources.folders import FolderStore, Listing, list_folder
+from ldm.data.sources.folders import FolderStore, Listing, caption_lines, list_folder
 from ldm.data.sources.rewriting import file_of, rewrite_table
 from ldm.system.files import link_or_copy, put_in_place, temporary_beside
 
@@ -47,7 +48,7 @@ def check_target(folder: Path, to: Path) -> None:
     if not folder.is_dir():
         raise BadDataError(f"{folder}: expected a folder of pictures; shards and Hub data sets are not changed")
     if to.exists():
-        raise ValueError(f"--to: {to} is there already; name a new folder")
+        raise ValueError(f"--to: {to} is there already, perhaps of an earlier run; name a new folder")
     if to.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--to: {to} lies in {folder}, where its pictures would be found again; name one outside")
 
@@ -56,6 +57,19 @@ def check_store(pictures: CaptionedPictures) -> None:
     """Raise a BadDataError unless the pictures are files of a folder, which can be moved."""
     if not isinstance(pictures[0].store, FolderStore):
         raise BadDataError(f"{pictures.source}: its pictures lie in shards or tables, which are not changed")
+
+
+def captions_in(folder: Path, pictures: Iterable[Row]) -> list[str]:
+    """The first caption of each picture of a folder, "" where it has none that can be read."""
+    listing = list_folder(str(folder))
+    if listing.metadata:
+        return [str(row.extra.get("text", "")).strip() for row in pictures]
+
+    def first(text: Path) -> str:
+        lines = caption_lines(text.read_bytes(), str(text)) if text.is_file() else []
+        return lines[0] if isinstance(lines, list) and lines else ""
+
+    return [first((folder / str(row.locator)).with_suffix(".txt")) for row in pictures]
 
 
 def move_copies(folder: Path, names: Collection[str], to: Path) -> None:
@@ -101,17 +115,26 @@ def _drop(root: Path, table: str, names: Collection[str], *, keep: bool) -> None
         (root / table).unlink()
 
 
-def contact_sheet(groups: Sequence[Sequence[Pair]]) -> Image.Image:
-    """The first groups, a line each: the picture that stays, then its copies with their distance."""
+def contact_sheet(groups: Sequence[Sequence[Pair]], captions: Mapping[Any, str]) -> Image.Image:
+    """The first groups, a line each: the picture that stays, then its copies with their distance.
+
+    Args:
+        captions: by locator.
+    """
     blank = Image.new("RGB", (8, 8), "white")
-    pictures, captions = [], []
+    across = min(ACROSS, 1 + max(map(len, groups)))
+    pictures, words = [], []
+
+    def told(row: Row, head: str) -> str:
+        return f"{head}: {Path(str(row.locator)).name}, {captions[row.locator] or 'no caption'}"
+
     for group in groups[:SHOWN]:
-        line = [(group[0].first.image(), f"stays: {group[0].first.locator}")]
-        line += [(pair.second.image(), f"{pair.distance:.1f}: {pair.second.locator}") for pair in group[: ACROSS - 1]]
-        line += [(blank, "")] * (ACROSS - len(line))
+        line = [(group[0].first.image(), told(group[0].first, "stays"))]
+        line += [(pair.second.image(), told(pair.second, f"{pair.distance:.1f}")) for pair in group[: across - 1]]
+        line += [(blank, "")] * (across - len(line))
         pictures += [picture for picture, _ in line]
-        captions += [caption for _, caption in line]
-    return captioned_grid(pictures, captions, columns=ACROSS)
+        words += [caption for _, caption in line]
+    return captioned_grid(pictures, words, columns=across, edge=192)
 
 
 def report(groups: Sequence[Sequence[Pair]], pictures: int) -> str:

@@ -90,6 +90,24 @@ def test_a_jsonl_row_that_stays_keeps_its_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "extra/metadata.jsonl").read_text().splitlines() == [lines[0], lines[2]]
 
 
+@pytest.mark.parametrize("form", [as_jsonl, as_texts])
+def test_a_copy_without_a_caption_goes_first(form: Callable[[Path], None], tmp_path: Path) -> None:
+    """The largest copy has none, so the largest of those that have one stays."""
+    root = tmp_path / "data"
+    draw(root)
+    form(root)
+    if form is as_texts:
+        (root / LARGE).with_suffix(".txt").unlink()
+    else:
+        lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text("utf-8").splitlines()]
+        rows = [{**line, "text": "" if line["file_name"] == LARGE else line["file_name"]} for line in lines]
+        (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["data", "dedupe", str(root), "--apply"])
+    assert not (root / LARGE).exists() and not (root / SMALL).exists()
+    assert {str(row.locator) for row in read_captioned(root, progress=False, holdout=0)} == {AGAIN, OTHER}
+    assert Image.open(tmp_path / "data-duplicates.png").width > 3 * 192  # a line of three
+
+
 def test_no_chain_of_small_changes_is_a_group_and_named_pictures_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +128,7 @@ def test_no_chain_of_small_changes_is_a_group_and_named_pictures_stay(
     ("words", "error"),
     [
         (["data", "--to", "data/extra"], "--to: data/extra lies in data"),
-        (["data", "--to", "there"], "--to: there is there already; name a new folder"),
+        (["data", "--to", "there"], "--to: there is there already, perhaps of an earlier run; name a new folder"),
         (["shards.tar"], "shards.tar: expected a folder of pictures"),
     ],
 )
