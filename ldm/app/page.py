@@ -38,9 +38,11 @@ RANDOM_SEEDS = 2**31
 def build_page(pipeline: LDMPipeline) -> gr.Blocks:
     """The page of a pipeline and the LoRAs that are loaded into it; launch it with SERVING."""
     height, width = pipeline.edge("height"), pipeline.edge("width")
-    small = max(height, width) <= SMALL
+    upscaler = pipeline.upscaler if pipeline.has_upscaler else None
+    factor = upscaler.factor if upscaler else 1
     usual, timesteps = pipeline.defaults, pipeline.scheduler.config.num_train_timesteps
     model, sizes = model_sha256(pipeline, adapters=False), shapes(pipeline)
+    behind = model_sha256(upscaler) if upscaler else None
     millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
     has_text, has_condition = pipeline.tokenizer is not None, bool(pipeline.condition_channels)
     quantities = pipeline.numbers.columns if pipeline.numbers else ()
@@ -51,7 +53,8 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         """Pictures with these LoRAs' weights, and their settings inside."""
         set_weights(pipeline, adapters)
         made: Any = pipeline(**arguments, callback_on_step_end=callback_on_step_end)
-        png_metadata.stamp(made.images, pipeline, model, **arguments)
+        passed = behind if arguments.get("upscale") else None
+        png_metadata.stamp(made.images, pipeline, model, upscaler=passed, **arguments)
         images: list[Any] = made.images
         return images
 
@@ -82,7 +85,8 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         """Step after step, what changes on the page."""
         first = secrets.randbelow(RANDOM_SEEDS) if surprise or number is None else number
         started = time.monotonic()
-        named, weights = dict(zip(quantities, further, strict=False)), further[len(quantities) :]
+        *amounts, larger = further if upscaler else (*further, None)
+        named, weights = dict(zip(quantities, amounts, strict=False)), amounts[len(quantities) :]
         numbers = {name: value for name, value in named.items() if value is not None}
         try:
             arguments: dict[str, Any] = {
@@ -97,18 +101,21 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                 "num_images_per_prompt": count,
                 "seed": first,
                 **({} if shape == sizes[0] else size_of(shape)),
+                **({"upscale": True} if larger else {}),
             }
             adapters = {name: weight or 0.0 for name, weight in zip(loaded, weights, strict=True)}
             with closing(jobs.run(request.session_hash, adapters=adapters, **arguments)) as progress:
                 for done in progress:
                     if isinstance(done, int):
                         bar = f"<div class=bar><div style='width: {done / steps:.0%}'></div></div>"
-                        yield {status: f"Step {done} of {steps}{bar}"}
+                        enlarging = larger and done == steps
+                        yield {status: f"{'Upscaling…' if enlarging else f'Step {done} of {steps}'}{bar}"}
                     else:
                         seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
                         report = f"Generated in {time.monotonic() - started:.1f} s from {seeds}."
                         columns = 1 if count == 1 else 2 if count <= 4 else 3
-                        shown = gr.update(value=done, columns=columns, selected_index=None)
+                        look = ["small"] * (max(done[0].size) <= SMALL)
+                        shown = gr.update(value=done, columns=columns, selected_index=None, elem_classes=look)
                         yield {**idle, pictures: shown, seed: first, status: report}
         except Stopped:
             yield {**idle, status: "Stopped."}
@@ -118,10 +125,11 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from None
             raise
 
+    enlarged = ", shown enlarged" if max(height, width) * factor <= SMALL else ""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(
             f"# {title}\nA latent-diffusion model of {millions:.0f} million parameters. "
-            f"Its pictures are {width} × {height} pixels{', shown enlarged' if small else ''}."
+            f"Its pictures are {width * factor} × {height * factor} pixels{enlarged}."
         )
         with gr.Row():
             with gr.Column(scale=5):
@@ -165,6 +173,9 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="of the first picture")
                         surprise = gr.Checkbox(True, label="A new seed each time")
                     shape = gr.Dropdown(sizes, value=sizes[0], label="Size", info="width × height in pixels")
+                    large = gr.Checkbox(
+                        True, label=f"Upscale ×{factor}", info="a second model adds pixels", visible=bool(upscaler)
+                    )
             with gr.Column(scale=6):
                 pictures = gr.Gallery(
                     show_label=False,
@@ -173,7 +184,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                     object_fit="contain",
                     interactive=False,
                     elem_id="pictures",
-                    elem_classes=["small"] * small,
+                    elem_classes=["small"] * bool(enlarged),
                     buttons=["download", "fullscreen"],
                 )
 
@@ -182,7 +193,18 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
         begun.then(
             generate,
-            inputs=[prompt, label, picture, *settings, seed, surprise, shape, *amounts, *loras],
+            inputs=[
+                prompt,
+                label,
+                picture,
+                *settings,
+                seed,
+                surprise,
+                shape,
+                *amounts,
+                *loras,
+                *[large] * bool(upscaler),
+            ],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="generate",

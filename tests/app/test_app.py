@@ -406,6 +406,25 @@ def test_wide_and_tall_sizes_are_offered_and_generated(pipe: LDMPipeline, monkey
     assert picture.size == (32, 8) and np.array_equal(picture, expected)
 
 
+def test_a_model_with_an_upscaler_generates_large_pictures(folder: Path, tmp_path: Path) -> None:
+    """Unless the box is not ticked; either picture says how it is made again."""
+    pipe = app.load(str(shutil.copytree(folder, tmp_path / "model")), "torch")
+    tiny.upscale_pipeline(tmp_path / "text").save_pretrained(tmp_path / "model/upscaler")
+    page = app.build_page(pipe)
+    (box,) = [one for one in page.blocks.values() if isinstance(one, gr.Checkbox) and one.label == "Upscale ×2"]
+    assert box.value and box.visible
+    (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
+    inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16"]
+    for ticked in (True, False):
+        news = list(function(gr.Request(session_hash="visitor"), *inputs, ticked))
+        assert any("Upscaling…" in str(new) for new in news) is ticked
+        (picture,) = last_pictures(iter(news))
+        arguments: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 5, "upscale": ticked}
+        assert picture.size == ((32, 32) if ticked else (16, 16))
+        assert np.array_equal(picture, pipe("cat", **arguments).images[0])
+        assert (png_metadata.of(picture, Path("page")).upscaler is not None) is ticked
+
+
 def test_a_model_of_numbers_has_a_field_for_each(tmp_path: Path) -> None:
     """Empty fields are no numbers; one that is empty beside another is named."""
     pipe = tiny.numbers_pipeline(tmp_path, Numbers(("size", "angle"), (0.5, 90.0), (0.25, 30.0)))
