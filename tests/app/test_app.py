@@ -535,7 +535,7 @@ def test_the_default_model_is_the_first_that_exists(
     ("arguments", "message"),
     [
         ([], r"error: there is no model in models/openmoji64 or runs/demo/pipeline; name yours with --model"),
-        (["--model", "./nowhere"], r"error: nowhere is not a pipeline folder"),
+        (["--model", "./nowhere"], r"error: nowhere: there is no such folder"),
     ],
 )
 def test_without_a_model_the_command_says_what_to_do(

@@ -233,7 +233,7 @@ class World:
         kinds: dict[str, dict[str, Any]] = {
             "cached": {"loop__accumulation": 2},
             "workers": {"data__cache": "off", "data__workers": 2, "data__flip": "true"},
-            "vae": {"vae": None, "data__workers": 2},
+            "vae": {"vae": "null", "data__workers": 2},
             "classifier": {"data__label_column": "color", "data__flip": "true"},
             "inpaint": {"data__inpaint": "true", "data__workers": 2},
             "lora": {"init": str(self.home / "model"), "unet__channels": [32, 64], "lora__rank": 2, **road.OF_INIT},

@@ -28,7 +28,7 @@ from ldm.training.trainer import Trainer
 
 STEPS = 6
 RECIPES: dict[str, dict[str, Any]] = {
-    "vae": {"vae_training__adversarial": 0.1, "vae_training__adversarial_start": 2},
+    "vae": {"vae": "null", "vae_training__adversarial": 0.1, "vae_training__adversarial_start": 2},
     "ldm": {"loop__sample_every": 0},
     "classifier": {"data__label_column": "color", "classifier__channels": [8, 16], "data__flip": True},
     "lora": {"loop__sample_every": 0, "lora__rank": 2},

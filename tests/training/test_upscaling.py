@@ -233,7 +233,7 @@ def test_a_vae_or_a_base_that_does_not_fit_is_refused_before_anything_runs(home:
         assert "\n" not in str(raised.value)
 
     refused("upscale.factor: the VAE makes pictures 2 times smaller, and .* set upscale.factor=2", upscale__factor=4)
-    refused("upscale.base: .*nothere.* is not a pipeline folder", upscale__base=str(tmp_path / "nothere"))
+    refused("upscale.base: .*nothere: there is no such folder", upscale__base=str(tmp_path / "nothere"))
     refused("upscale.base: .* makes pictures of 16 pixels, .* is 24; set data.size=32", data__size=48)
     tiny.inpaint_pipeline(tmp_path / "encoder").save_pretrained(tmp_path / "inpaint")
     refused("upscale.base: .* takes a class, numbers or a second picture", upscale__base=str(tmp_path / "inpaint"))
