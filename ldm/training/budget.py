@@ -23,6 +23,7 @@ import psutil
 from accelerate.utils import broadcast_object_list
 
 from ldm.data.dataset import CaptionedPictures
+from ldm.data.rows import count
 from ldm.system.errors import RunError
 from ldm.system.memory import give_back
 from ldm.training.checkpoint import has_begun
@@ -186,6 +187,13 @@ def step_seconds(task: Task, half: bool) -> float:
     return statistics.median(taken[WARM_UP:])
 
 
+def split_sizes(pictures: CaptionedPictures, limit: int) -> str:
+    """How many pictures there are to train on, at most `limit` of them, and how many are held out."""
+    train = len(pictures.train)
+    used = f"{limit:,} of {count(train, 'picture')}" if 0 < limit < train else count(train, "picture")
+    return f"{used} to train on, {len(pictures.heldout)} held out"
+
+
 def limited(pictures: CaptionedPictures, limit: int, first: Sequence[str]) -> CaptionedPictures:
     """At most so many training pictures, and all held-out ones, in their order.
 
@@ -199,7 +207,7 @@ def limited(pictures: CaptionedPictures, limit: int, first: Sequence[str]) -> Ca
     wanted = {caption: number for number, caption in enumerate(first)}
     named = [place for place in train if wanted.keys() & set(pictures[place].captions)][:limit]
     others = [place for place in train if place not in set(named)]
-    count = limit - len(named)
-    spread = [others[number * len(others) // count] for number in range(count)]
+    rest = limit - len(named)
+    spread = [others[number * len(others) // rest] for number in range(rest)]
     kept = {*named, *spread}
     return pictures.select(place for place, row in enumerate(pictures) if row.split == "heldout" or place in kept)

@@ -22,9 +22,8 @@ def train(task: str, config: Config) -> list[float]:
 
     # here, so that a command line is parsed and its --help printed before torch is loaded
     from ldm.data.dataset import read_captioned, require_training
-    from ldm.data.rows import count
     from ldm.models.ema import learning
-    from ldm.training.budget import decide, limited, read_budget
+    from ldm.training.budget import decide, limited, read_budget, split_sizes
     from ldm.training.checkpoint import has_begun
     from ldm.training.distributed import build_accelerator, keep_group
     from ldm.training.doctor.examine import before_first_step
@@ -35,7 +34,6 @@ def train(task: str, config: Config) -> list[float]:
     from ldm.training.tasks import task_of_unet
     from ldm.training.tasks.autoencoder import Autoencoder
     from ldm.training.tasks.classifier import Classifier
-    from ldm.training.tasks.distillation import Distillation
     from ldm.training.trainer import Trainer
 
     if task == "ldm" and config.distill.steps:
@@ -58,7 +56,7 @@ def train(task: str, config: Config) -> list[float]:
     main, facts = accelerator.is_main_process, config.facts_folder()
     pictures = read_captioned(data.source, **data.reading(), facts=facts, progress=main)
     require_training(pictures)
-    sizes = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
+    sizes = split_sizes(pictures, data.limit)
     accelerator.print(f"{data.source}: {sizes}{'' if len(pictures.heldout) else ', so there is no validation loss'}")
     if not has_begun(config.run, task):
         for warning in pictures.unfit(data.size, data.most_ratio if task in ("ldm", "distill") else 1.0):
@@ -71,7 +69,7 @@ def train(task: str, config: Config) -> list[float]:
     tasks: dict[str, type[Task]] = {
         "vae": Autoencoder,
         "ldm": task_of_unet(config),
-        "distill": Distillation,
+        "distill": task_of_unet(config),
         "classifier": Classifier,
     }
     kind = tasks[task]

@@ -74,6 +74,14 @@ def test_a_good_recipe_passes_and_nothing_is_written(home: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
 
 
+def test_a_recipe_of_a_student_is_tried_as_one(home: Path) -> None:
+    tiny.pipeline(home / "teacher-text").save_pretrained(home / "teacher")
+    words: dict[str, Any] = {"init": str(home / "teacher"), "distill__steps": 4, "data__limit": 5, **road.OF_INIT}
+    found = {one.check: one for one in examine(road.recipe(home, **words))}
+    assert not problems(found)
+    assert found["data"].message.startswith("5 of ") and "student time" in found
+
+
 def test_a_rate_that_cannot_learn_is_named(home: Path) -> None:
     findings = look(home, optim__lr=1e-12)
     assert problems(findings) == ["U-Net learning"]

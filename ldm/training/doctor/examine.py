@@ -22,6 +22,7 @@ from ldm.data.duplicates import alike, duplicates, named
 from ldm.data.rows import count
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import build_vae, normalize
+from ldm.training.budget import split_sizes
 from ldm.training.checkpoint import has_begun
 from ldm.training.config import Config
 from ldm.training.distributed import build_accelerator, encoding_dtype
@@ -80,15 +81,16 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def _examine(config: Config) -> Iterator[Finding]:
-    config = resolved(config, "ldm")
-    check_sizes(config, "ldm")
+    task = "distill" if config.distill.steps else "ldm"
+    config = resolved(config, task)
+    check_sizes(config, task)
     pictures = read_captioned(config.data.source, **config.data.reading())
     require_training(pictures)
     data = config.data
     source = ConditionedPictures.read(
         pictures, data.label_column, data.condition_column, number_columns=data.number_columns
     )
-    message = f"{count(len(pictures.train), 'picture')} to train on, {len(pictures.heldout)} held out"
+    message = split_sizes(pictures, data.limit)
     if pictures.skipped:
         named = "".join(f"\n{problem}" for problem in pictures.skipped[:3])
         yield Finding("warning", "data", f"{message}, {len(pictures.skipped)} left out (data.on_bad=skip):{named}")
@@ -149,7 +151,8 @@ def _examine(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "VAE", message) if mean >= BLURRED else Finding("warning", "VAE", message + far)
     del vae
     encoders = Encoders(load_the_vae, load_text if config.text.encoder else None, encoding_dtype(accelerator))
-    yield from try_out(task_of_unet(config)(config, accelerator, source, encoders))
+    kind = task_of_unet(config)
+    yield from try_out(kind(config, accelerator, source, encoders))
 
 
 def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:
