@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, normalize
+from tqdm import tqdm
 
 from ldm.data.dataset import CaptionedPictures
 from ldm.evaluation.evaluation_set import fingerprint
@@ -107,7 +108,8 @@ def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, matches:
 def mean_pooled(text: TextEncoder, captions: Sequence[str], batch_size: int = 64) -> Tensor:
     """Captions => the mean of their tokens' last hidden states without padding, float32 [B,text_dim] on the CPU."""
     parts = []
-    for start in range(0, len(captions), batch_size):
+    starts = range(0, len(captions), batch_size)
+    for start in tqdm(starts, "embedding captions", unit="batch", leave=False, disable=len(starts) < 16):
         tokens = text.tokenizer(
             list(captions[start : start + batch_size]),
             padding=True,
