@@ -8,4 +8,5 @@ hashing.py     manifests
 importing.py   quick imports, quick exits
 memory.py      memory that a CPU frees and needs again; peak memory
 plain_yaml.py  YAML without surprises
+user_cache.py  folders that are made once on a machine and kept
 """
