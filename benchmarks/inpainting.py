@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("base", help="the model that was not trained to inpaint")
     parser.add_argument("inpainting", help="the one that was")
     parser.add_argument("--net", type=Path, required=True, help="the data's own CLIP, by `ldm evaluate --fit-net`")
+    parser.add_argument("--caption-columns", nargs="+", default=["text"], help="as the CLIP was fitted (default: text)")
     parser.add_argument("--size", type=int, default=64, help="edge of the pictures (default: 64)")
     parser.add_argument("--pictures", type=int, default=200, help="held-out ones, at most (default: 200)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
@@ -96,7 +97,7 @@ def main() -> None:
 
     from ldm import LDMPipeline
 
-    every = read_captioned(chosen.data)
+    every = read_captioned(chosen.data, caption_columns=chosen.caption_columns)
     extractor = load_clip(chosen.net, every, chosen.size, torch.device("cpu"))
     rows, size = evenly(every.heldout, chosen.pictures), chosen.size
     captions, true = [row.captions[0] for row in rows], squares(rows, size)
