@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,30 @@ def right_entries(made: Image.Image, colors: Image.Image) -> float:
 AGREEMENTS: dict[str, Agreement] = {"outline": edge_agreement, "colors": right_entries}
 
 
-def generate(pipeline: Any, captions: Sequence[str], conditions: Sequence[Image.Image], **given: Any) -> list[Any]:
-    """A picture of each caption and second picture, from seed 0, 1, 2, …"""
-    made: list[Any] = []
+def generate(
+    pipeline: Any, captions: Sequence[str], each: Mapping[str, Sequence[Image.Image]], **given: Any
+) -> list[Image.Image]:
+    """A picture of each caption, from seed 0, 1, 2, …
+
+    Args:
+        each: arguments of the pipeline that have a value for each caption.
+        given: those that have one for all.
+    """
+    made: list[Image.Image] = []
     for start in tqdm(range(0, len(captions), BATCH), unit="batch"):
         part = slice(start, start + BATCH)
-        made += pipeline(list(captions[part]), condition=list(conditions[part]), seed=start, **given).images
+        own = {name: list(values[part]) for name, values in each.items()}
+        made += pipeline(list(captions[part]), seed=start, **own, **given).images
     return made
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of what is generated, and of where the figures go."""
+    parser.add_argument("--size", type=int, default=64, help="edge of the real pictures (default: 64)")
+    parser.add_argument("--pictures", type=int, default=200, help="held-out rows, at most (default: 200)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="(default: 3)")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, and pictures beside it if there are any")
 
 
 def figures(agreement: Agreement, made: Sequence[Image.Image], conditions: Sequence[Image.Image]) -> dict[str, Any]:
@@ -108,11 +125,7 @@ def main() -> None:
     parser.add_argument("data", help="what `ldm data openmoji --condition` made")
     parser.add_argument("pipeline", nargs="?", help="trained on it; none measures the real pictures alone")
     parser.add_argument("column", choices=AGREEMENTS, help="data.condition_column")
-    parser.add_argument("--size", type=int, default=64, help="of the real pictures (default: 64)")
-    parser.add_argument("--pictures", type=int, default=200, help="held-out rows, at most (default: 200)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="(default: 3)")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    add_sampling(parser)
     chosen = parser.parse_args()
 
     agreement, size = AGREEMENTS[chosen.column], (chosen.size, chosen.size)
@@ -128,7 +141,7 @@ def main() -> None:
         pipeline.set_progress_bar_config(disable=True)
         given = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
         for name, texts in (("with captions", captions), ("without captions", [""] * len(captions))):
-            report[name] = figures(agreement, generate(pipeline, texts, conditions, **given), conditions)
+            report[name] = figures(agreement, generate(pipeline, texts, {"condition": conditions}, **given), conditions)
     print(json.dumps(report, indent=2))
     if chosen.out:
         chosen.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
+from torch import Tensor
 
-from benchmarks.conditions import BATCH
-from ldm.data.batches import evenly, load_pixels, spread
-from ldm.data.dataset import Row, read_captioned
+from benchmarks.conditions import BATCH, add_sampling, generate
+from ldm.data.batches import evenly, load_pixels, pixel_batches, spread
+from ldm.data.dataset import read_captioned
 from ldm.data.grid import captioned_grid
-from ldm.evaluation.features import FeatureExtractor, extract_features
+from ldm.evaluation.features import extract_features
 from ldm.evaluation.in_domain_clip import load_clip
 from ldm.evaluation.metrics.distribution import kid_estimate
 from ldm.evaluation.metrics.intervals import RESAMPLES
@@ -59,28 +59,6 @@ def inverted(mask: Image.Image) -> Image.Image:
     return mask.point([255 - value for value in range(256)])
 
 
-def fill(
-    pipeline: Any, captions: Sequence[str], pictures: Sequence[Image.Image], masks: Sequence[Image.Image], **given: Any
-) -> list[Image.Image]:
-    """Each picture with its masked half made anew, from seed 0, 1, 2, …"""
-    made: list[Image.Image] = []
-    for start in tqdm(range(0, len(captions), BATCH), unit="batch"):
-        part = slice(start, start + BATCH)
-        images, holes = list(pictures[part]), list(masks[part])
-        made += pipeline(list(captions[part]), image=images, mask_image=holes, seed=start, **given).images
-    return made
-
-
-def features(extractor: FeatureExtractor, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """The vectors [N,D] of pictures."""
-    return extract_features([extractor], to_pixels_of(pictures).split(BATCH))[extractor.name]
-
-
-def squares(rows: Sequence[Row], size: int) -> list[Image.Image]:
-    """The pictures of rows, as training sees them."""
-    return to_pictures(torch.stack([load_pixels(row, size) for row in rows]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="captioned pictures, some of them held out")
@@ -88,46 +66,44 @@ def main() -> None:
     parser.add_argument("inpainting", help="the one that was")
     parser.add_argument("--net", type=Path, required=True, help="the data's own CLIP, by `ldm evaluate --fit-net`")
     parser.add_argument("--caption-columns", nargs="+", default=["text"], help="as the CLIP was fitted (default: text)")
-    parser.add_argument("--size", type=int, default=64, help="edge of the pictures (default: 64)")
-    parser.add_argument("--pictures", type=int, default=200, help="held-out ones, at most (default: 200)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="(default: 3)")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON, and a sheet beside it")
+    add_sampling(parser)
     chosen = parser.parse_args()
 
     from ldm import LDMPipeline
 
     every = read_captioned(chosen.data, caption_columns=chosen.caption_columns)
     extractor = load_clip(chosen.net, every, chosen.size, torch.device("cpu"))
-    rows, size = evenly(every.heldout, chosen.pictures), chosen.size
-    captions, true = [row.captions[0] for row in rows], squares(rows, size)
-    masks = [half_mask(number, size) for number in range(len(rows))]
-    gallery = features(extractor, squares(list(every), size))
+    size, name = chosen.size, extractor.name
+    rows, some = evenly(every.heldout, chosen.pictures), evenly(every.train, REFERENCE)
+    gallery = extract_features([extractor], pixel_batches(every, size, "embedding all pictures"))[name]
+    captions = [row.captions[0] for row in rows]
     matches = caption_matches(captions, [row.captions for row in every])
-    some = squares(evenly(every.train, REFERENCE), size)
-    reference = features(extractor, [only(one, half_mask(number, size)) for number, one in enumerate(some)])
+    true, known = (to_pictures(torch.stack([load_pixels(row, size) for row in each])) for each in (rows, some))
+
+    def features(pictures: Sequence[Image.Image]) -> Tensor:
+        return extract_features([extractor], to_pixels_of(pictures).split(BATCH))[name]
 
     def recall(pictures: Sequence[Image.Image]) -> dict[str, Any]:
-        rank = ranks(distances(features(extractor, pictures), gallery, extractor.metric), matches)
-        return recall_at_k(rank, len(gallery))
+        return recall_at_k(ranks(distances(features(pictures), gallery, extractor.metric), matches), len(gallery))
 
-    report: dict[str, Any] = {"kept": {"retrieval": recall([only(a, inverted(b)) for a, b in zip(true, masks)])}}
-    shown = {"true": true, "masked": [only(a, inverted(b)) for a, b in zip(true, masks)]}
+    masks = [half_mask(number, size) for number in range(max(len(true), len(known)))]
+    reference = features([only(picture, mask) for picture, mask in zip(known, masks)])
+    shown = {"true": true, "kept": [only(picture, inverted(mask)) for picture, mask in zip(true, masks)]}
     given = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
-    for name in ("base", "inpainting"):
-        pipeline = LDMPipeline.from_pretrained(getattr(chosen, name)).to_best_device()
+    for arm in ("base", "inpainting"):
+        pipeline = LDMPipeline.from_pretrained(getattr(chosen, arm)).to_best_device()
         pipeline.set_progress_bar_config(disable=True)
-        shown[name] = fill(pipeline, captions, true, masks, **given)
-    for name, pictures in shown.items():
-        if name != "masked":
-            holes = features(extractor, [only(one, mask) for one, mask in zip(pictures, masks)])
-            report[name] = {"retrieval": recall(pictures), "kid": kid_estimate(holes, reference, RESAMPLES)}
+        shown[arm] = generate(pipeline, captions, {"image": true, "mask_image": masks[: len(true)]}, **given)
+    report: dict[str, Any] = {arm: {"retrieval": recall(pictures)} for arm, pictures in shown.items()}
+    for arm in ("true", "base", "inpainting"):
+        holes = features([only(picture, mask) for picture, mask in zip(shown[arm], masks)])
+        report[arm]["kid"] = kid_estimate(holes, reference, RESAMPLES)
     print(json.dumps(report, indent=2))
     if chosen.out:
         chosen.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        places = list(spread(len(rows), SHOWN))
+        places = list(spread(len(true), SHOWN))
         sheet = [pictures[place] for pictures in shown.values() for place in places]
-        words = [f"{name}: {captions[place]}" for name in shown for place in places]
+        words = [f"{arm}: {captions[place]}" for arm in shown for place in places]
         captioned_grid(sheet, words, columns=len(places)).save(chosen.out.with_suffix(".png"))
 
 

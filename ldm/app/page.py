@@ -80,13 +80,13 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         number: int | None,
         surprise: bool,
         shape: str,
+        larger: bool,
         *further: float | None,
     ) -> Iterator[dict[Any, Any]]:
         """Step after step, what changes on the page."""
         first = secrets.randbelow(RANDOM_SEEDS) if surprise or number is None else number
         started = time.monotonic()
-        *amounts, larger = further if upscaler else (*further, None)
-        named, weights = dict(zip(quantities, amounts, strict=False)), amounts[len(quantities) :]
+        named, weights = dict(zip(quantities, further, strict=False)), further[len(quantities) :]
         numbers = {name: value for name, value in named.items() if value is not None}
         try:
             arguments: dict[str, Any] = {
@@ -108,8 +108,10 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                 for done in progress:
                     if isinstance(done, int):
                         bar = f"<div class=bar><div style='width: {done / steps:.0%}'></div></div>"
-                        enlarging = larger and done == steps
-                        yield {status: f"{'Upscaling…' if enlarging else f'Step {done} of {steps}'}{bar}"}
+                        if larger and done == steps:  # which nothing interrupts
+                            yield {status: f"Upscaling…{bar}", stop: gr.update(interactive=False)}
+                        else:
+                            yield {status: f"Step {done} of {steps}{bar}"}
                     else:
                         seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
                         report = f"Generated in {time.monotonic() - started:.1f} s from {seeds}."
@@ -172,10 +174,10 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                     with gr.Row():
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="of the first picture")
                         surprise = gr.Checkbox(True, label="A new seed each time")
-                    shape = gr.Dropdown(sizes, value=sizes[0], label="Size", info="width × height in pixels")
-                    large = gr.Checkbox(
-                        True, label=f"Upscale ×{factor}", info="a second model adds pixels", visible=bool(upscaler)
-                    )
+                    before = " before upscaling" if upscaler else ""
+                    shape = gr.Dropdown(sizes, value=sizes[0], label="Size", info=f"width × height in pixels{before}")
+                    larger = {"label": f"Upscale ×{factor}", "info": "by the model's own upscaler"}
+                    large = gr.Checkbox(bool(upscaler), visible=bool(upscaler), **larger)
             with gr.Column(scale=6):
                 pictures = gr.Gallery(
                     show_label=False,
@@ -193,18 +195,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
         begun.then(
             generate,
-            inputs=[
-                prompt,
-                label,
-                picture,
-                *settings,
-                seed,
-                surprise,
-                shape,
-                *amounts,
-                *loras,
-                *[large] * bool(upscaler),
-            ],
+            inputs=[prompt, label, picture, *settings, seed, surprise, shape, large, *amounts, *loras],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="generate",

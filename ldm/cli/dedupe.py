@@ -39,16 +39,9 @@ def distance(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from ldm.data.captioning import CaptionFolder
     from ldm.data.dataset import read_captioned
-    from ldm.data.deduplication import (
-        captions_in,
-        check_store,
-        check_target,
-        contact_sheet,
-        movable,
-        move_copies,
-        report,
-    )
+    from ldm.data.deduplication import check_store, check_target, contact_sheet, movable, move_copies, report
     from ldm.data.duplicates import groups
     from ldm.data.rows import count
 
@@ -61,14 +54,15 @@ def run(arguments: argparse.Namespace) -> None:
     pictures = read_captioned(folder, caption_columns=(), holdout=0)
     if arguments.apply:
         check_store(pictures)
-    captions = captions_in(folder, pictures) if folder.is_dir() else [""] * len(pictures)
-    found = movable(groups(pictures, arguments.distance, captions), pictures)
+    captions = CaptionFolder.read(folder).captions if folder.is_dir() else {}
+    captioned = [bool(captions.get(str(row.locator))) for row in pictures]
+    found = movable(groups(pictures, arguments.distance, captioned), pictures)
     if not found:
         print(f"{folder}: {count(len(pictures), 'picture')}, none of them twice")
         return
     print(report(found, len(pictures)))
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(found, {row.locator: caption for row, caption in zip(pictures, captions, strict=True)}).save(sheet)
+    contact_sheet(found, captions).save(sheet)
     print(f"side by side: {sheet}")
     names = [str(pair.second.locator) for group in found for pair in group]
     if not arguments.apply:

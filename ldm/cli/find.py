@@ -121,9 +121,9 @@ def find_by_hash(
     """The pipeline that was named, or the one of this hash among models/ and runs/; and its hash.
 
     Args:
-        upscaler: the hash of the upscaler that must be behind it.
         dtype: of the networks' weights, on which the hash depends.
         engine: what is going to compute it.
+        upscaler: the hash of the upscaler that must be behind it, unless the pipeline was named.
     Raises:
         ValueError: if none was named and none of them has it.
     """

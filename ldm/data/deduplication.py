@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -18,7 +17,7 @@ from ldm.data.dataset import CaptionedPictures, Row
 from ldm.data.duplicates import Pair
 from ldm.data.grid import captioned_grid
 from ldm.data.rows import BadDataError, count
-from ldm.data.sources.folders import FolderStore, Listing, caption_lines, list_folder
+from ldm.data.sources.folders import FolderStore, Listing, list_folder
 from ldm.data.sources.rewriting import file_of, rewrite_table
 from ldm.system.files import link_or_copy, put_in_place, temporary_beside
 
@@ -57,19 +56,6 @@ def check_store(pictures: CaptionedPictures) -> None:
     """Raise a BadDataError unless the pictures are files of a folder, which can be moved."""
     if not isinstance(pictures[0].store, FolderStore):
         raise BadDataError(f"{pictures.source}: its pictures lie in shards or tables, which are not changed")
-
-
-def captions_in(folder: Path, pictures: Iterable[Row]) -> list[str]:
-    """The first caption of each picture of a folder, "" where it has none that can be read."""
-    listing = list_folder(str(folder))
-    if listing.metadata:
-        return [str(row.extra.get("text", "")).strip() for row in pictures]
-
-    def first(text: Path) -> str:
-        lines = caption_lines(text.read_bytes(), str(text)) if text.is_file() else []
-        return lines[0] if isinstance(lines, list) and lines else ""
-
-    return [first((folder / str(row.locator)).with_suffix(".txt")) for row in pictures]
 
 
 def move_copies(folder: Path, names: Collection[str], to: Path) -> None:
@@ -115,18 +101,19 @@ def _drop(root: Path, table: str, names: Collection[str], *, keep: bool) -> None
         (root / table).unlink()
 
 
-def contact_sheet(groups: Sequence[Sequence[Pair]], captions: Mapping[Any, str]) -> Image.Image:
+def contact_sheet(groups: Sequence[Sequence[Pair]], captions: Mapping[str, Sequence[str]]) -> Image.Image:
     """The first groups, a line each: the picture that stays, then its copies with their distance.
 
     Args:
-        captions: by locator.
+        captions: by locator; none of a picture that is absent.
     """
     blank = Image.new("RGB", (8, 8), "white")
     across = min(ACROSS, 1 + max(map(len, groups)))
     pictures, words = [], []
 
     def told(row: Row, head: str) -> str:
-        return f"{head}: {Path(str(row.locator)).name}, {captions[row.locator] or 'no caption'}"
+        name = str(row.locator)
+        return f"{head}: {Path(name).name}, {next(iter(captions.get(name, ())), 'no caption')}"
 
     for group in groups[:SHOWN]:
         line = [(group[0].first.image(), told(group[0].first, "stays"))]

@@ -61,7 +61,7 @@ def duplicates(pictures: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:
     return within, across
 
 
-def groups(pictures: Sequence[Row], most: float = NEAR, captions: Sequence[str] | None = None) -> list[list[Pair]]:
+def groups(pictures: Sequence[Row], most: float = NEAR, captioned: Sequence[bool] = ()) -> list[list[Pair]]:
     """Each picture that has copies, paired with every one of them, whatever the splits.
 
     The copy to keep is one with a caption, of those the largest, of several the first. All others of a group are near
@@ -69,10 +69,10 @@ def groups(pictures: Sequence[Row], most: float = NEAR, captions: Sequence[str] 
 
     Args:
         most: the largest distance of a copy, of 255 levels; 0 is another file of the same thumbnail.
-        captions: of each picture, "" where it has none; None leaves them out of account.
+        captioned: whether each picture has a caption; () leaves that out of account.
     """
-    wordless = [False] * len(pictures) if captions is None else [not caption for caption in captions]
-    order = sorted(range(len(pictures)), key=lambda i: (wordless[i], -pictures[i].size[0] * pictures[i].size[1], i))
+    first = list(captioned) or [True] * len(pictures)
+    order = sorted(range(len(pictures)), key=lambda i: (not first[i], -pictures[i].size[0] * pictures[i].size[1], i))
     small = thumbnails(pictures)[order]
     kept = np.ones(len(small), bool)
     found: dict[int, list[Pair]] = {}

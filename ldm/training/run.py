@@ -66,13 +66,8 @@ def train(task: str, config: Config) -> list[float]:
         chosen = limited(pictures, config.data.limit, config.loop.prompts)
         return kind.create(config, accelerator, chosen)  # pictures => data and frozen networks
 
-    tasks: dict[str, type[Task]] = {
-        "vae": Autoencoder,
-        "ldm": task_of_unet(config),
-        "distill": task_of_unet(config),
-        "classifier": Classifier,
-    }
-    kind = tasks[task]
+    others: dict[str, type[Task]] = {"vae": Autoencoder, "classifier": Classifier}
+    kind = others.get(task) or task_of_unet(config)
     timed = task in ("ldm", "distill") and config.loop.minutes > 0
     budget = read_budget(config, task) if timed else None
     job = create(budget.apply(config) if budget else config)

@@ -301,7 +301,7 @@ def drawing(pipe: LDMPipeline) -> Draw:
 
     def draw(prompt: str = "cat", steps: int = 3, seed: int = 1, count: int = 1) -> Iterator[dict[Any, Any]]:
         request = gr.Request(session_hash=f"visitor {seed}")
-        return functions[0](request, prompt, None, None, "", steps, 3.0, count, seed, False, "16 × 16")
+        return functions[0](request, prompt, None, None, "", steps, 3.0, count, seed, False, "16 × 16", False)
 
     return draw
 
@@ -385,7 +385,7 @@ def test_the_ranges_follow_the_model(pipe: LDMPipeline, usual: Defaults, ranges:
             name: (one.minimum, one.value, one.maximum) for name, one in sliders.items() if name in ranges
         } == ranges
         (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
-        inputs = ["cat", None, None, "", 2, usual.guidance_scale, 1, 1, False, "16 × 16"]
+        inputs = ["cat", None, None, "", 2, usual.guidance_scale, 1, 1, False, "16 × 16", False]
         (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         settings = png_metadata.of(picture, Path("page"))
         assert settings.guidance_scale == usual.guidance_scale
@@ -400,7 +400,7 @@ def test_wide_and_tall_sizes_are_offered_and_generated(pipe: LDMPipeline, monkey
     monkeypatch.setattr(app, "MOST_RATIO", 4.0)
     (function,) = [one.fn for one in app.build_page(pipe).fns.values() if one.api_name == "generate"]
     assert app.shapes(pipe) == ["16 × 16", "8 × 32", "8 × 24", "24 × 8", "32 × 8"]
-    inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "32 × 8"]
+    inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "32 × 8", False]
     (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
     expected = pipe("cat", width=32, height=8, num_inference_steps=2, guidance_scale=3.0, seed=5).images[0]
     assert picture.size == (32, 8) and np.array_equal(picture, expected)
@@ -434,7 +434,7 @@ def test_a_model_of_numbers_has_a_field_for_each(tmp_path: Path) -> None:
     (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
 
     def made(*numbers: float | None) -> Image.Image:
-        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", *numbers)
+        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", False, *numbers)
         (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         return picture
 
@@ -468,7 +468,7 @@ def test_an_uploaded_picture_is_decoded_as_in_training(tmp_path: Path) -> None:
     def generate(file: Path) -> list[Any]:
         given = upload.preprocess(ImageData(path=str(file), orig_name=file.name))
         visitor = gr.Request(session_hash="visitor")
-        return last_pictures(function(visitor, "cat", None, given, "", 2, 3.0, 1, 5, False, "16 × 16"))
+        return last_pictures(function(visitor, "cat", None, given, "", 2, 3.0, 1, 5, False, "16 × 16", False))
 
     upright = decode((tmp_path / "second.png").read_bytes())
     assert upright.size == (16, 24)
@@ -495,7 +495,7 @@ def test_each_lora_has_a_slider_and_the_picture_names_what_counted(folder: Path,
     (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
 
     def made(counts: float) -> Image.Image:
-        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", counts)
+        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", False, counts)
         (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         return picture
 

@@ -100,7 +100,7 @@ def test_a_copy_without_a_caption_goes_first(form: Callable[[Path], None], tmp_p
         (root / LARGE).with_suffix(".txt").unlink()
     else:
         lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text("utf-8").splitlines()]
-        rows = [{**line, "text": "" if line["file_name"] == LARGE else line["file_name"]} for line in lines]
+        rows = [{**line, "text": "" if line["file_name"] == LARGE else [line["file_name"]]} for line in lines]
         (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(["data", "dedupe", str(root), "--apply"])
     assert not (root / LARGE).exists() and not (root / SMALL).exists()

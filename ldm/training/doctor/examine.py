@@ -151,8 +151,7 @@ def _examine(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "VAE", message) if mean >= BLURRED else Finding("warning", "VAE", message + far)
     del vae
     encoders = Encoders(load_the_vae, load_text if config.text.encoder else None, encoding_dtype(accelerator))
-    kind = task_of_unet(config)
-    yield from try_out(kind(config, accelerator, source, encoders))
+    yield from try_out(task_of_unet(config)(config, accelerator, source, encoders))
 
 
 def repeated(pictures: CaptionedPictures) -> Iterator[Finding]:
