@@ -104,7 +104,7 @@ def edit(arguments: argparse.Namespace, picture: Any, mask: Any) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from ldm.data.grid import captioned_grid
+    from ldm.data.grid import captioned_grid, full_edge
     from ldm.models.fingerprint import model_sha256
     from ldm.models.vae import downsampling
     from ldm.pipelines.editing import default_strength
@@ -148,7 +148,9 @@ def edit(arguments: argparse.Namespace, picture: Any, mask: Any) -> None:
     out = arguments.out or (None if arguments.each else OUT)
     if out is not None:
         captions = [arguments.picture.name, *(f"seed {arguments.seed + i}" for i in range(count))]
-        png_metadata.save(captioned_grid([source, *pictures], captions) if count > 1 else pictures[0], out)
+        grid = [source, *pictures]
+        shown = captioned_grid(grid, captions, edge=full_edge(pictures)) if count > 1 else pictures[0]
+        png_metadata.save(shown, out)
     where = " and ".join(str(place) for place in (arguments.each, out) if place is not None)
     print(f"{count} pictures are in {where}" if count > 1 else f"the picture is in {where}{note(out)}")
 

@@ -205,7 +205,7 @@ def generate(arguments: argparse.Namespace) -> None:
     """Generate the prompts into a picture, a grid or a folder."""
     from tqdm import tqdm
 
-    from ldm.data.grid import captioned_grid
+    from ldm.data.grid import captioned_grid, full_edge
     from ldm.models.fingerprint import model_sha256
     from ldm.pipelines.inputs import one_each
     from ldm.sharing import png_metadata
@@ -248,7 +248,8 @@ def generate(arguments: argparse.Namespace) -> None:
     out = arguments.out or (None if arguments.each else OUT)
     if out is not None:
         grid = len(pictures) > 1
-        shown = captioned_grid(pictures, captions, columns=arguments.columns or 4) if grid else pictures[0]
+        columns, edge = arguments.columns or 4, full_edge(pictures)
+        shown = captioned_grid(pictures, captions, columns=columns, edge=edge) if grid else pictures[0]
         png_metadata.save(shown, out)
     where = " and ".join(str(place) for place in (arguments.each, out) if place is not None)
     print(f"{len(pictures)} pictures are in {where}" if len(pictures) > 1 else f"the picture is in {where}{note(out)}")

@@ -32,11 +32,12 @@ FANCY = ("bold", "italic", "oblique", "mono", "condensed", "narrow", "light", "t
 PLACEHOLDERS = ("lastresort", "adobeblank")  # fonts that have one box for every character
 NO_CHARACTER = "\U0010ffff"  # which no font has
 LINES = 2  # of a caption
+SMALLEST_CELL = 128  # pixels
 _warned: set[str] = set()
 
 
 def captioned_grid(
-    pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4, edge: int = 128
+    pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4, edge: int = SMALLEST_CELL
 ) -> Image.Image:
     """Lay pictures out in rows of `columns`, each `edge` pixels along its longer side, over two lines of caption."""
     if len(pictures) != len(captions) or not pictures:
@@ -61,6 +62,11 @@ def captioned_grid(
         lines = "\n".join(wrap(text, font, edge))
         pen.multiline_text((left, top + edge + size // 4), lines, fill="#333333", font=font, spacing=2)
     return grid
+
+
+def full_edge(pictures: Sequence[Image.Image]) -> int:
+    """The edge of a grid's cells that shrinks none of these pictures, and enlarges small ones."""
+    return max(SMALLEST_CELL, *(side for picture in pictures for side in picture.size))
 
 
 def legible(caption: str, size: int) -> tuple[str, Font]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.data.batches import evenly, load_pixels, pixel_batches
 from ldm.data.dataset import CaptionedPictures
-from ldm.data.grid import captioned_grid
+from ldm.data.grid import captioned_grid, full_edge
 from ldm.data.images import to_pixels
 from ldm.evaluation.features import BATCH, FeatureExtractor, extract_features
 from ldm.evaluation.metrics.distribution import kid_estimate
@@ -90,7 +90,7 @@ def evaluate_upscaler(
     shown = {name: list(some[:SHOWN]) for name, some in {**kinds, "true": to_pictures(true[:SHOWN])}.items()}
     words = [name for name, some in shown.items() for _ in some]
     sheet = [picture for some in shown.values() for picture in some]
-    captioned_grid(sheet, words, columns=min(SHOWN, len(rows)), edge=max(128, size)).save(out / SHEET)
+    captioned_grid(sheet, words, columns=min(SHOWN, len(rows)), edge=full_edge(sheet)).save(out / SHEET)
     return report
 
 

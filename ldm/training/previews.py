@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.data.batches import evenly, load_pixels
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import Row
-from ldm.data.grid import captioned_grid
+from ldm.data.grid import captioned_grid, full_edge
 from ldm.data.images import Size
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import to_pictures
@@ -168,7 +168,7 @@ def upscaled_grid(
         ).images  # fmt: skip
     words = ["small", "upscaled", "true"]
     captions = [f"{word}: {prompt.caption}" for word in words for prompt in prompts]
-    return captioned_grid([*small, *upscaled, *true], captions, columns=len(small), edge=max(128, large))
+    return captioned_grid([*small, *upscaled, *true], captions, columns=len(small), edge=full_edge(true))
 
 
 def of_one_size(prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]:

@@ -70,6 +70,14 @@ def test_sample_draws_a_grid_that_depends_on_the_seed(tiny_pipeline_folder: Path
     assert Image.open(tmp_path / "new/a.png").width > 3 * 128
 
 
+def test_no_picture_is_shrunk_for_a_grid(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """A grid of large pictures is as large as they are, and small ones are enlarged."""
+    for edge, shown in ((160, 160), (16, 128)):
+        size = ["--width", str(edge), "--height", str(edge), "--steps", "1", "--out", str(tmp_path / "grid.png")]
+        main(["sample", str(tiny_pipeline_folder), "red", "blue", *size])
+        assert 2 * shown < Image.open(tmp_path / "grid.png").width < 2.5 * shown
+
+
 def test_sample_asks_a_model_for_what_it_knows(tmp_path: Path) -> None:
     """Classes, one picture each; without any, the null class; a prompt is refused."""
     pipe = tiny.class_pipeline(tmp_path, ("food", "flags"))
