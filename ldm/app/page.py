@@ -24,6 +24,7 @@ from ldm.data.images import decode
 from ldm.inference.defaults import EVERYWHERE
 from ldm.models.fingerprint import model_sha256
 from ldm.models.lora import active_adapters
+from ldm.pipelines.upscale import AT_ONCE
 from ldm.sharing import png_metadata
 from ldm.system.devices import best_device, best_dtype
 
@@ -57,6 +58,10 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         png_metadata.stamp(made.images, pipeline, model, upscaler=passed, **arguments)
         images: list[Any] = made.images
         return images
+
+    def upscaling_steps(count: int) -> int:
+        """Of the upscaler's network, for so many pictures."""
+        return upscaler.resolve(None, None).num_inference_steps * -(-count // AT_ONCE) if upscaler else 0
 
     jobs = Jobs(make)
 
@@ -107,11 +112,10 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
             with closing(jobs.run(request.session_hash, adapters=adapters, **arguments)) as progress:
                 for done in progress:
                     if isinstance(done, int):
-                        bar = f"<div class=bar><div style='width: {done / steps:.0%}'></div></div>"
-                        if larger and done == steps:  # which nothing interrupts
-                            yield {status: f"Upscaling…{bar}", stop: gr.update(interactive=False)}
-                        else:
-                            yield {status: f"Step {done} of {steps}{bar}"}
+                        at, of = (done, steps) if done <= steps else (done - steps, upscaling_steps(count))
+                        bar = f"<div class=bar><div style='width: {at / of:.0%}'></div></div>"
+                        told = f"{'Step' if done <= steps else 'Upscaling, step'} {at} of {of}"
+                        yield {status: f"{told}{bar}"}
                     else:
                         seeds = f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
                         report = f"Generated in {time.monotonic() - started:.1f} s from {seeds}."

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="move the extra copies with their captions; without it nothing changes",
     )
+    add("--column", default="text", help="of the captions, in metadata files (default: text)")
     add("--to", type=path, metavar="FOLDER", help="where they go (default: FOLDER-duplicates, beside it)")
     add("--sheet", type=picture_file, metavar="FILE", help="the groups side by side (default: FOLDER-duplicates.png)")
     add(
@@ -23,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=distance,
         default=2.0,
         metavar="LEVELS",
-        help="largest root mean square difference of thumbnails, of 255 levels (default: 2, a JPEG of quality 90)",
+        help="largest root mean square difference of thumbnails, of 255 levels (default: 2: a picture saved anew as a "
+        "JPEG stays below it, most often)",
     )
 
 
@@ -41,7 +43,15 @@ def distance(text: str) -> float:
 def run(arguments: argparse.Namespace) -> None:
     from ldm.data.captioning import CaptionFolder
     from ldm.data.dataset import read_captioned
-    from ldm.data.deduplication import check_store, check_target, contact_sheet, movable, move_copies, report
+    from ldm.data.deduplication import (
+        SHOWN,
+        check_store,
+        check_target,
+        contact_sheet,
+        movable,
+        move_copies,
+        report,
+    )
     from ldm.data.duplicates import groups
     from ldm.data.rows import count
 
@@ -51,10 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     sheet = arguments.sheet or beside.with_name(f"{beside.name}-duplicates.png")
     if arguments.apply:
         check_target(folder, to)
-    pictures = read_captioned(folder, caption_columns=(), holdout=0)
+    pictures = read_captioned(folder, caption_columns=(), holdout=0, on_bad="skip")
     if arguments.apply:
         check_store(pictures)
-    captions = CaptionFolder.read(folder).captions if folder.is_dir() else {}
+    captions = CaptionFolder.read(folder, arguments.column).captions if folder.is_dir() else {}
     captioned = [bool(captions.get(str(row.locator))) for row in pictures]
     found = movable(groups(pictures, arguments.distance, captioned), pictures)
     if not found:
@@ -63,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(report(found, len(pictures)))
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(found, captions).save(sheet)
-    print(f"side by side: {sheet}")
+    first = f" (the first {SHOWN} groups of {len(found):,})" if len(found) > SHOWN else ""
+    print(f"side by side: {sheet}{first}")
     names = [str(pair.second.locator) for group in found for pair in group]
     if not arguments.apply:
         print(f"nothing is changed; --apply moves {count(len(names), 'picture')} to {to}")

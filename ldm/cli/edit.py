@@ -11,7 +11,7 @@ from ldm.cli.lora import add_lora_option, check_lora_engine, load_loras
 from ldm.cli.parser import PICTURES, Command, folder, path, picture_file, place, positive
 from ldm.cli.sample import SETTINGS, add_number_option, add_settings, batches, file_name, note
 from ldm.pipelines import import_networks
-from ldm.system.files import make_writable
+from ldm.system.files import check_writable
 
 OUT = Path("edited.png")
 SIDES = ("left", "top", "right", "bottom")
@@ -68,7 +68,7 @@ def sides(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    picture, mask = read_picture(arguments.picture), None
+    picture, mask = read_picture(arguments.picture, hint="; the order is MODEL PICTURE PROMPT"), None
     if arguments.mask is not None:
         mask = read_picture(arguments.mask, "black")
         if mask.size != picture.size:
@@ -80,19 +80,19 @@ def run(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"--out {arguments.out}: is what the result is made of; name another file")
     for made in (arguments.out and arguments.out.parent, arguments.each):
         if made is not None:
-            make_writable(made)
+            check_writable(made)
     check_lora_engine(arguments)
     import_networks()
     edit(arguments, picture, mask)
 
 
-def read_picture(file: Path, background: str = "white") -> Any:
-    """A picture file => upright RGB."""
+def read_picture(file: Path, background: str = "white", hint: str = "") -> Any:
+    """A picture file => upright RGB. Raises a ValueError, with the hint if there is no such file."""
     from ldm.data.images import BadPictureError, decode
 
     if not file.is_file():
         found = "a folder" if file.is_dir() else "no such file"
-        raise ValueError(f"{file}: expected a picture, got {found}; the order is MODEL PICTURE PROMPT")
+        raise ValueError(f"{file}: expected a picture, got {found}{hint}")
     try:
         return decode(file.read_bytes(), background)
     except BadPictureError as error:

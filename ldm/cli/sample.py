@@ -16,7 +16,7 @@ from ldm.cli.parser import PICTURES, Command, folder, path, picture_file, place,
 from ldm.inference.defaults import ENGINES, SAMPLERS, STOCK_GUIDANCE_SCALE, STOCK_STEPS
 from ldm.pipelines import import_networks
 from ldm.system.checks import DTYPES
-from ldm.system.files import make_writable
+from ldm.system.files import check_writable
 
 OUT = Path("samples.png")
 #: Options => arguments of the pipeline; only those that were typed are passed on.
@@ -161,7 +161,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"model: name a pipeline folder or a Hub id, then the prompts; without a model, {TRAIN_ONE}")
     for made in (arguments.out and arguments.out.parent, arguments.each):
         if made is not None:
-            make_writable(made)
+            check_writable(made)
     if arguments.classifier_scale is not None and arguments.classifier is None:
         raise ValueError("--classifier-scale: there is no --classifier to scale")
     if arguments.autoguidance_scale is not None and arguments.weaker is None:

@@ -11,7 +11,7 @@ from ldm.cli.parser import PICTURES, Command, path, place, positive
 from ldm.inference.defaults import SAMPLERS
 from ldm.pipelines import import_networks
 from ldm.system.checks import DTYPES
-from ldm.system.files import make_writable
+from ldm.system.files import check_writable
 
 OUT = Path("upscaled")
 #: Options => arguments of the pipeline; only those that were typed are passed on.
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     files = picture_files(arguments.pictures)
     pictures = read_pictures(files)
     outs = places(files, arguments.out or OUT)
-    make_writable(outs[0].parent)
+    check_writable(outs[0].parent)
     import_networks()
     upscale(arguments, files, pictures, outs)
 
@@ -91,11 +91,11 @@ def read_pictures(files: list[Path]) -> list[Any]:
     pictures, faults = [], []
     for file in files:
         try:
-            pictures.append(read_picture(file))
+            pictures.append(read_picture(file, hint="; the order is MODEL PICTURE ..."))
         except ValueError as error:
             faults.append(str(error))
     if faults:
-        raise ValueError("; ".join(faults))
+        raise ValueError("\n".join(faults))
     return pictures
 
 

@@ -11,7 +11,7 @@ from ldm.cli.parser import PICTURES, Command, path, place, positive
 from ldm.cli.sample import SETTINGS, add_number_option, add_settings
 from ldm.data.animation import MOTION, check_motion, save_motion, strip
 from ldm.pipelines import import_networks
-from ldm.system.files import make_writable
+from ldm.system.files import check_writable
 
 OUT = Path("walk.gif")
 
@@ -53,7 +53,7 @@ def walk_file(text: str) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     check_motion(arguments.out)
-    make_writable(arguments.out.parent)
+    check_writable(arguments.out.parent)
     check_lora_engine(arguments)
     import_networks()
     from tqdm import tqdm

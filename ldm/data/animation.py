@@ -35,6 +35,7 @@ def save_motion(pictures: Sequence[Image.Image], path: Path, fps: float = 8.0) -
     Raises:
         ModuleNotFoundError: for MP4 without PyAV.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".mp4":
         _save_mp4(pictures, path, fps)
     else:

@@ -25,8 +25,8 @@ from ldm.system.files import write_in_place
 
 #: What cameras, scanners and downloads put before a number.
 _COUNTERS = re.compile(
-    r"(?i)\b(img|image|dsc[nf]?|dscf|pxl|mvimg|pict?|picture|photo|scan|screenshot|untitled|download|frame|file|copy|"
-    r"wp|gopr|p)\b"
+    r"(?i)\b(screen ?shot .*\bat|img|image|dsc[nf]?|dscf|pxl|mvimg|pict?|picture|photo|scan|screenshot|untitled|download|"
+    r"frame|file|copy|wp|gopr|p)\b"
 )
 
 
@@ -160,9 +160,10 @@ def captions_from_names(folder: CaptionFolder, names: list[str]) -> dict[str, st
         if found is not None:
             captions[name] = found
     if not captions:
+        some = ", ".join(names[:3]) + ", …" * (len(names) > 3)
         raise BadDataError(
-            f"{folder.folder}: {count(len(names), 'picture')} without captions, none with words in its name or its "
-            "folders'; rename them, caption them by hand, or name a captioning model in --from"
+            f"{folder.folder}: {count(len(names), 'picture')} without captions ({some}), none with words in its name "
+            "or its folders'; rename them, caption them by hand, or name a captioning model in --from"
         )
     return captions
 

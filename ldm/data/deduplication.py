@@ -23,6 +23,7 @@ from ldm.system.files import link_or_copy, put_in_place, temporary_beside
 
 SHOWN = 40  # groups on a contact sheet
 ACROSS = 4  # pictures of a group
+NAME = 24  # characters of a path there
 
 
 def movable(groups: Iterable[Sequence[Pair]], pictures: CaptionedPictures) -> list[list[Pair]]:
@@ -112,8 +113,9 @@ def contact_sheet(groups: Sequence[Sequence[Pair]], captions: Mapping[str, Seque
     pictures, words = [], []
 
     def told(row: Row, head: str) -> str:
-        name = str(row.locator)
-        return f"{head}: {Path(name).name}, {next(iter(captions.get(name, ())), 'no caption')}"
+        name, size = str(row.locator), "{}x{}".format(*row.size)
+        short = name if len(name) <= NAME else f"…{name[1 - NAME :]}"
+        return f"{head}: {short} {size}, {next(iter(captions.get(name, ())), 'no caption')}"
 
     for group in groups[:SHOWN]:
         line = [(group[0].first.image(), told(group[0].first, "stays"))]

@@ -2,7 +2,7 @@
 
 vae.py           pixels  => latents => pixels
 text_encoder.py  caption => context
-word_vectors.py  MiniLM's word vectors as a text encoder of 4 MB
+word_vectors.py  MiniLM's word vectors as a text encoder of 4 MB in fp16
 unet.py          x_t, t, context => prediction
 conditioning.py  conditions of the U-Net besides x_t and t
 lora.py          adapters beside frozen weights

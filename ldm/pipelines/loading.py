@@ -343,7 +343,13 @@ def find_pipeline(name: str | PathLike[str], **options: Any) -> Path:
 
     choice = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
     chosen: dict[str, Any] = {key: options[key] for key in choice & options.keys()}
-    check_index(Path(hf_hub_download(str(name), "model_index.json", **chosen)))
+    try:
+        index = hf_hub_download(str(name), "model_index.json", **chosen)
+    except OSError as error:  # its words are of caches and environment variables
+        raise FileNotFoundError(
+            f"{name}: there is no such folder, and none of this name comes from the Hub ({type(error).__name__})"
+        ) from error
+    check_index(Path(index))
     if "variant" in options:
         chosen["variant"] = options["variant"]
     return Path(StableDiffusionPipeline.download(str(name), use_safetensors=True, **chosen))

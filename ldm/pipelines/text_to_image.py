@@ -14,6 +14,7 @@ classifier or a weaker model, samplers by name, a seed for each picture, and pic
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,8 @@ class LDMPipeline(CascadedPipeline):
             output_type: pil, np [B,H,W,3] in [0,1], pt [B,3,H,W] in [0,1], or latent [B,C,h,w].
             guidance_rescale: restores the deviation that guidance changes (Lin et al. 2024); from 0 (off) to 1.
             clip_skip: layers of a CLIP to skip.
-            callback_on_step_end: as in stock pipelines.
+            callback_on_step_end: as in stock pipelines; with `upscale` the upscaler's steps follow, numbered on, with
+                their latents to read.
             seed: instead of a generator: one per picture, or one for all (picture i starts from seed + i).
             sampler: one of `ldm.inference.defaults.SAMPLERS`; by default the pipeline's scheduler.
             guidance_interval: (low, high), fractions of the T timesteps: guidance where low <= t / T < high, the
@@ -294,7 +296,16 @@ class LDMPipeline(CascadedPipeline):
         self.maybe_free_model_hooks()
         if upscaler is not None:
             texts = [text for text in inputs.prompts for _ in range(num_images_per_prompt)] or None
-            images = upscaler.upscale(images, texts, generator=inputs.generators, output_type=output_type).images
+            further: dict[str, Any] = {}
+            if callback_on_step_end is not None:
+                later = itertools.count(self._num_timesteps)
+                asked = {"latents"}.intersection(callback_on_step_end_tensor_inputs)
+                further["callback"] = lambda _, t, x: callback_on_step_end(
+                    self, next(later), t, dict.fromkeys(asked, x)
+                )
+            images = upscaler.upscale(
+                images, texts, generator=inputs.generators, output_type=output_type, **further
+            ).images
         if not return_dict:
             return images, flagged
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)

@@ -168,15 +168,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_writable(folder: Path) -> None:
-    """Make a folder and try to write there, before hours or seconds are spent on what is to be written.
+def check_writable(folder: Path) -> None:
+    """Try to write into a folder, before hours or seconds are spent on what is to be written; nothing is left there.
 
+    Args:
+        folder: it needn't exist.
     Raises:
         ValueError: names the folder and the reason.
     """
+    absent = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for made in absent:
+            made.rmdir()
     except OSError as error:
         raise ValueError(f"{folder}: can't be written to ({error.strerror}); name another folder") from None

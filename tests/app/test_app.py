@@ -417,7 +417,7 @@ def test_a_model_with_an_upscaler_generates_large_pictures(folder: Path, tmp_pat
     inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16"]
     for ticked in (True, False):
         news = list(function(gr.Request(session_hash="visitor"), *inputs, ticked))
-        assert any("Upscaling…" in str(new) for new in news) is ticked
+        assert any("Upscaling, step 1 of" in str(new) for new in news) is ticked
         (picture,) = last_pictures(iter(news))
         arguments: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 5, "upscale": ticked}
         assert picture.size == ((32, 32) if ticked else (16, 16))

@@ -41,6 +41,7 @@ def draw(folder: Path, *names: str) -> None:
         ("red_panda-02", "red panda"),
         ("redPanda (3)", "red Panda"),
         ("IMG_1234", ""),
+        ("Screenshot 2024-05-01 at 10.22.33", ""),
         ("DSCN0042 copy", ""),
         ("0f3a9c1be77d", ""),
         ("64x64", ""),
@@ -87,7 +88,8 @@ def test_names_that_all_say_nothing_are_an_error(tmp_path: Path) -> None:
     draw(tmp_path, "1.png", "IMG_2.png")
     with pytest.raises(SystemExit) as stopped:
         main(["data", "caption", str(tmp_path), "--from", "names"])
-    assert f"{tmp_path}: 2 pictures without captions, none with words in its name" in str(stopped.value)
+    told = f"{tmp_path}: 2 pictures without captions (1.png, IMG_2.png), none with words in its name"
+    assert told in str(stopped.value)
     assert not list(tmp_path.glob("*.txt"))
 
 

@@ -145,3 +145,16 @@ def test_what_is_refused_changes_nothing(
         main(["data", "dedupe", *words, "--apply"])
     assert error in str(stopped.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_captions_of_another_column_count_and_a_damaged_picture_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    draw(root)
+    (root / "broken.png").write_bytes(b"no picture")
+    rows = [{"file_name": name, "title": "" if name == LARGE else name} for name in [*everything(), "broken.png"]]
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["data", "dedupe", str(root), "--column", "title", "--apply"])
+    assert not (root / LARGE).exists() and (root / AGAIN).exists() and (root / "broken.png").exists()
+    assert "broken.png" in capsys.readouterr().err

@@ -39,6 +39,14 @@ def test_both_drawings_lie_in_their_boxes_and_square_crops_cut_them(tmp_path: Pa
             assert in_frame(square, image) == pytest.approx(kept)
 
 
+def test_a_limit_above_all_drawings_takes_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [one for one in find_drawings() if not one.tones and one.group not in scenes.LEFT_OUT][:8]
+    monkeypatch.setattr(scenes, "find_drawings", lambda: few)
+    assert scenes.build(tmp_path / "scenes", 8, limit=20) == 8 * 5
+    alone = [row.captions[0] for row in read_captioned(tmp_path / "scenes", progress=False) if row.size == (8, 8)]
+    assert sorted(alone) == sorted(one.caption for one in few)
+
+
 def test_partners_do_not_decide_the_split() -> None:
     drawings = [one for one in find_drawings() if not one.tones][:200]
     pairs = [scene for scene in scenes.list_scenes(drawings) if len(scene.drawings) == 2]

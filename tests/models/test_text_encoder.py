@@ -335,3 +335,21 @@ def test_word_vectors_are_those_of_minilm(tmp_path: Path, monkeypatch: pytest.Mo
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10e6
     (folder / "config.json").write_text("{}")  # damaged: made anew
     assert TextEncoder.load(TextConfig(encoder="minilm-words")).dim == 64
+
+
+def test_word_vectors_are_read_from_a_cache_that_can_t_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    TextEncoder.load(TextConfig(encoder="minilm-words"))
+
+    def forbidden(entry: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ldm.models.word_vectors.locked", forbidden)
+    assert TextEncoder.load(TextConfig(encoder="minilm-words")).dim == 64
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    with pytest.raises(
+        ValueError, match=r"text.encoder: .*other/ldm/minilm-words.*\(Permission denied\); set XDG_CACHE_HOME"
+    ):
+        TextEncoder.load(TextConfig(encoder="minilm-words"))

@@ -222,6 +222,29 @@ def test_a_base_finds_its_upscaler_and_stock_ignores_it(cascade: Path, tiny_pipe
     assert np.array_equal(plain, behind)
 
 
+def test_a_callback_sees_the_upscaler_s_steps_and_can_stop_it(cascade: Path) -> None:
+    base = quiet(LDMPipeline.from_pretrained(cascade))
+    seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def look(_: Any, i: int, t: Any, state: dict[str, Any]) -> dict[str, Any]:
+        seen.append((i, tuple(state["latents"].shape)))
+        return state
+
+    words: dict[str, Any] = {"seed": 3, "num_inference_steps": 2, "upscale": True}
+    looked = base(["cat"] * 2, **words, callback_on_step_end=look).images
+    steps = 2 + base.upscaler.resolve(None, None).num_inference_steps
+    assert [i for i, _ in seen] == list(range(steps))
+    assert np.array_equal(looked[1], base(["cat"] * 2, **words).images[1])
+
+    def stop(_: Any, i: int, *__: Any) -> dict[str, Any]:
+        if i == 3:
+            raise InterruptedError
+        return {}
+
+    with pytest.raises(InterruptedError):
+        base("cat", **words, callback_on_step_end=stop)
+
+
 def test_saving_keeps_the_upscaler_and_from_pipe_too(cascade: Path, tmp_path: Path) -> None:
     base = LDMPipeline.from_pretrained(cascade)
     base.save_pretrained(tmp_path / "again")

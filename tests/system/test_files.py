@@ -135,3 +135,11 @@ def test_a_foreign_manifest_is_a_fault_in_words(listed: Path, content: str) -> N
 def test_a_manifest_says_what_sha256sum_says(listed: Path) -> None:
     told = subprocess.run(["sha256sum", "a.bin"], cwd=listed, capture_output=True, text=True).stdout.split()[0]
     assert json.loads((listed / NAME).read_text())["files"]["a.bin"] == {"size": 64, "sha256": told}
+
+
+def test_what_can_t_be_written_to_is_told_before_and_nothing_is_left(tmp_path: Path) -> None:
+    disk.check_writable(tmp_path / "a/b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/b: can't be written to \(Not a directory\)"):
+        disk.check_writable(tmp_path / "file/b")

@@ -53,7 +53,8 @@ def build(out: str | Path, size: int = 64, limit: int | None = None) -> int:
     if limit is not None:
         if limit < 8:
             raise ValueError(f"drawings: expected at least 8, got {limit}")
-        drawings = [drawings[i * len(drawings) // limit] for i in range(min(limit, len(drawings)))]
+        limit = min(limit, len(drawings))
+        drawings = [drawings[i * len(drawings) // limit] for i in range(limit)]
     out = Path(out)
     make_folder(out)
     scenes, rows = list(list_scenes(drawings)), []
