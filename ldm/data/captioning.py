@@ -25,8 +25,8 @@ from ldm.system.files import write_in_place
 
 #: What cameras, scanners and downloads put before a number.
 _COUNTERS = re.compile(
-    r"(?i)\b(screen ?shot .*\bat|img|image|dsc[nf]?|dscf|pxl|mvimg|pict?|picture|photo|scan|screenshot|untitled|download|"
-    r"frame|file|copy|wp|gopr|p)\b"
+    r"(?i)\b(screen ?shot .*\bat|img|image|dsc[nf]?|dscf|pxl|mvimg|pict?|picture|photo|scan|screenshot|untitled|"
+    r"download|frame|file|copy|wp|gopr|p)\b"
 )
 
 

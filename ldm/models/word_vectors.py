@@ -1,8 +1,8 @@
 """MiniLM's word vectors as a small text encoder, for models to which captions matter little: upscalers.
 
-It has 4 MB in fp16, 8 in float32. It is a BERT of one layer that changes nothing, of the first `WIDTH` channels of MiniLM's embeddings. Channels are
-chosen, not computed, so its weights have the same bits everywhere. It lies beside the user's other caches, since
-encoders are folders.
+It has 4 MB in fp16, 8 in float32. It is a BERT of one layer that changes nothing, of the first `WIDTH` channels of
+MiniLM's embeddings. Channels are chosen, not computed, so its weights have the same bits everywhere. It lies beside the
+user's other caches, since encoders are folders.
 """
 
 from __future__ import annotations
