@@ -85,9 +85,13 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     add("--image-column", default="image", help="where a Hub data set has its pictures (default: image)")
     add("--size", type=int, default=64, help="edge in pixels to train at (default: 64); smaller pictures are named")
     add("--caption-columns", nargs="+", default=["text"], metavar="COLUMN", help="the captions (default: text)")
+    add("--label-column", metavar="COLUMN", help="the classes")
+    add("--condition-column", metavar="COLUMN", help="the paths of second pictures")
+    add("--number-columns", nargs="+", default=[], metavar="COLUMN", help="the numbers")
 
 
 def run_check(arguments: argparse.Namespace) -> None:
+    from ldm.data.conditioned import ConditionedPictures
     from ldm.data.dataset import read_captioned, require_training
     from ldm.data.rows import count
 
@@ -95,6 +99,9 @@ def run_check(arguments: argparse.Namespace) -> None:
         arguments.source, image_column=arguments.image_column, caption_columns=arguments.caption_columns
     )
     require_training(pictures)
+    ConditionedPictures.read(
+        pictures, arguments.label_column, arguments.condition_column, number_columns=arguments.number_columns
+    )
     for warning in pictures.unfit(arguments.size):
         print(f"warning: {warning}")
     captions = {caption for row in pictures for caption in row.captions}

@@ -105,6 +105,8 @@ def places(files: list[Path], out: Path) -> list[Path]:
     Raises:
         ValueError: if two would be one file, or one would replace a picture that it is made of.
     """
+    if len(files) == 1 and out.suffix and out.suffix.lower() not in PICTURES and not out.exists():
+        raise ValueError(f"--out {out}: expected a folder, or a file that ends in {', '.join(PICTURES)}")
     if out.suffix.lower() in PICTURES and not out.is_dir():
         if len(files) > 1:
             raise ValueError(f"--out {out}: is one picture, and there are {len(files)} to upscale; name a folder")

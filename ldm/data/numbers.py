@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from ldm.data.dataset import CaptionedPictures
 from ldm.data.rows import BadDataError, Problem, is_null, require_columns
 
 Vectors = npt.NDArray[np.float32]
+FAR = 6.0  # standard deviations from the mean of the training
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,13 @@ class Numbers:
                 raise ValueError(f"numbers: expected a number for {name}, got {numbers.get(name)!r}")
             row[0, i] = number
         vector: Vectors = self._standardized(row)[0]
+        for name, distance, mean in zip(self.columns, vector, self.mean, strict=False):
+            if abs(distance) > FAR:
+                warnings.warn(
+                    f"numbers: {name}={numbers[name]} is {abs(distance):.0f} standard deviations from the mean of the "
+                    f"training, {mean:.4g}; the model has hardly seen such pictures",
+                    stacklevel=2,
+                )
         return vector
 
     def _standardized(self, rows: npt.NDArray[np.float64]) -> Vectors:

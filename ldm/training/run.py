@@ -42,6 +42,8 @@ def train(task: str, config: Config) -> list[float]:
         raise ValueError(
             f"vae: {config.vae} is a pretrained VAE, so there is none to train; set it to null to train one"
         )
+    if task == "classifier" and config.data.label_column is None:
+        raise ValueError("data.label_column: the classifier needs to know which column holds the classes; set it")
     config = resolved(config, task)
     check_sizes(config, task)
     other = {"ldm": "distill", "distill": "ldm"}.get(task)

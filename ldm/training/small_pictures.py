@@ -31,7 +31,7 @@ from ldm.models.fingerprint import model_sha256
 from ldm.models.safety import check_model_folder, read_json
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.vae import decode, encode
-from ldm.pipelines.loading import find_pipeline
+from ldm.pipelines.loading import UPSCALER, find_pipeline
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.files import check_space
 from ldm.system.memory import give_back
@@ -89,6 +89,8 @@ class Base:
         except (OSError, ValueError) as error:
             raise type(error)(f"upscale.base: {error}") from None
         name, small = config.upscale.base, config.data.size // config.upscale.factor
+        if read_json(self.folder / "model_index.json").get("_class_name") == UPSCALER:
+            raise ValueError(f"upscale.base: {name} is an upscaler; name the model whose pictures are to be upscaled")
         if unet["in_channels"] != unet["out_channels"] or unet.get("num_class_embeds") or unet.get("class_embed_type"):
             raise ValueError(
                 f"upscale.base: {name} takes a class, numbers or a second picture; expected a model of captions alone"

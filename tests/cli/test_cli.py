@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
@@ -121,6 +122,22 @@ def test_check_reports_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stopped:
         main(["data", "check", str(folder)])
     assert "red_heart.png" in str(stopped.value) and "blue_cat.png" in str(stopped.value)
+
+
+def test_check_reads_classes_second_pictures_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = road.draw_folder(tmp_path / "data")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row |= {"size": i, "outline": row["file_name"]}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--label-column", "color", "--number-columns", "size", "--condition-column", "outline"]
+    main(["data", "check", str(folder), *words])
+    assert "is fine" in capsys.readouterr().out
+    rows[3] |= {"size": "big", "outline": "none.png"}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for option, column, told in (("number", "size", "size is 'big'"), ("condition", "outline", "none.png")):
+        with pytest.raises(SystemExit, match=told):
+            main(["data", "check", str(folder), f"--{option}-column{'s' * (option == 'number')}", column])
 
 
 def test_check_warns_of_pictures_that_are_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

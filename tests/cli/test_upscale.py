@@ -105,6 +105,7 @@ def test_the_upscaler_behind_a_model(home: Path, upscaler: str, tiny_pipeline_fo
             "error: --out one.png: is one picture, and there are 2 to upscale; name a folder",
         ),
         (["small", "--out", "small"], "error: --out small: small/a.png is one of the pictures to upscale"),
+        (["small/a.png", "--out", "one.gif"], "error: --out one.gif: expected a folder, or a file that ends in .png"),
         (["small/a.png", "a.jpg"], "error: --out upscaled: small/a.png and a.jpg would both be a.png"),
     ],
 )

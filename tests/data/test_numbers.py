@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,12 @@ def test_numbers_beside_a_class_and_broken_files_are_refused(tmp_path: Path) -> 
         file.write_text(text)
         with pytest.raises(ValueError, match=r"numbers.json holds no numbers"):
             Numbers.load(file)
+
+
+def test_a_number_far_from_the_training_is_told() -> None:
+    numbers = Numbers(("size",), (10.0,), (2.0,))
+    with pytest.warns(UserWarning, match="size=30 is 10 standard deviations from the mean of the training, 10"):
+        numbers.vector({"size": 30})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        numbers.vector({"size": 20})

@@ -238,7 +238,7 @@ def test_a_vae_or_a_base_that_does_not_fit_is_refused_before_anything_runs(home:
     tiny.inpaint_pipeline(tmp_path / "encoder").save_pretrained(tmp_path / "inpaint")
     refused("upscale.base: .* takes a class, numbers or a second picture", upscale__base=str(tmp_path / "inpaint"))
     tiny.upscale_pipeline(tmp_path / "encoder").save_pretrained(tmp_path / "upscaler")
-    refused("upscale.base: .* takes a class, numbers or a second picture", upscale__base=str(tmp_path / "upscaler"))
+    refused("upscale.base: .* is an upscaler; name the model", upscale__base=str(tmp_path / "upscaler"))
     numbers = Numbers(("size",), (0.0,), (1.0,))
     tiny.numbers_pipeline(tmp_path / "encoder", numbers).save_pretrained(tmp_path / "numbers")
     refused("upscale.base: .* takes a class, numbers or a second", upscale__base=str(tmp_path / "numbers"))

@@ -125,10 +125,8 @@ class Classifier(Task):
 
     @classmethod
     def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Classifier:
-        column = config.data.label_column
-        if column is None:
-            raise ValueError("data.label_column: the classifier needs to know which column holds the classes; set it")
-        labels = Labels.read(pictures, column)
+        assert config.data.label_column is not None
+        labels = Labels.read(pictures, config.data.label_column)
         per_label = np.bincount(labels.ids(pictures.train), minlength=len(labels.names))
         accelerator.print(
             f"{labels.column}: {len(labels.names)} classes, the most frequent {labels.names[per_label.argmax()]} with "
