@@ -135,7 +135,10 @@ def test_check_reads_classes_second_pictures_and_numbers(tmp_path: Path, capsys:
     assert "is fine" in capsys.readouterr().out
     rows[3] |= {"size": "big", "outline": "none.png"}
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for option, column, told in (("number", "size", "size is 'big'"), ("condition", "outline", "outline: picture is missing: .* row 4")):
+    for option, column, told in (
+        ("number", "size", "size is 'big'"),
+        ("condition", "outline", "outline: picture is missing: .* row 4"),
+    ):
         with pytest.raises(SystemExit, match=told):
             main(["data", "check", str(folder), f"--{option}-column{'s' * (option == 'number')}", column])
 
