@@ -88,6 +88,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     add("--label-column", metavar="COLUMN", help="the classes")
     add("--condition-column", metavar="COLUMN", help="the paths of second pictures")
     add("--number-columns", nargs="+", default=[], metavar="COLUMN", help="the numbers")
+    add("--repeats-column", metavar="COLUMN", help="how often an epoch shows a picture")
 
 
 def run_check(arguments: argparse.Namespace) -> None:
@@ -100,7 +101,11 @@ def run_check(arguments: argparse.Namespace) -> None:
     )
     require_training(pictures)
     ConditionedPictures.read(
-        pictures, arguments.label_column, arguments.condition_column, number_columns=arguments.number_columns
+        pictures,
+        arguments.label_column,
+        arguments.condition_column,
+        number_columns=arguments.number_columns,
+        repeats_column=arguments.repeats_column,
     )
     for warning in pictures.unfit(arguments.size):
         print(f"warning: {warning}")

@@ -21,8 +21,10 @@ from ldm.data.dataset import CaptionedPictures, Row
 from ldm.data.facts import UNKNOWN, Fact
 from ldm.data.images import BadPictureError
 from ldm.data.labels import Labels
-from ldm.data.numbers import Numbers
-from ldm.data.rows import BadDataError, Problem, require_columns
+from ldm.data.numbers import Numbers, number_of
+from ldm.data.rows import BadDataError, Problem, is_null, require_columns
+
+MOST_REPEATS = 1000
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ConditionedPictures:
             folder; in shards the name before its ending; in a Hub set another column of pictures.
         condition_facts: what is known of the conditioning pictures, by their locators.
         numbers: the number columns, where rows have some.
+        repeats_column: the column of how often an epoch shows a picture; None shows each once.
     """
 
     pictures: CaptionedPictures
@@ -43,6 +46,7 @@ class ConditionedPictures:
     condition_column: str | None = None
     condition_facts: Mapping[str, Fact] = field(default_factory=dict, repr=False)
     numbers: Numbers | None = None
+    repeats_column: str | None = None
 
     @classmethod
     def read(
@@ -52,6 +56,7 @@ class ConditionedPictures:
         condition_column: str | None = None,
         *,
         number_columns: Sequence[str] = (),
+        repeats_column: str | None = None,
         progress: bool = True,
         facts: Path | None = None,
     ) -> ConditionedPictures:
@@ -60,11 +65,20 @@ class ConditionedPictures:
         Args:
             facts: a folder in which what is known of the conditioning pictures is remembered, as for `read_captioned`.
         Raises:
-            BadDataError: listing the rows without a class, a number or a readable conditioning picture.
+            BadDataError: listing the rows without a class, a number or a readable conditioning picture, and those that
+                can't be shown as often as they say.
         """
         labels = Labels.read(pictures, label_column) if label_column else None
         numbers = Numbers.read(pictures, number_columns) if number_columns else None
-        read = cls(pictures, labels, condition_column, numbers=numbers)
+        read = cls(pictures, labels, condition_column, numbers=numbers, repeats_column=repeats_column)
+        if repeats_column:
+            require_columns(
+                [repeats_column],
+                {name for row in pictures for name in row.extra},
+                pictures.source,
+                "set data.repeats_column",
+            )
+            read.repeats  # noqa: B018, which is checked there
         if condition_column:
             return replace(read, condition_facts=read._check_conditions(condition_column, progress, facts))
         return read
@@ -109,6 +123,31 @@ class ConditionedPictures:
     def null_input(self) -> int | npt.NDArray[np.float32]:
         """The same of a picture whose class or numbers were dropped."""
         return self.numbers.null if self.numbers else self.null_class
+
+    @cached_property
+    def repeats(self) -> npt.NDArray[np.int64]:
+        """How often an epoch shows each picture, int64 [N]: 1 where the cell is empty.
+
+        Raises:
+            BadDataError: listing the rows whose cell is no whole number from 1 to `MOST_REPEATS`.
+        """
+        found = np.ones(len(self), np.int64)
+        if self.repeats_column is None:
+            return found
+        problems = []
+        for place, row in enumerate(self.pictures):
+            cell = row.extra.get(self.repeats_column)
+            if is_null(cell) or cell == "":
+                continue
+            number = number_of(cell)
+            if number is None or not 1 <= number <= MOST_REPEATS or number % 1:
+                what = f"{self.repeats_column} is {str(cell)[:40]!r}; expected a whole number from 1 to {MOST_REPEATS}"
+                problems.append(Problem(what, row.where))
+            else:
+                found[place] = number
+        if problems:
+            raise BadDataError.listing(problems, self.pictures.source, "Correct them, or leave the column out.")
+        return found
 
     @property
     def all_pictures(self) -> Sequence[Row]:

@@ -43,6 +43,8 @@ class DataConfig:
         condition_column: the column of a second picture, which the model is conditioned on: its latents are
             concatenated to x_t. In a folder the column holds its name; in shards `sketch` is the picture
             `000123.sketch.png`; in a Hub set it is another column of pictures. It may have any resolution.
+        repeats_column: the column of how often an epoch shows a picture, a whole number; 1 where it is empty. For
+            pictures that are rare among many of a kind.
         inpaint: learn to fill in masked parts of pictures: a mask, and the latents of the picture without what it
             masks, are concatenated to x_t (`ldm.training.masks`).
         size: edge in pixels of the pictures that the model learns and generates.
@@ -69,6 +71,7 @@ class DataConfig:
     label_column: str | None = None
     number_columns: tuple[str, ...] = ()
     condition_column: str | None = None
+    repeats_column: str | None = None
     inpaint: bool = False
     size: int = 64
     buckets: bool = False

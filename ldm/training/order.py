@@ -7,7 +7,8 @@ batches of an epoch come in random order.
 
     step -> epoch, place in it -> bucket, which of its batches -> its epoch, place in that -> picture
 
-Without buckets all pictures are in one, and each epoch is a permutation of all of them.
+Without buckets all pictures are in one, and each epoch is a permutation of all of them. A picture with repeats stands
+so many times in its bucket.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ class Order:
 
     Attributes:
         batch_size: samples of a step, of all processes together.
+        repeats: int64 [N], how often an epoch shows each picture; None is once.
     """
 
     seed: int
     buckets: Buckets
     batch_size: int
+    repeats: npt.NDArray[np.int64] | None = None
     _permutations: dict[int, tuple[int, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, n: int) -> int:
@@ -52,7 +55,8 @@ class Order:
 
     @cached_property
     def _members(self) -> list[npt.NDArray[np.int64]]:
-        return [group for _, group in self.buckets.groups()]
+        groups = [group for _, group in self.buckets.groups()]
+        return groups if self.repeats is None else [np.repeat(group, self.repeats[group]) for group in groups]
 
     @cached_property
     def _counts(self) -> tuple[int, ...]:

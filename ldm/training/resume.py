@@ -85,9 +85,11 @@ UNREAD = {
         "data.cache",
         "data.label_column",
         "data.number_columns",
+        "data.repeats_column",
     ),
     "classifier": (
         *_LDM,
+        "data.repeats_column",
         "data.number_columns",
         "vae_model.",
         "vae_training.",

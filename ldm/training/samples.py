@@ -107,7 +107,8 @@ class LatentSamples:
         cache: LatentCache | None = None,
     ) -> LatentSamples:
         """The samples of a config's run on these pictures."""
-        order = Order(config.seed, buckets_of(config, source.pictures), config.loop.batch_size)
+        repeats = source.repeats if source.repeats_column else None
+        order = Order(config.seed, buckets_of(config, source.pictures), config.loop.batch_size, repeats)
         return cls(source, config, latent_shape, order, cache)
 
     @property
@@ -136,6 +137,7 @@ class LatentSamples:
             label,
             self.source.condition(number).content.hex() if self.source.condition_column else "",
             *(row.extra[name] for name in (self.source.numbers.columns if self.source.numbers else ())),
+            *([int(self.source.repeats[number])] if self.source.repeats_column else []),
         ]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:

@@ -152,6 +152,9 @@ def test_the_folder_is_an_ordinary_captioned_folder(
     assert {row["text"]: row["split"] for row in rows if row["test"]} == {
         row.captions[0]: row.split for row in found.heldout
     }
+    repeats = {row["text"] if row["style"] == "openmoji" else "of another style": row["repeats"] for row in rows}
+    assert repeats["pizza"] == 4 and repeats["ninja: dark skin tone"] == 2 and repeats["hot pepper"] == 2
+    assert repeats["pink hot pepper"] == 1 and repeats["outline of a pizza"] == 1 and repeats["of another style"] == 4
     text = (tmp_path / "out" / "ATTRIBUTION.md").read_text("utf-8")
     assert "CC BY-SA 4.0" in text
     assert "| square | Squares | A. Designer, https://example.org | MIT |" in text

@@ -77,6 +77,19 @@ def test_without_buckets_the_order_is_what_it_was() -> None:
         assert [order(n) for n in range(95)] == [row_of(7, n, 10) for n in range(95)]
 
 
+@given(counts=st.lists(st.integers(1, 12), min_size=1, max_size=4), batch=st.integers(1, 8), epochs=st.integers(1, 4))
+def test_a_picture_with_repeats_is_seen_so_many_times_an_epoch(counts: list[int], batch: int, epochs: int) -> None:
+    repeats = np.random.default_rng(1).integers(1, 5, sum(counts))
+    order = Order(0, buckets(counts), batch, repeats)
+    groups = [group for _, group in order.buckets.groups()]
+    shown = [int(repeats[group].sum()) for group in groups]
+    steps = sum(epochs * each // batch for each in shown)
+    seen = Counter(order(n) for n in range(steps * batch))
+    for group, each in zip(groups, shown, strict=True):
+        short = [epochs * repeats[i] - seen[i] for i in group.tolist()]
+        assert min(short) >= 0 and sum(short) == epochs * each % batch  # less than a batch of it is left for later
+
+
 def test_buckets_take_turns() -> None:
     """A bucket's share of the steps is its share of the pictures, and its batches don't follow each other."""
     order = Order(0, buckets([320, 160]), 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -209,6 +210,32 @@ def test_a_model_of_numbers_resumes_exactly_and_can_be_started_from(home: Path, 
     fine = {"init": str(run / "pipeline"), "data__source": str(data), **road.OF_INIT, **own}
     with pytest.raises(ValueError, match=r"data.number_columns: init=.* is conditioned on size, angle; set it to"):
         train_ldm(road.recipe(home, run=str(tmp_path / "fine"), **fine))
+
+
+def test_repeats_are_the_order_of_a_run_which_resumes_with_no_others(home: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(home / "data", tmp_path / "data")
+    table = data / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text("utf-8").splitlines()]
+
+    def write(cell: object) -> None:
+        table.write_text("".join(json.dumps({**row, "times": "" if i else cell}) + "\n" for i, row in enumerate(rows)))
+
+    write(3)
+    source = ConditionedPictures.read(read_captioned(data, holdout=0, progress=False), repeats_column="times")
+    assert source.repeats.tolist() == [3] + [1] * (len(rows) - 1)
+    words = {"data__source": str(data), "data__repeats_column": "times", "data__holdout": 0.0}
+    config = config_of(home, tmp_path / "run", loop__steps=2, **words)
+    train_ldm(config)
+    samples = LatentSamples.of(config, source, (4, 8, 8))
+    epoch = Counter(samples.row_of(n) for n in range(len(rows) + 2))
+    assert epoch == {0: 3, **dict.fromkeys(range(1, len(rows)), 1)}
+    write(2)
+    with pytest.raises(RunError, match=r"data: .* \(pictures, captions"):
+        train_ldm(config_of(home, tmp_path / "run", loop__steps=4, **words))
+    for cell in (0, 1.5, "often", -1, 1001):
+        write(cell)
+        with pytest.raises(BadDataError, match=f"times is '{cell}'; expected a whole number from 1 to 1000"):
+            train_ldm(config_of(home, tmp_path / "other", loop__steps=2, **words))
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ OWN = "openmoji"  # the style of OpenMoji's drawings, in captions
 HELD_COLORS = 3  # colors of an object that are held out, of eight
 TONES_PER_STYLE = 2  # skin tones of a person in the other styles, of five: people are half of all emoji
 COUPLES = 5  # one in so many of the couples of two skin tones, of which each kind has 25
+PEOPLE = "people-body"  # the group in which drawings differ by skin tone and profession
 HAIRS = 1  # other hair colors of a person
 
 _HAIR_SAID = re.compile(r"hair|family|bald|beard|kiss|couple")
@@ -87,6 +88,7 @@ class Picture:
         captions: by column; `text` is the one that evaluation prompts with.
         concept: the caption of the drawing that it shows, whatever its style or color.
         test: which combination it tests, "" for training.
+        derived: made of another picture, whose shapes it repeats.
     """
 
     name: str
@@ -97,8 +99,17 @@ class Picture:
     style: str
     color: str = ""
     test: str = ""
+    derived: bool = False
 
-    def row(self) -> dict[str, str | bool]:
+    @property
+    def repeats(self) -> int:
+        """How often an epoch shows it: more often a drawing whose shapes no other picture has."""
+        if self.derived:
+            return 1
+        recolored = self.color and self.concept not in NEVER_RECOLORED
+        return 2 if recolored or self.group == PEOPLE else 4
+
+    def row(self) -> dict[str, str | bool | int]:
         return {
             "file_name": f"images/{self.name}.png",
             **self.captions,
@@ -109,6 +120,7 @@ class Picture:
             "split": "heldout" if self.test else "train",
             "test": self.test,
             "composition": self.test not in ("", "concept"),
+            "repeats": self.repeats,
         }
 
 
@@ -173,6 +185,7 @@ def list_pictures(drawings: Sequence[Drawing], styles: Sequence[Style]) -> Itera
                 drawing.caption,
                 drawing.group,
                 OWN,
+                derived=True,
             )
 
 
@@ -215,7 +228,9 @@ def in_other_colors(drawing: Drawing, svg: str, family: str, number: int) -> Ite
         caption = f"{color} {drawing.caption}"
         captions = {"text": caption} if test else {"text": caption, "styled": styled(caption, OWN)}
         name = f"{OWN}-{drawing.svg.stem}-{color}"
-        yield Picture(name, recolored(svg, family, color), captions, drawing.caption, drawing.group, OWN, color, test)
+        yield Picture(
+            name, recolored(svg, family, color), captions, drawing.caption, drawing.group, OWN, color, test, True
+        )
 
 
 def with_other_hair(drawing: Drawing, svg: str) -> Iterator[Picture]:
@@ -224,7 +239,7 @@ def with_other_hair(drawing: Drawing, svg: str) -> Iterator[Picture]:
         joint = ", " if ":" in drawing.caption else ": "
         caption = f"{drawing.caption}{joint}{color} hair"
         name = f"{OWN}-{drawing.svg.stem}-{color}-hair"
-        yield Picture(name, with_hair(svg, color), {"text": caption}, drawing.caption, drawing.group, OWN)
+        yield Picture(name, with_hair(svg, color), {"text": caption}, drawing.caption, drawing.group, OWN, derived=True)
 
 
 def styled(caption: str, style: str) -> str:

@@ -88,7 +88,11 @@ def _examine(config: Config) -> Iterator[Finding]:
     require_training(pictures)
     data = config.data
     source = ConditionedPictures.read(
-        pictures, data.label_column, data.condition_column, number_columns=data.number_columns
+        pictures,
+        data.label_column,
+        data.condition_column,
+        number_columns=data.number_columns,
+        repeats_column=data.repeats_column,
     )
     message = split_sizes(pictures, data.limit)
     if pictures.skipped:

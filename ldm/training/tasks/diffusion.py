@@ -113,6 +113,7 @@ class Diffusion(Task):
             data.label_column,
             data.condition_column,
             number_columns=data.number_columns,
+            repeats_column=data.repeats_column,
             facts=facts,
             progress=main,
         )
