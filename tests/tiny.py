@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from diffusers import LCMScheduler
+from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from ldm.data.labels import Labels
 from ldm.data.numbers import Numbers
 from ldm.diffusion.parameterization import Prediction
 from ldm.diffusion.schedule import NoiseSchedule, scheduler_config
+from ldm.models.fingerprint import base_fingerprints
+from ldm.models.lora import NAME, LoRAConfig, LoRAFacts, adapter_weights, add_adapters, save_adapters
 from ldm.models.text_encoder import TextConfig, TextEncoder
 from ldm.models.unet import UNetConfig, build_unet, student_of
 from ldm.models.vae import VAEConfig, build_vae, downsampling
@@ -220,3 +222,23 @@ def condition_pipeline(folder: Path, mask_channels: int = 0) -> LDMPipeline:
     )
     whole.register_modules(unet=unet.eval())
     return whole
+
+
+def lora(base: Path, folder: Path, config: LoRAConfig, seed: int = 0, few_steps: int = 0) -> Any:
+    """A stock pipeline with adapters that are not zero, in memory, and saved in a folder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    prints = base_fingerprints(pipeline.unet)
+    torch.manual_seed(seed)
+    add_adapters(pipeline.unet, pipeline.text_encoder if config.text_encoder else None, config)
+    rng = torch.Generator().manual_seed(seed)
+    networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    for network in networks.values():
+        for name, weight in network.named_parameters():
+            assert weight.requires_grad == (".lora_" in name) or network is pipeline.text_encoder
+            if ".lora_" in name:
+                weight.data += 0.2 * torch.randn(weight.shape, generator=rng)
+    configs = {name: one.peft_config[NAME] for name, one in networks.items() if hasattr(one, "peft_config")}
+    facts = LoRAFacts("tiny", prints, "in a style", ["red heart in a style"], config.rank, 8.0, few_steps=few_steps)
+    save_adapters(folder, adapter_weights(pipeline.unet), adapter_weights(pipeline.text_encoder), configs, facts)
+    return pipeline

@@ -49,13 +49,17 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
     quantities = pipeline.numbers.columns if pipeline.numbers else ()
     title = "Generate pictures from text" if has_text else "Generate pictures"
     loaded = {one.name: one.scale for one in active_adapters(pipeline)}
+    student = pipeline.student if pipeline.has_student and not loaded else None
+    fast_steps = student.defaults.num_inference_steps if student else 0
+    fast_model = model_sha256(student) if student else None
 
-    def make(adapters: Mapping[str, float], callback_on_step_end: Any, **arguments: Any) -> list[Any]:
-        """Pictures with these LoRAs' weights, and their settings inside."""
+    def make(adapters: Mapping[str, float], callback_on_step_end: Any, fast: bool, **arguments: Any) -> list[Any]:
+        """Pictures with these LoRAs' weights, or by the student, and their settings inside."""
         set_weights(pipeline, adapters)
-        made: Any = pipeline(**arguments, callback_on_step_end=callback_on_step_end)
+        maker, sha256 = (student, fast_model) if student and fast_model and fast else (pipeline, model)
+        made: Any = maker(**arguments, callback_on_step_end=callback_on_step_end)
         passed = behind if arguments.get("upscale") else None
-        png_metadata.stamp(made.images, pipeline, model, upscaler=passed, **arguments)
+        png_metadata.stamp(made.images, maker, sha256, upscaler=passed, **arguments)
         images: list[Any] = made.images
         return images
 
@@ -86,6 +90,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         surprise: bool,
         shape: str,
         larger: bool,
+        fast: bool,
         *further: float | None,
     ) -> Iterator[dict[Any, Any]]:
         """Step after step, what changes on the page."""
@@ -93,23 +98,29 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         started = time.monotonic()
         named, weights = dict(zip(quantities, further, strict=False)), further[len(quantities) :]
         numbers = {name: value for name, value in named.items() if value is not None}
+        steps = fast_steps if fast else steps
         try:
+            if fast and unwanted:
+                raise ValueError("Negative prompt: the fast student has no guidance to move away from it; untick Fast")
             arguments: dict[str, Any] = {
                 "prompt": text if has_text else None,
                 "class_label": label,
                 "numbers": numbers or None,
                 "condition": decode(Path(picture).read_bytes()) if picture else None,
-                "negative_prompt": unwanted or None,
-                "num_inference_steps": steps,
-                "guidance_scale": scale,
-                "guidance_interval": usual.guidance_interval,
                 "num_images_per_prompt": count,
                 "seed": first,
                 **({} if shape == sizes[0] else size_of(shape)),
                 **({"upscale": True} if larger else {}),
             }
+            if not fast:
+                arguments |= {
+                    "negative_prompt": unwanted or None,
+                    "num_inference_steps": steps,
+                    "guidance_scale": scale,
+                    "guidance_interval": usual.guidance_interval,
+                }
             adapters = {name: weight or 0.0 for name, weight in zip(loaded, weights, strict=True)}
-            with closing(jobs.run(request.session_hash, adapters=adapters, **arguments)) as progress:
+            with closing(jobs.run(request.session_hash, adapters=adapters, fast=fast, **arguments)) as progress:
                 for done in progress:
                     if isinstance(done, int):
                         at, of = (done, steps) if done <= steps else (done - steps, upscaling_steps(count))
@@ -159,6 +170,8 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                     go = gr.Button("Generate", variant="primary", scale=3)
                     stop = gr.Button("Stop", interactive=False, scale=1)
                 status = gr.HTML("&nbsp;", elem_id="status")
+                quick = f"{fast_steps} steps of the model's student, without guidance"
+                hurry = gr.Checkbox(bool(student), visible=bool(student), label="Fast", info=quick)
                 loras = [
                     slider(f"LoRA: {name}", 1.0 if scale is None else scale, 0, 2, info="0 is off", step=0.05)
                     for name, scale in loaded.items()
@@ -199,7 +212,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
         begun.then(
             generate,
-            inputs=[prompt, label, picture, *settings, seed, surprise, shape, large, *amounts, *loras],
+            inputs=[prompt, label, picture, *settings, seed, surprise, shape, large, hurry, *amounts, *loras],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="generate",

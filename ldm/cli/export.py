@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ldm.cli.lora import add_lora_option, load_loras
-from ldm.cli.parser import Command, path, place
+from ldm.cli.parser import Command, path, place, positive
 from ldm.pipelines import import_networks
 
 
@@ -24,12 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="an upscaler to put behind it, into FOLDER/upscaler (default: the model's own, if it has one)",
     )
+    add(
+        "--few-steps",
+        type=few_steps,
+        metavar="LORA[:STEPS]",
+        help="a LoRA of few steps (RUN/lora) to put behind it, into FOLDER/few_steps: the student, which answers calls "
+        "without settings (default: the model's own, if it has one)",
+    )
+
+
+def few_steps(text: str) -> tuple[Path, int | None]:
+    """FOLDER[:STEPS] => both."""
+    source, colon, steps = text.rpartition(":")
+    if not colon or not steps.isdecimal():
+        return path(text), None
+    return path(source), positive(steps)
 
 
 def run(arguments: argparse.Namespace) -> None:
     import_networks()
     from ldm.cli.find import find_model, run_of
     from ldm.evaluation.provenance import record_run
+    from ldm.models.lora_files import find_lora
     from ldm.pipelines.text_to_image import LDMPipeline
     from ldm.pipelines.upscale import LDMUpscalePipeline
     from ldm.sharing.export import export
@@ -51,6 +68,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.upscaler is not None:
         pipeline.upscaler = LDMUpscalePipeline.from_pretrained(arguments.upscaler)
         check_behind(pipeline, arguments.upscaler)
+    if arguments.few_steps is not None:
+        lora, steps = arguments.few_steps
+        pipeline.teach(find_lora(lora).parent, steps)
     size = export(pipeline, arguments.out)
     if config:
         config = redact_paths(config, [config.get("run"), config.get("data", {}).get("source")])
@@ -71,7 +91,8 @@ COMMAND = Command(
 ldm export runs/demo models/demo
 ldm export runs/demo models/demo --ema 0.08     (an average of another width, chosen by ldm evaluate --ema)
 ldm export models/openmoji64 models/noto --lora runs/noto/lora   (a LoRA merged into the model)
-ldm export models/emoji64 models/emoji256 --upscaler runs/upscale/pipeline   (an upscaler behind the model)""",
+ldm export models/emoji64 models/emoji256 --upscaler runs/upscale/pipeline   (an upscaler behind the model)
+ldm export models/emoji64 models/fast --few-steps runs/few_steps/lora:2      (a student behind it, of 2 steps)""",
     add_arguments,
     run,
 )

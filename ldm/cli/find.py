@@ -38,12 +38,15 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
     """
     from ldm.models.lora import WEIGHTS
     from ldm.pipelines.loading import find_pipeline
+    from ldm.pipelines.student import STUDENT_FOLDER
 
     path = Path(name)
     if (path / "pipeline/model_index.json").exists():
         folder, run = path / "pipeline", path
     elif (path / "model_index.json").exists():
         folder, run = path, path.resolve().parent
+    elif path.name == STUDENT_FOLDER and (path.parent / "model_index.json").exists():
+        folder, run = path, path.resolve().parent.parent
     elif path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or path.parent.exists():
         if (path / "lora" / WEIGHTS).exists():
             raise FileNotFoundError(f"{path} holds a LoRA; name its base, and this with --lora {path}")
@@ -132,10 +135,12 @@ def find_by_hash(
     folders = [str(path.parent) for pattern in EVERY_MODEL for path in sorted(Path().glob(pattern))]
     for folder in [named] if named else folders:
         pipeline = load(folder, dtype, engine)
-        found = model_sha256(pipeline)
-        if found == sha256 and (named or upscaler is None or has_upscaler(pipeline, upscaler)):
-            return pipeline, found
+        for one in (pipeline, pipeline.student) if pipeline.has_student else (pipeline,):
+            found = model_sha256(one)
+            if found == sha256 and (named or upscaler is None or has_upscaler(one, upscaler)):
+                return one, found
         if named:
+            found = model_sha256(pipeline)
             print(
                 f"warning: {named} is not the model that made it (SHA-256 {found[:12]}…, "
                 f"not {sha256[:12]}…), so the picture will be another one",

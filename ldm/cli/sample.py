@@ -212,8 +212,6 @@ def generate(arguments: argparse.Namespace) -> None:
 
     pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
     load_loras(pipeline, arguments.lora)
-    if arguments.engine == "openvino":
-        pipeline.enable_openvino()
     inputs, count = max(1, len(arguments.prompts), len(arguments.class_label or ())), arguments.images_per_prompt or 1
     prompts = one_each("prompts", arguments.prompts or [None], inputs)
     labels = one_each("--class-label", arguments.class_label or [None], inputs)
@@ -224,6 +222,9 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.upscale:
         settings["upscale"] = True
         upscaler = model_sha256(pipeline.upscaler)
+    pipeline = pipeline.maker_of(settings)
+    if arguments.engine == "openvino":
+        pipeline.enable_openvino()
     if arguments.each is not None or inputs * count == 1:  # files that carry their settings, each prompt alone
         model, size = model_sha256(pipeline, adapters=False), min(size, count)
     captions = [prompt or label or "" for prompt, label in zip(prompts, labels, strict=True) for _ in range(count)]
@@ -369,6 +370,7 @@ ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture 
 ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
 ldm sample runs/demo/pipeline "red heart" "pizza" --each pictures    (a file for each)
 ldm sample models/emoji256 "red heart" --upscale                     (through the upscaler behind the model)
+ldm sample models/emoji256/few_steps "red heart" --steps 4           (the student of few steps behind the model)
 ldm sample --like heart.png --out again.png                          (the same picture again, byte for byte)
 ldm sample --like heart.png --seed 8                                 (the same settings, another seed)
 ldm sample models/openmoji64 "pizza, noto style" --lora runs/noto/lora:0.8   (with a LoRA, at 0.8 of its strength)""",

@@ -43,6 +43,14 @@ def weights_state(network: nn.Module) -> tuple[Any, ...]:
     return tuple((id(one), one.data_ptr(), -1 if one.is_inference() else one._version, one.dtype) for one in tensors)
 
 
+@torch.no_grad()
+def count_change(network: nn.Module) -> None:
+    """Let `weights_state` know of a change that was made through `.data`, as PEFT merges adapters."""
+    for weight in network.parameters():
+        if not weight.is_inference():
+            weight.mul_(1)
+
+
 def weights_of(network: nn.Module) -> Iterator[bytes | memoryview]:
     """A network's weights as bytes, in the order of their names, with what they are."""
     for name, tensor in sorted(base_weights(network).items()):

@@ -83,6 +83,7 @@ class LoRAFacts:
         trigger: the words that all its captions have in common; may be empty.
         prompts: a few of its captions.
         rank, alpha, dora, text_encoder: as in LoRAConfig.
+        few_steps: the sampling steps that it was trained for; 0 is any.
     """
 
     base: str
@@ -93,6 +94,7 @@ class LoRAFacts:
     alpha: float = 0.0
     dora: bool = False
     text_encoder: bool = False
+    few_steps: int = 0
 
 
 def require_peft() -> None:

@@ -14,8 +14,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.functional import conv2d
 
 from ldm.models.fingerprint import base_fingerprint
 from ldm.models.lora import METADATA, WEIGHTS
@@ -160,6 +162,35 @@ def check_fits(file: LoRAFile, pipeline: Any) -> str | None:
         trained = f"trained beside {file.facts['base']}" if base else "trained beside another model"
         return f"{file.path}: was {trained}; this model has other weights, so pictures may be worse"
     return None
+
+
+def merge_lora(unet: nn.Module, file: LoRAFile) -> None:
+    """Add a LoRA to the weights that it belongs to, in place, as PEFT's merge does: W + (alpha / r) B A.
+
+    Raises:
+        ValueError: if it has more than the two matrices of each layer of a U-Net, such as DoRA's norms.
+    """
+    with safe_open(file.path, framework="pt") as opened:
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        settings = _parse(file.path, "lora_adapter_metadata", opened.metadata() or {})
+    for name in weights:
+        if not re.fullmatch(r"unet\..+\.lora_[AB]\.weight", name):
+            raise ValueError(f"{file.path}: expected a plain LoRA of the U-Net, got {name}")
+    odd = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern") if settings.get(f"unet.{key}")]
+    if odd:
+        raise ValueError(f"{file.path}: expected one rank and alpha for all layers, got {odd[0]}")
+    with torch.no_grad():
+        for name in (name for name in weights if name.endswith(".lora_A.weight")):
+            layer: Any = unet.get_submodule(name.removeprefix("unet.").removesuffix(".lora_A.weight"))
+            down, up = (weights[name.replace("_A.", f"_{one}.")].to(layer.weight) for one in "AB")
+            scale = settings.get("unet.lora_alpha", len(down)) / len(down)
+            if layer.weight.ndim == 2:
+                change = up @ down
+            elif layer.weight.shape[2:] == (1, 1):
+                change = (up[..., 0, 0] @ down[..., 0, 0])[..., None, None]
+            else:
+                change = conv2d(down.transpose(0, 1), up).transpose(0, 1)
+            layer.weight += change * scale
 
 
 def _layer(network: nn.Module, name: str) -> Any:

@@ -3,6 +3,7 @@
 text_to_image.py  LDMPipeline
 upscale.py        LDMUpscalePipeline: small pictures in, large ones out
 cascade.py        a pipeline with an upscaler behind it
+student.py        a pipeline with a student of few steps behind it
 conditions.py     prompts, classes, second pictures => conditions of the denoiser
 editing.py        pictures to change, masks, larger canvases
 weaker.py         the weaker model of autoguidance

@@ -100,13 +100,24 @@ def upscaler_behind(name: str, folder: Path) -> Path | None:
         name: of the pipeline, a folder or a Hub id.
         folder: where it lies.
     """
-    found = folder / UPSCALER_FOLDER
+    return folder_behind(name, folder, UPSCALER_FOLDER, "model_index.json")
+
+
+def folder_behind(name: str, folder: Path, inside: str, file: str) -> Path | None:
+    """A folder inside a pipeline's that stock diffusers doesn't know, None if it isn't there or lacks `file`.
+
+    From the Hub it is downloaded, of the very same commit.
+
+    Args:
+        name: of the pipeline, a folder or a Hub id.
+        folder: where it lies.
+    """
+    found = folder / inside
     if not found.exists() and not Path(name).expanduser().exists():
         from huggingface_hub import snapshot_download
 
-        patterns = [f"{UPSCALER_FOLDER}/{pattern}" for pattern in HUB_FILES]
-        snapshot_download(name, revision=folder.name, allow_patterns=patterns)  # of the very same commit
-    return found if (found / "model_index.json").exists() else None
+        snapshot_download(name, revision=folder.name, allow_patterns=[f"{inside}/{pattern}" for pattern in HUB_FILES])
+    return found if (found / file).exists() else None
 
 
 def no_upscaler(name: str) -> FileNotFoundError:

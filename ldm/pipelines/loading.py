@@ -37,6 +37,7 @@ from ldm.data.labels import Labels
 from ldm.data.numbers import Numbers
 from ldm.inference.defaults import FILE as DEFAULTS_FILE
 from ldm.inference.defaults import Defaults
+from ldm.models.fingerprint import count_change
 from ldm.models.loading import load_networks, loading
 from ldm.models.lora import WEIGHTS, require_peft
 from ldm.models.lora_files import FINDING, OtherBaseWarning, check_fits, find_lora, read_lora
@@ -256,6 +257,21 @@ class SavedPipeline(Saved, StableDiffusionPipeline):
                 "ignore", "Already found a `peft_config`"
             )  # of a second adapter, which is no mistake
             super().load_lora_weights(str(file.path), adapter_name, **options)
+
+    def fuse_lora(self, *arguments: Any, **kwargs: Any) -> None:
+        """As stock's."""
+        super().fuse_lora(*arguments, **kwargs)
+        self._count_change()
+
+    def unfuse_lora(self, *arguments: Any, **kwargs: Any) -> None:
+        """As stock's."""
+        super().unfuse_lora(*arguments, **kwargs)
+        self._count_change()
+
+    def _count_change(self) -> None:
+        for network in (self.unet, self.text_encoder):
+            if network is not None:
+                count_change(network)
 
     def merge_adapters(self) -> Self:
         """Add the active LoRA adapters, as they count now, to the weights they stand beside, and remove all adapters.

@@ -42,27 +42,23 @@ from ldm.inference.sampling import sample
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.conditioning import Conditioning, UNetDenoiser
 from ldm.models.fingerprint import weights_state
-from ldm.pipelines.cascade import CascadedPipeline
 from ldm.pipelines.editing import check_edit
 from ldm.pipelines.inputs import Inputs, check_inputs, check_known
+from ldm.pipelines.student import TaughtPipeline
 from ldm.pipelines.weaker import check_weaker, load_weaker
 from ldm.system.devices import best_device
 
 MAX_EDGE = 4096
 
 
-class LDMPipeline(CascadedPipeline):
+class LDMPipeline(TaughtPipeline):
     """A text-to-image pipeline.
 
     Examples:
         >>> pipe = LDMPipeline.from_pretrained("runs/demo/pipeline")
         >>> pipe("red heart", seed=7).images[0].save("heart.png")
-
-    Attributes:
-        engine: what computes U-Net and VAE decoder; None is torch.
     """
 
-    engine: OpenVINO | None = None
     _weaker: tuple[Any, Any] | None = None  # what was loaded, and its U-Net
 
     @property
@@ -120,8 +116,8 @@ class LDMPipeline(CascadedPipeline):
         """Generate pictures, or change some.
 
         The arguments before `seed` are those of StableDiffusionPipeline, in its order and with its meaning. A call that
-        names neither steps nor guidance takes the model's `defaults`, as a set; else what it leaves out is as in stock
-        diffusers (50 steps, guidance scale 7.5, no interval).
+        names neither steps nor guidance takes the model's `defaults`, as a set, or its student's (`ldm.pipelines
+        .student`); else what it leaves out is as in stock diffusers (50 steps, guidance scale 7.5, no interval).
 
         Args:
             prompt: one prompt, or a list; for a model with text.
@@ -175,7 +171,10 @@ class LDMPipeline(CascadedPipeline):
             ValueError: names the argument and what it allows.
             TypeError: for an unknown argument, which stock pipelines ignore.
         """
-        check_known(unknown, set(inspect.signature(LDMPipeline.__call__).parameters) - {"self", "unknown"})
+        given = {name: value for name, value in locals().items() if name not in ("self", "unknown")}
+        check_known(unknown, set(given))
+        if (maker := self.maker_of(given)) is not self:
+            return maker(**given)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         check_weaker(weaker, weak_unet, autoguidance_scale, guidance_scale, negative_prompt)

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from ldm.models.lora import in_order
 
 
 def export(pipeline: Any, folder: Path) -> int:
@@ -23,10 +26,12 @@ def export(pipeline: Any, folder: Path) -> int:
     # not `pipeline.half()`, whose configs would have transformers compute in fp16, which diffusers' U-Net does not
     pipeline.save_pretrained(folder)
     for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
         weights = load_file(path)
         halves = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
         for name, half in halves.items():
             if half.is_floating_point() and not bool(torch.isfinite(half).all()):
                 raise ValueError(f"{path.relative_to(folder)}: {name} has values that fp16 can't hold")
-        save_file(halves, path, metadata={"format": "pt"})
+        path.write_bytes(in_order(save(halves, metadata={"format": "pt", **notes})))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -34,6 +34,7 @@ from ldm.data.images import decode
 from ldm.data.numbers import Numbers
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.inference.defaults import Defaults
+from ldm.models.fingerprint import model_sha256
 from ldm.models.lora import LoRAConfig, add_adapters
 from ldm.sharing import png_metadata
 
@@ -301,7 +302,7 @@ def drawing(pipe: LDMPipeline) -> Draw:
 
     def draw(prompt: str = "cat", steps: int = 3, seed: int = 1, count: int = 1) -> Iterator[dict[Any, Any]]:
         request = gr.Request(session_hash=f"visitor {seed}")
-        return functions[0](request, prompt, None, None, "", steps, 3.0, count, seed, False, "16 × 16", False)
+        return functions[0](request, prompt, None, None, "", steps, 3.0, count, seed, False, "16 × 16", False, False)
 
     return draw
 
@@ -385,7 +386,7 @@ def test_the_ranges_follow_the_model(pipe: LDMPipeline, usual: Defaults, ranges:
             name: (one.minimum, one.value, one.maximum) for name, one in sliders.items() if name in ranges
         } == ranges
         (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
-        inputs = ["cat", None, None, "", 2, usual.guidance_scale, 1, 1, False, "16 × 16", False]
+        inputs = ["cat", None, None, "", 2, usual.guidance_scale, 1, 1, False, "16 × 16", False, False]
         (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         settings = png_metadata.of(picture, Path("page"))
         assert settings.guidance_scale == usual.guidance_scale
@@ -400,10 +401,34 @@ def test_wide_and_tall_sizes_are_offered_and_generated(pipe: LDMPipeline, monkey
     monkeypatch.setattr(app, "MOST_RATIO", 4.0)
     (function,) = [one.fn for one in app.build_page(pipe).fns.values() if one.api_name == "generate"]
     assert app.shapes(pipe) == ["16 × 16", "8 × 32", "8 × 24", "24 × 8", "32 × 8"]
-    inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "32 × 8", False]
+    inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "32 × 8", False, False]
     (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
     expected = pipe("cat", width=32, height=8, num_inference_steps=2, guidance_scale=3.0, seed=5).images[0]
     assert picture.size == (32, 8) and np.array_equal(picture, expected)
+
+
+def test_a_model_with_a_student_is_fast_unless_the_box_is_not_ticked(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = app.load(str(folder), "torch")
+    tiny.lora(folder, tmp_path / "lora", LoRAConfig(rank=2), few_steps=3)
+    base.teach(tmp_path / "lora")
+    base.save_pretrained(tmp_path / "model")
+    pipe = app.load(str(tmp_path / "model"), "torch")
+    page = app.build_page(pipe)
+    (box,) = [one for one in page.blocks.values() if isinstance(one, gr.Checkbox) and one.label == "Fast"]
+    assert box.value and box.visible and "3 steps of the model's student" in str(box.info)
+    (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
+    inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", False]
+    for ticked, words in ((True, {}), (False, {"num_inference_steps": 2, "guidance_scale": 3.0})):
+        news = list(function(gr.Request(session_hash="visitor"), *inputs, ticked))
+        assert any(f"Step {3 if ticked else 2} of {3 if ticked else 2}" in str(new) for new in news)
+        (picture,) = last_pictures(iter(news))
+        assert np.array_equal(picture, pipe("cat", seed=5, **words).images[0])
+        maker = pipe.student if ticked else pipe
+        assert png_metadata.of(picture, Path("page")).model == model_sha256(maker, adapters=False)
+    inputs[3] = "dog"
+    with pytest.raises(gr.Error, match="Negative prompt: the fast student has no guidance"):
+        list(function(gr.Request(session_hash="visitor"), *inputs, True))
 
 
 def test_a_model_with_an_upscaler_generates_large_pictures(folder: Path, tmp_path: Path) -> None:
@@ -416,7 +441,7 @@ def test_a_model_with_an_upscaler_generates_large_pictures(folder: Path, tmp_pat
     (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
     inputs = ["cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16"]
     for ticked in (True, False):
-        news = list(function(gr.Request(session_hash="visitor"), *inputs, ticked))
+        news = list(function(gr.Request(session_hash="visitor"), *inputs, ticked, False))
         assert any("Upscaling, step 1 of" in str(new) for new in news) is ticked
         (picture,) = last_pictures(iter(news))
         arguments: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 5, "upscale": ticked}
@@ -434,7 +459,7 @@ def test_a_model_of_numbers_has_a_field_for_each(tmp_path: Path) -> None:
     (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
 
     def made(*numbers: float | None) -> Image.Image:
-        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", False, *numbers)
+        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", False, False, *numbers)
         (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         return picture
 
@@ -468,7 +493,7 @@ def test_an_uploaded_picture_is_decoded_as_in_training(tmp_path: Path) -> None:
     def generate(file: Path) -> list[Any]:
         given = upload.preprocess(ImageData(path=str(file), orig_name=file.name))
         visitor = gr.Request(session_hash="visitor")
-        return last_pictures(function(visitor, "cat", None, given, "", 2, 3.0, 1, 5, False, "16 × 16", False))
+        return last_pictures(function(visitor, "cat", None, given, "", 2, 3.0, 1, 5, False, "16 × 16", False, False))
 
     upright = decode((tmp_path / "second.png").read_bytes())
     assert upright.size == (16, 24)
@@ -495,7 +520,7 @@ def test_each_lora_has_a_slider_and_the_picture_names_what_counted(folder: Path,
     (function,) = [one.fn for one in page.fns.values() if one.api_name == "generate"]
 
     def made(counts: float) -> Image.Image:
-        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", False, counts)
+        inputs = ("cat", None, None, "", 2, 3.0, 1, 5, False, "16 × 16", False, False, counts)
         (picture,) = last_pictures(function(gr.Request(session_hash="visitor"), *inputs))
         return picture
 

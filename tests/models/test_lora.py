@@ -15,17 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.cli.main import main
-from ldm.models.fingerprint import base_fingerprints, model_sha256
+from ldm.models.fingerprint import model_sha256
 from ldm.models.lora import (
     FACTS,
-    NAME,
     WEIGHTS,
     LoRAConfig,
-    LoRAFacts,
     active_adapters,
-    adapter_weights,
     add_adapters,
-    save_adapters,
     trigger_words,
 )
 from ldm.models.lora_files import OtherBaseWarning, find_lora, read_lora
@@ -47,31 +43,12 @@ def generate(pipeline: Any, prompt: str = "red heart") -> Any:
     return pipeline(prompt, generator=noise, num_inference_steps=2, guidance_scale=3.0, output_type="np").images
 
 
-def trained(base: Path, folder: Path, config: LoRAConfig, seed: int = 0) -> Any:
-    """A stock pipeline with adapters that are not zero, in memory, and saved in a folder."""
-    pipeline = quiet(diffusers.StableDiffusionPipeline.from_pretrained(base))
-    prints = base_fingerprints(pipeline.unet)
-    torch.manual_seed(seed)
-    add_adapters(pipeline.unet, pipeline.text_encoder if config.text_encoder else None, config)
-    rng = torch.Generator().manual_seed(seed)
-    networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    for network in networks.values():
-        for name, weight in network.named_parameters():
-            assert weight.requires_grad == (".lora_" in name) or network is pipeline.text_encoder
-            if ".lora_" in name:
-                weight.data += 0.2 * torch.randn(weight.shape, generator=rng)
-    configs = {name: one.peft_config[NAME] for name, one in networks.items() if hasattr(one, "peft_config")}
-    facts = LoRAFacts("tiny", prints, "in a style", ["red heart in a style"], config.rank, 8.0)
-    save_adapters(folder, adapter_weights(pipeline.unet), adapter_weights(pipeline.text_encoder), configs, facts)
-    return pipeline
-
-
 @pytest.fixture(scope="module")
 def two(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two LoRAs of the same model."""
     folder = tmp_path_factory.mktemp("loras")
     for seed, name in enumerate(("one", "two")):
-        trained(tiny_pipeline_folder, folder / name / "lora", LoRAConfig(rank=2 + seed, alpha=8), seed)
+        tiny.lora(tiny_pipeline_folder, folder / name / "lora", LoRAConfig(rank=2 + seed, alpha=8), seed)
     return folder / "one" / "lora", folder / "two" / "lora"
 
 
@@ -90,7 +67,7 @@ def test_what_was_trained_loads_in_stock_with_the_same_picture(
     kind: tiny.Kind, config: LoRAConfig, tiny_pipeline_folders: dict[tiny.Kind, Path], tmp_path: Path
 ) -> None:
     base = tiny_pipeline_folders[kind]
-    expected = generate(trained(base, tmp_path, config))
+    expected = generate(tiny.lora(base, tmp_path, config))
     for loader in (diffusers.StableDiffusionPipeline, LDMPipeline):
         loaded = quiet(loader.from_pretrained(base))
         plain = generate(loaded)
@@ -130,7 +107,7 @@ def test_several_at_once_and_their_scales_are_stocks(tiny_pipeline_folder: Path,
 
 def test_an_adapters_hash_is_that_of_its_weights_and_alpha(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     for name, alpha, seed in (("a", 8, 0), ("same", 8, 0), ("alpha", 4, 0), ("seed", 8, 1)):
-        trained(tiny_pipeline_folder, tmp_path / name, LoRAConfig(rank=2, alpha=alpha), seed)
+        tiny.lora(tiny_pipeline_folder, tmp_path / name, LoRAConfig(rank=2, alpha=alpha), seed)
     found = {}
     for name in ("a", "same", "alpha", "seed"):
         pipeline = LDMPipeline.from_pretrained(tiny_pipeline_folder)
@@ -236,7 +213,7 @@ def test_trigger_words_are_those_of_all_captions() -> None:
 def test_a_file_is_a_function_of_the_adapters(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     """Also its header, of three notes, which the library writes in any of six orders."""
     for i in range(6):
-        trained(tiny_pipeline_folder, tmp_path / str(i), LoRAConfig(rank=2))
+        tiny.lora(tiny_pipeline_folder, tmp_path / str(i), LoRAConfig(rank=2))
     assert len({(tmp_path / str(i) / WEIGHTS).read_bytes() for i in range(6)}) == 1
     header = (tmp_path / "0" / WEIGHTS).read_bytes()[8:]
     assert int.from_bytes((tmp_path / "0" / WEIGHTS).read_bytes()[:8], "little") % 8 == 0 and header[:1] == b"{"

@@ -127,6 +127,7 @@ class LoRA(Diffusion):
             alpha=alpha_of(config),
             dora=config.dora,
             text_encoder=config.text_encoder,
+            few_steps=self.config.diffusion.few_steps,
         )
 
     def preview(self, step: int, interrupted: Callable[[], bool]) -> Image.Image | None:
