@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from ldm.diffusion.guidance import NEGATIVE, POSITIVE, Guidance
 from ldm.inference import samplers
+from ldm.inference.colors import with_colors_of
 from ldm.inference.decoding import decode
 from ldm.inference.defaults import Defaults, check_sampler
 from ldm.inference.sampling import sample
@@ -145,6 +146,7 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
         sampler: str | None = None,
         tile: int | None = None,
         overlap: int | None = None,
+        keep_colors: bool = False,
         **unknown: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
         """Upscale pictures of one size, all at once; `upscale` takes any number of any sizes.
@@ -163,6 +165,7 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
             tile: pixels along an edge of a small picture that the network is given at once; larger pictures are cut
                 into overlapping tiles. By default its own size.
             overlap: pixels that neighboring tiles share; by default a quarter of a tile.
+            keep_colors: give the large picture the small one's colors (`ldm.inference.colors`).
         Returns:
             `.images`, a list of PIL pictures or an array, by `output_type`.
         Raises:
@@ -244,6 +247,8 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
         flagged = None
         if output_type != "latent":
             images = self._decoded(images, tiled=len(tiles) > 1)
+            if keep_colors:
+                images = with_colors_of(pixels[..., :height, :width].to(images), images)
             images, flagged, _ = self.run_safety_checker(images, device, dtype)
         fine = [True] * len(images) if flagged is None else [not flag for flag in flagged]
         images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=fine)
@@ -270,10 +275,11 @@ class LDMUpscalePipeline(Saved, StableDiffusionUpscalePipeline):
             prompt: one for all or one each.
             batch_size: pictures at once, which bounds memory.
             output_type: "pil"; "np" and "pt" for pictures of one size.
-            settings: other arguments of a call.
+            settings: other arguments of a call; `keep_colors` is on unless it is named.
         Returns:
             `.images`, in the order of the small ones.
         """
+        settings.setdefault("keep_colors", True)
         check_number("batch_size", batch_size, 1, 1024, Integral)
         listed = list_of(images)
         prompts = one_each("prompt", [prompt] if prompt is None or isinstance(prompt, str) else prompt, len(listed))
