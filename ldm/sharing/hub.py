@@ -27,8 +27,24 @@ EXAMPLES = 8  # pictures on the card
 SHARD = "5GB"  # maximum of weights in one file, so that an interrupted download loses little
 GALLERY, LOSS = "gallery.png", "loss_by_t.png"
 #: Files that a push deletes if it doesn't write them, so that nothing of an older model stays, such as its metrics.
-REPLACED = ["unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*", "upscaler/*", "few_steps/*",
-            "pictures/*", GALLERY, LOSS, PAGE, FILE, "prompts.txt", "labels.json", "numbers.json", "defaults.json"]  # fmt: skip
+REPLACED = [
+    "unet/*",
+    "vae/*",
+    "text_encoder/*",
+    "tokenizer/*",
+    "scheduler/*",
+    "upscaler/*",
+    "few_steps/*",
+    "pictures/*",
+    GALLERY,
+    LOSS,
+    PAGE,
+    FILE,
+    "prompts.txt",
+    "labels.json",
+    "numbers.json",
+    "defaults.json",
+]
 
 
 def write_model(
