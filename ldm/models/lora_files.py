@@ -137,8 +137,19 @@ def check_fits(file: LoRAFile, pipeline: Any) -> str | None:
     Returns:
         A warning if it was trained on other weights of the same shapes, as far as the file says.
     Raises:
-        ValueError: if a layer that it is for doesn't exist, or has another shape.
+        ValueError: as `check_shapes` does.
     """
+    check_shapes(file, pipeline)
+    known = file.facts.get("base_weights")
+    if isinstance(known, list) and base_fingerprint(pipeline.unet) not in known:
+        base = file.facts.get("base")
+        trained = f"trained beside {base}" if isinstance(base, str) else "trained beside another model"
+        return f"{file.path}: was {trained}; this model has other weights, so pictures may be worse"
+    return None
+
+
+def check_shapes(file: LoRAFile, pipeline: Any) -> None:
+    """Raise a ValueError if a layer that a LoRA is for doesn't exist, or has another shape."""
     base = f", of {file.facts['base']}" if isinstance(file.facts.get("base"), str) else ""
     for name, shape in file.shapes.items():
         matched = MATRIX.fullmatch(name)
@@ -157,11 +168,6 @@ def check_fits(file: LoRAFile, pipeline: Any) -> str | None:
                 f"{file.path}: is the LoRA of another model{base}: {name} is {list(shape)}, that layer takes {into} "
                 f"channels and makes {out}"
             )
-    known = file.facts.get("base_weights")
-    if isinstance(known, list) and base_fingerprint(pipeline.unet) not in known:
-        trained = f"trained beside {file.facts['base']}" if base else "trained beside another model"
-        return f"{file.path}: was {trained}; this model has other weights, so pictures may be worse"
-    return None
 
 
 def merge_lora(unet: nn.Module, file: LoRAFile) -> None:

@@ -26,7 +26,7 @@ from ldm.inference.defaults import Defaults
 from ldm.inference.openvino import OpenVINO
 from ldm.models.fingerprint import weights_state
 from ldm.models.lora import FACTS, WEIGHTS, active_adapters
-from ldm.models.lora_files import OtherBaseWarning, check_fits, merge_lora, read_lora
+from ldm.models.lora_files import OtherBaseWarning, check_fits, check_shapes, merge_lora, read_lora
 from ldm.pipelines.cascade import CascadedPipeline, folder_behind
 
 STUDENT_FOLDER = "few_steps"
@@ -90,7 +90,7 @@ class TaughtPipeline(CascadedPipeline):
                 f"{file.path}: expected a LoRA of few steps, trained with `ldm train ldm --config few_steps "
                 "lora.rank=16`"
             )
-        check_fits(file, self)
+        check_shapes(file, self)
         known = steps is None and (Path(folder) / DEFAULTS_FILE).exists()
         defaults = Defaults.load(Path(folder)) if known else Defaults(trained if steps is None else steps, 1.0)
         self._student, self._student_from = None, (Path(folder), defaults)
@@ -119,7 +119,9 @@ class TaughtPipeline(CascadedPipeline):
         if self.engine is None:
             student.engine = None
         elif student.engine is None:
-            student.engine = OpenVINO()
+            engine = OpenVINO()
+            engine.prepare(student)
+            student.engine = engine
         return student.to(self._execution_device)
 
     def maker_of(self, arguments: Mapping[str, Any]) -> Self:

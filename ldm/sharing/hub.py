@@ -6,6 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,9 @@ def generate_examples(pipeline: Any, folder: Path, sha256: str) -> list[Example]
     bar = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(disable=True)  # one bar for all pictures
     for seed, condition in enumerate(tqdm(conditions[:EXAMPLES], desc="generating examples", unit="picture")):
-        (picture,) = pipeline(**condition, seed=seed).images
-        png_metadata.stamp([picture], pipeline, sha256, seed=seed, **condition)
+        given = {**condition, **asdict(pipeline.defaults), "seed": seed}  # named: a call without them is a student's
+        (picture,) = pipeline(**given).images
+        png_metadata.stamp([picture], pipeline, sha256, **given)
         file = f"pictures/{seed}.png"
         png_metadata.save(picture, folder / file)
         pictures.append(picture)

@@ -93,6 +93,8 @@ def model_card(
         examples=examples,
         defaults=pipeline.defaults,
         sampling=sampling,
+        large=size * pipeline.upscaler.factor if pipeline.has_upscaler else 0,
+        student=pipeline.student.defaults.num_inference_steps if pipeline.has_student else 0,
         stock=pipeline.labels is None and pipeline.numbers is None and not pipeline.extra_channels,
         call=example_call(pipeline),
         nothing="" if pipeline.tokenizer is not None else ", text_encoder=None, tokenizer=None",

@@ -20,8 +20,9 @@ from ldm.inference.defaults import Defaults
 from ldm.models.fingerprint import model_sha256
 from ldm.models.lora import WEIGHTS, LoRAConfig
 from ldm.models.safety import check_model_folder
-from ldm.sharing import png_metadata
+from ldm.sharing import hub, png_metadata
 from ldm.sharing.export import export
+from ldm.sharing.model_card import Terms
 
 pytest.importorskip("peft")
 
@@ -131,6 +132,29 @@ def test_it_stays_with_the_model(folder: Path, tmp_path: Path) -> None:
         for name, one in stock.unet.state_dict().items()
         if ".lora_" not in name
     )
+
+
+def test_the_card_s_pictures_are_the_model_s_and_it_names_the_student(folder: Path, tmp_path: Path) -> None:
+    pipe = quiet(LDMPipeline.from_pretrained(folder))
+    pipe.example_prompts = ("red heart",)
+    hub.write_model(pipe, tmp_path / "card", "me/model", Terms("mit", "shapes", "mit"))
+    with Image.open(tmp_path / "card/pictures/0.png") as made:
+        assert np.array_equal(made, pipe("red heart", seed=0, num_inference_steps=20, guidance_scale=3.0).images[0])
+        assert png_metadata.of(made, Path("0.png")).model == model_sha256(pipe)
+    assert "`few_steps`: 2 steps, without guidance" in (tmp_path / "card/README.md").read_text()
+    assert np.array_equal(draw(quiet(LDMPipeline.from_pretrained(tmp_path / "card"))), draw(pipe))
+
+
+def test_it_has_the_model_s_engine(folder: Path) -> None:
+    pytest.importorskip("openvino")
+    pipe = quiet(LDMPipeline.from_pretrained(folder))
+    by_torch = draw(pipe)
+    pipe.enable_openvino()
+    assert pipe.student.engine is not None and pipe.student.engine is not pipe.engine
+    by_openvino = draw(pipe)
+    assert 0 < np.abs(by_openvino - by_torch).max() < 0.05
+    pipe.disable_openvino()
+    assert np.array_equal(draw(pipe), by_torch)
 
 
 def test_what_is_no_student_is_refused(tiny_pipeline_folder: Path, lora: Path, tmp_path: Path) -> None:
