@@ -78,7 +78,7 @@ class ConditionedPictures:
                 pictures.source,
                 "set data.repeats_column",
             )
-            read.repeats  # noqa: B018, which is checked there
+            read._count_repeats(repeats_column)
         if condition_column:
             return replace(read, condition_facts=read._check_conditions(condition_column, progress, facts))
         return read
@@ -125,29 +125,9 @@ class ConditionedPictures:
         return self.numbers.null if self.numbers else self.null_class
 
     @cached_property
-    def repeats(self) -> npt.NDArray[np.int64]:
-        """How often an epoch shows each picture, int64 [N]: 1 where the cell is empty.
-
-        Raises:
-            BadDataError: listing the rows whose cell is no whole number from 1 to `MOST_REPEATS`.
-        """
-        found = np.ones(len(self), np.int64)
-        if self.repeats_column is None:
-            return found
-        problems = []
-        for place, row in enumerate(self.pictures):
-            cell = row.extra.get(self.repeats_column)
-            if is_null(cell) or cell == "":
-                continue
-            number = number_of(cell)
-            if number is None or not 1 <= number <= MOST_REPEATS or number % 1:
-                what = f"{self.repeats_column} is {str(cell)[:40]!r}; expected a whole number from 1 to {MOST_REPEATS}"
-                problems.append(Problem(what, row.where))
-            else:
-                found[place] = number
-        if problems:
-            raise BadDataError.listing(problems, self.pictures.source, "Correct them, or leave the column out.")
-        return found
+    def repeats(self) -> npt.NDArray[np.int64] | None:
+        """How often an epoch shows each picture, int64 [N]; None is once."""
+        return None if self.repeats_column is None else self._count_repeats(self.repeats_column)
 
     @property
     def all_pictures(self) -> Sequence[Row]:
@@ -169,6 +149,23 @@ class ConditionedPictures:
         locator = row.store.locate(row.extra.get(self.condition_column))
         fact = self.condition_facts.get(locator, UNKNOWN)
         return replace(row, captions=(), locator=locator, content=fact.content, size=fact.size)
+
+    def _count_repeats(self, column: str) -> npt.NDArray[np.int64]:
+        """The numbers in a column, 1 where a cell is empty; raises a BadDataError listing those that can't be."""
+        found, problems = np.ones(len(self), np.int64), []
+        for place, row in enumerate(self.pictures):
+            cell = row.extra.get(column)
+            if is_null(cell) or cell == "":
+                continue
+            number = number_of(cell)
+            if number is None or not 1 <= number <= MOST_REPEATS or number % 1:
+                what = f"{column} is {str(cell)[:40]!r}; expected a whole number from 1 to {MOST_REPEATS}"
+                problems.append(Problem(what, row.where))
+            else:
+                found[place] = number
+        if problems:
+            raise BadDataError.listing(problems, self.pictures.source, "Correct them, or leave the column out.")
+        return found
 
     def _check_conditions(self, column: str, progress: bool, facts: Path | None) -> dict[str, Fact]:
         columns = {name for row in self.pictures for name in row.extra}

@@ -17,6 +17,7 @@ from ldm.pipelines.conditions import ConditionedPipeline
 from ldm.pipelines.upscale import LDMUpscalePipeline
 
 UPSCALER_FOLDER = "upscaler"
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only")  # of from_pretrained, for what is downloaded later
 
 
 class CascadedPipeline(ConditionedPipeline):
@@ -24,15 +25,16 @@ class CascadedPipeline(ConditionedPipeline):
 
     upscaler_folder = UPSCALER_FOLDER  # in its own
     _upscaler: LDMUpscalePipeline | None = None
-    _upscaler_of: tuple[str, Path, str | None] | None = None  # name, folder and variant of the pipeline it belongs to
+    # name, folder and variant of the pipeline it belongs to, and the options of the Hub that found it
+    _upscaler_of: tuple[str, Path, str | None, dict[str, Any]] | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
         """As `SavedPipeline.from_pretrained`; an upscaler in its folder is found, and loaded when it is used."""
-        variant = kwargs.get("variant")
+        variant, hub = kwargs.get("variant"), {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         assert pipeline.loaded_from is not None
-        pipeline._upscaler_of = (str(pretrained_model_name_or_path), pipeline.loaded_from, variant)
+        pipeline._upscaler_of = (str(pretrained_model_name_or_path), pipeline.loaded_from, variant, hub)
         return pipeline
 
     @classmethod
@@ -90,20 +92,24 @@ class CascadedPipeline(ConditionedPipeline):
 
     def _find_upscaler(self) -> Path | None:
         """The upscaler's folder."""
-        return None if self._upscaler_of is None else upscaler_behind(*self._upscaler_of[:2])
+        if self._upscaler_of is None:
+            return None
+        name, folder, _, hub = self._upscaler_of
+        return upscaler_behind(name, folder, **hub)
 
 
-def upscaler_behind(name: str, folder: Path) -> Path | None:
+def upscaler_behind(name: str, folder: Path, **hub: Any) -> Path | None:
     """The folder of the upscaler behind a pipeline, None if it has none; from the Hub it is downloaded at first use.
 
     Args:
         name: of the pipeline, a folder or a Hub id.
         folder: where it lies.
+        hub: `HUB_OPTIONS` with which it was found.
     """
-    return folder_behind(name, folder, UPSCALER_FOLDER, "model_index.json")
+    return folder_behind(name, folder, UPSCALER_FOLDER, "model_index.json", **hub)
 
 
-def folder_behind(name: str, folder: Path, inside: str, file: str) -> Path | None:
+def folder_behind(name: str, folder: Path, inside: str, file: str, **hub: Any) -> Path | None:
     """A folder inside a pipeline's that stock diffusers doesn't know, None if it isn't there or lacks `file`.
 
     From the Hub it is downloaded, of the very same commit.
@@ -111,12 +117,14 @@ def folder_behind(name: str, folder: Path, inside: str, file: str) -> Path | Non
     Args:
         name: of the pipeline, a folder or a Hub id.
         folder: where it lies.
+        hub: `HUB_OPTIONS` with which it was found.
     """
     found = folder / inside
     if not found.exists() and not Path(name).expanduser().exists():
         from huggingface_hub import snapshot_download
 
-        snapshot_download(name, revision=folder.name, allow_patterns=[f"{inside}/{pattern}" for pattern in HUB_FILES])
+        patterns = [f"{inside}/{pattern}" for pattern in HUB_FILES]
+        snapshot_download(name, revision=folder.name, allow_patterns=patterns, **hub)
     return found if (found / file).exists() else None
 
 

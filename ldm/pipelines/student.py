@@ -61,8 +61,9 @@ class TaughtPipeline(CascadedPipeline):
                 )
             return cls.from_pretrained(given.parent, **kwargs).student
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        assert pipeline.loaded_from is not None
-        found = folder_behind(str(given), pipeline.loaded_from, STUDENT_FOLDER, WEIGHTS)
+        assert pipeline._upscaler_of is not None
+        name, folder, _, hub = pipeline._upscaler_of
+        found = folder_behind(name, folder, STUDENT_FOLDER, WEIGHTS, **hub)
         if found is not None:
             pipeline.teach(found)
         return pipeline

@@ -107,8 +107,7 @@ class LatentSamples:
         cache: LatentCache | None = None,
     ) -> LatentSamples:
         """The samples of a config's run on these pictures."""
-        repeats = source.repeats if source.repeats_column else None
-        order = Order(config.seed, buckets_of(config, source.pictures), config.loop.batch_size, repeats)
+        order = Order(config.seed, buckets_of(config, source.pictures), config.loop.batch_size, source.repeats)
         return cls(source, config, latent_shape, order, cache)
 
     @property
@@ -137,7 +136,7 @@ class LatentSamples:
             label,
             self.source.condition(number).content.hex() if self.source.condition_column else "",
             *(row.extra[name] for name in (self.source.numbers.columns if self.source.numbers else ())),
-            *([int(self.source.repeats[number])] if self.source.repeats_column else []),
+            *([] if self.source.repeats is None else [int(self.source.repeats[number])]),
         ]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:

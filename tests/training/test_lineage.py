@@ -222,7 +222,7 @@ def test_repeats_are_the_order_of_a_run_which_resumes_with_no_others(home: Path,
 
     write(3)
     source = ConditionedPictures.read(read_captioned(data, holdout=0, progress=False), repeats_column="times")
-    assert source.repeats.tolist() == [3] + [1] * (len(rows) - 1)
+    assert source.repeats is not None and source.repeats.tolist() == [3] + [1] * (len(rows) - 1)
     words = {"data__source": str(data), "data__repeats_column": "times", "data__holdout": 0.0}
     config = config_of(home, tmp_path / "run", loop__steps=2, **words)
     train_ldm(config)
