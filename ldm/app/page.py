@@ -171,7 +171,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
                     stop = gr.Button("Stop", interactive=False, scale=1)
                 status = gr.HTML("&nbsp;", elem_id="status")
                 quick = f"{fast_steps} steps of the model's student, without guidance"
-                hurry = gr.Checkbox(bool(student), visible=bool(student), label="Fast", info=quick)
+                fast_box = gr.Checkbox(bool(student), visible=bool(student), label="Fast", info=quick)
                 loras = [
                     slider(f"LoRA: {name}", 1.0 if scale is None else scale, 0, 2, info="0 is off", step=0.05)
                     for name, scale in loaded.items()
@@ -212,7 +212,7 @@ def build_page(pipeline: LDMPipeline) -> gr.Blocks:
         begun = gr.on([prompt.submit, go.click], begin, outputs=[go, stop, status], queue=False, show_progress="hidden")
         begun.then(
             generate,
-            inputs=[prompt, label, picture, *settings, seed, surprise, shape, large, hurry, *amounts, *loras],
+            inputs=[prompt, label, picture, *settings, seed, surprise, shape, large, fast_box, *amounts, *loras],
             outputs=[pictures, seed, status, go, stop],
             concurrency_limit=1,
             api_name="generate",

@@ -55,11 +55,12 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
         )
     else:
         folder = run = find_pipeline(name)
+    called = path.name
+    if called == STUDENT_FOLDER:  # of which each model may have one
+        called = f"{path.resolve().parent.name}-{called}"
     of_run = folder.name == "pipeline"
     config = newest_state(run).get("config") if of_run else None
-    home = (
-        (path if folder != path else path.parent) / "evaluation" if of_run else Path("runs") / f"{path.name}-evaluation"
-    )
+    home = (path if folder != path else path.parent) / "evaluation" if of_run else Path("runs") / f"{called}-evaluation"
     return folder, home, config
 
 

@@ -176,12 +176,9 @@ def check_writable(folder: Path) -> None:
     Raises:
         ValueError: names the folder and the reason.
     """
-    absent = [one for one in (folder, *folder.parents) if not one.exists()]
+    nearest = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
-        for made in absent:
-            made.rmdir()
     except OSError as error:
         raise ValueError(f"{folder}: can't be written to ({error.strerror}); name another folder") from None

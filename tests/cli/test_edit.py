@@ -179,7 +179,7 @@ def _usage(words: list[str]) -> str:
         (["MODEL", "small.png", "x", "--edge", "100000"], "error: --edge: expected edges from 4 to 4096 pixels, got "),
         (
             ["MODEL", "small.png", "x", "--out", "small.png/x.png"],
-            "error: small.png: can't be written to (File exists)",
+            "error: small.png: can't be written to (Not a directory)",
         ),
         (["MODEL", "small.png", "x", "--lora", "nothere"], "error: nothere: there is no such folder or file"),
     ],

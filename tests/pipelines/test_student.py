@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm import LDMPipeline
+from ldm.cli.find import find_model
 from ldm.cli.main import main
 from ldm.inference.defaults import Defaults
 from ldm.models.fingerprint import model_sha256
@@ -164,6 +165,12 @@ def test_a_model_of_the_hub_is_asked_for_it_as_it_was_for_the_rest(
     patterns = asked.pop("allow_patterns")
     assert asked == {"name": "me/model", "revision": "0123", **words}
     assert all(pattern.startswith("few_steps/") for pattern in patterns)
+
+
+def test_each_student_has_an_evaluation_of_its_own(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    homes = [find_model(str(one / "few_steps"))[1] for one in (folder, tmp_path / "other")]
+    assert homes == [Path("runs/model-few_steps-evaluation"), Path("runs/other-few_steps-evaluation")]
 
 
 def test_it_has_the_model_s_engine(folder: Path) -> None:
