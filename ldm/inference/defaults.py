@@ -25,7 +25,7 @@ AUTOGUIDANCE_SCALE = 2.0  # of a call that names a weaker model and no scale
 ENGINES = ("torch", "openvino")  # that may compute U-Net and VAE decoder
 #: Names of samplers; ldm.inference.samplers says what they are.
 SAMPLERS = (
-    "ddpm", "ddim", "dpm++", "dpm++sde", "unipc", "euler", "euler-a", "heun", "lms", "pndm", "deis", "pc", "ode"
+    "ddpm", "ddim", "dpm++", "dpm++sde", "unipc", "euler", "euler-a", "heun", "lms", "pndm", "deis", "pc", "ode", "lcm"
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "lms": ("LMSDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "deis": ("DEISMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
 }
 #: Samplers whose stock scheduler has dynamic thresholding.
 THRESHOLDING = ("ddpm", "ddim", "dpm++", "dpm++sde", "unipc", "deis")

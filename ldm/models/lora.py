@@ -84,6 +84,7 @@ class LoRAFacts:
         prompts: a few of its captions.
         rank, alpha, dora, text_encoder: as in LoRAConfig.
         few_steps: the sampling steps that it was trained for; 0 is any.
+        sampler: by which few steps are taken.
     """
 
     base: str
@@ -95,6 +96,7 @@ class LoRAFacts:
     dora: bool = False
     text_encoder: bool = False
     few_steps: int = 0
+    sampler: str = "ddim"
 
 
 def require_peft() -> None:

@@ -4,9 +4,9 @@
     pipe("red heart", num_inference_steps=20, guidance_scale=3)   the model itself, as in stock diffusers
     pipe.student("red heart", num_inference_steps=4)              the student at other steps
 
-The student is a pipeline of its own: the model's networks, but for a U-Net in which the LoRA is merged, and stock's
-DDIM. It is made when it is first used, without PEFT. Stock diffusers makes the same U-Net with `load_lora_weights` and
-`fuse_lora`.
+The student is a pipeline of its own: the model's networks, but for a U-Net in which the LoRA is merged, and the stock
+sampler that it was trained for, DDIM or LCM. It is made when it is first used, without PEFT. Stock diffusers makes the
+same U-Net with `load_lora_weights` and `fuse_lora`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from ldm.inference import samplers
 from ldm.inference.defaults import FILE as DEFAULTS_FILE
-from ldm.inference.defaults import Defaults
+from ldm.inference.defaults import Defaults, check_sampler
 from ldm.inference.openvino import OpenVINO
 from ldm.models.fingerprint import weights_state
 from ldm.models.lora import FACTS, WEIGHTS, active_adapters
@@ -151,7 +151,9 @@ class TaughtPipeline(CascadedPipeline):
             warnings.warn(warning, OtherBaseWarning, stacklevel=3)
         unet = copy.deepcopy(self.unet)
         merge_lora(unet, file)
-        parts = {**self.components, "unet": unet, "scheduler": samplers.build("ddim", self.scheduler.config)}
+        sampler = file.facts.get("sampler", "ddim")
+        check_sampler(f"{file.path}: sampler", sampler)
+        parts = {**self.components, "unet": unet, "scheduler": samplers.build(sampler, self.scheduler.config)}
         student = type(self)(**parts, requires_safety_checker=self.config.requires_safety_checker)
         for name in ("example_prompts", "labels", "numbers", "loaded_from", "_upscaler", "_upscaler_of"):
             setattr(student, name, getattr(self, name))

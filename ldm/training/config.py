@@ -197,8 +197,9 @@ class DistillConfig:
         steps: sampling steps of the previews, and the pipeline's default, 4 if it is 0; the student is trained for any
             number. Other trainings want 0.
         guidance_scale: lowest and highest scale that the teacher is guided with; the middle is the pipeline's default.
+            Without an embedding it is one scale.
         solver_steps: steps from noise to picture that the teacher would take; it must divide the timesteps.
-        embedding: channels of the embedded scale.
+        embedding: channels of the embedded scale, an input of the student; 0 is for none, as a LoRA needs it.
         huber_c: where the pseudo-Huber distance goes over from a square to an absolute value.
     """
 
@@ -214,9 +215,14 @@ class DistillConfig:
         low, high = self.guidance_scale
         check("distill.guidance_scale", low, at_least=1, at_most=high)
         check("distill.guidance_scale", high, at_most=100)
-        check("distill.embedding", self.embedding, at_least=4)
+        check("distill.embedding", self.embedding, at_least=0)
         check("distill.huber_c", self.huber_c, above=0)
-        if self.embedding % 2:
+        if not self.embedding and low != high:
+            raise ValueError(
+                f"distill.guidance_scale: without distill.embedding the student knows one scale; got {low:g} and "
+                f"{high:g}, name one twice"
+            )
+        if self.embedding % 2 or self.embedding == 2:
             raise ValueError(f"distill.embedding: half of it are sines, half cosines; got the odd {self.embedding}")
 
     @property

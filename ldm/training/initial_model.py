@@ -38,6 +38,7 @@ from ldm.training.objective import build_schedule
 
 #: Settings of a U-Net that this training has nothing to feed with.
 UNFED = ("time_cond_proj_dim",)
+SOLVER_STEPS = 50  # from which stock LCMScheduler chooses its own
 STUDENT_STEPS = 4  # of a distillation whose recipe names none
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")  # of betas
 
@@ -315,9 +316,16 @@ def _for_student(config: Config) -> Config:
     """The config with previews as its student generates; raises a ValueError for what distillation can't do."""
     if config.init is None:
         raise ValueError("init: a student learns from a teacher; name the model, init=FOLDER or a Hub id")
-    for key, value in (("lora.rank", config.lora.rank), ("diffusion.few_steps", config.diffusion.few_steps)):
-        if value:
-            raise ValueError(f"{key}: is for `ldm train ldm`; to distill leave it out")
+    if config.diffusion.few_steps:
+        raise ValueError("diffusion.few_steps: is for `ldm train ldm`; to distill leave it out")
+    if config.lora.rank and config.distill.embedding:
+        raise ValueError(
+            "lora.rank: adapters can't take a guidance scale; set distill.embedding=0 and one distill.guidance_scale"
+        )
+    if config.lora.rank and config.distill.solver_steps != SOLVER_STEPS:
+        raise ValueError(f"distill.solver_steps: a LoRA is sampled with stock's {SOLVER_STEPS}; leave it out")
+    if config.lora.text_encoder:
+        raise ValueError("lora.text_encoder: a student reads captions as its teacher does; set it to false")
     averages = {"name": (config.optim.name == "schedule_free", "adamw"), "ema_widths": (config.optim.ema_widths, "[]")}
     for key, (wrong, right) in averages.items():
         if wrong:
@@ -327,7 +335,8 @@ def _for_student(config: Config) -> Config:
     if not distill.steps:
         distill = replace(distill, steps=min(STUDENT_STEPS, distill.solver_steps))
     steps = distill.steps if loop.num_inference_steps is None else loop.num_inference_steps
-    scale = distill.usual_scale if loop.guidance_scale is None else loop.guidance_scale
+    usual = distill.usual_scale if distill.embedding else 1.0
+    scale = usual if loop.guidance_scale is None else loop.guidance_scale
     return replace(config, distill=distill, loop=replace(loop, num_inference_steps=steps, guidance_scale=scale))
 
 

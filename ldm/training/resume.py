@@ -73,7 +73,7 @@ _LDM = (
 UNREAD = {
     "ldm": ("vae_model.", "vae_training.", "classifier.", "classifier_training.", "distill."),
     "distill": (
-        *("vae_model.", "vae_training.", "classifier.", "classifier_training.", "lora."),
+        *("vae_model.", "vae_training.", "classifier.", "classifier_training."),
         *("distill.steps", "diffusion.loss", "diffusion.weighting", "diffusion.timestep_sampling"),
     ),
     "vae": (

@@ -37,7 +37,7 @@ def run(name: str, network: Any, kind: Prediction, x: Tensor, steps: int, rng: t
     def denoiser(x_t: Tensor, t: Tensor, *names: str) -> tuple[Tensor, ...]:
         return (network(x_t, t.expand(len(x_t))),)
 
-    chance = {} if name not in ("pc", "ddpm", "euler-a", "dpm++sde") else {"generator": rng}
+    chance = {} if name not in ("pc", "ddpm", "euler-a", "dpm++sde", "lcm") else {"generator": rng}
     x = x * scheduler.init_noise_sigma
     return sample(denoiser, x, scheduler, scheduler.timesteps, guidance=Guidance(T), **chance)
 
@@ -54,7 +54,7 @@ def test_ours_are_the_mathematics_written_out(kind: Prediction) -> None:
     torch.testing.assert_close(run("ode", network, kind, x, 9, generator(5)), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
 def test_every_sampler_reaches_the_data(name: str) -> None:
     """With the exact network: the share of each cloud, and its mean and spread."""
     data = mixture(2)
@@ -72,6 +72,21 @@ def test_every_sampler_reaches_the_data(name: str) -> None:
     for cloud, mean, std in ((found[~second], -0.8, 0.3), (found[second], 1.1, 0.2)):
         assert abs(float(cloud.mean()) - mean) < 0.05
         assert abs(float(cloud.std()) - std) < 0.05
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_lcm_samples_the_data_with_the_exact_consistency_function(steps: int) -> None:
+    """Of N(m, s²), whose path ends at m + s (x_t - alpha m) / sqrt(alpha² s² + sigma²)."""
+    mean, std = 0.4, 0.7
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = SCHEDULE.at(t, x_t)
+        x0 = mean + std * (x_t - alpha * mean) / (alpha**2 * std**2 + sigma**2).sqrt()
+        return (x_t - alpha * x0) / sigma
+
+    x = torch.randn(20000, 1, 1, 1, generator=generator(1), dtype=torch.float64)
+    found = run("lcm", network, "eps", x, steps, generator(2))
+    assert abs(float(found.mean()) - mean) < 0.02 and abs(float(found.std()) - std) < 0.02
 
 
 def test_names_are_checked() -> None:

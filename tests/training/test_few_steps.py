@@ -12,7 +12,7 @@ import pytest
 import road
 import tiny
 import torch
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ldm import LDMPipeline
@@ -27,10 +27,11 @@ from ldm.training.config import Config
 from ldm.training.distributed import build_accelerator
 from ldm.training.initial_model import resolved
 from ldm.training.run import train
+from ldm.training.tasks import task_of_unet
 from ldm.training.tasks.diffusion import Diffusion
-from ldm.training.tasks.distillation import Distillation
 
 QUIET = {"loop__evaluate_every": 0, "loop__sample_every": 0}
+ONE_SCALE = {"distill__embedding": 0, "distill__guidance_scale": [3, 3]}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def built(config: Config) -> Any:
     """The distillation task of a config, with its networks."""
     config = resolved(config, "distill")
     pictures = read_captioned(config.data.source, **config.data.reading(), progress=False)
-    task = Distillation.create(config, build_accelerator(config.loop), pictures)
+    task = task_of_unet(config).create(config, build_accelerator(config.loop), pictures)
     task.build()
     return task
 
@@ -210,6 +211,58 @@ def test_the_null_class_is_what_a_class_model_is_guided_from(home: Path, tmp_pat
     assert pipe(class_label="red", output_type="np").images.shape == (1, 16, 16, 3)
 
 
+def test_a_student_of_one_scale_is_an_ordinary_model(home: Path, tmp_path: Path) -> None:
+    losses = train("distill", config_of(home, tmp_path, **ONE_SCALE, loop__evaluate_every=3))
+    assert np.isfinite(losses).all() and len(list(road.logged(tmp_path, "distill/heldout/total"))) == 2
+    folder = tmp_path / "pipeline"
+    pipe = LDMPipeline.from_pretrained(folder)
+    assert pipe.unet.config.time_cond_proj_dim is None and Defaults.load(folder) == Defaults(4, 1.0)
+    same_in_stock(folder, num_inference_steps=4, guidance_scale=1.0)
+
+
+def test_a_student_that_is_a_lora_resumes_exactly_and_stands_behind_its_teacher(home: Path, tmp_path: Path) -> None:
+    """At step 0 it is its teacher, which has no adapters; stock makes the same pictures of the file."""
+    pytest.importorskip("peft")
+    words: dict[str, Any] = {
+        **ONE_SCALE,
+        "lora__rank": 2,
+        "loop__log_every": 1,
+        "optim__lr": 1e-2,
+        "optim__ema_decay": 0.5,
+    }
+    task = built(config_of(home, tmp_path / "none", diffusion__caption_dropout=0, **words))
+    (batch,) = task.batches([range(2)])
+    x_t, t = batch.x0.contiguous(), torch.tensor([19, 499])
+    with torch.no_grad():
+        expected = task.teacher(x_t, t, batch.conditioning.context).sample
+        assert torch.equal(task.output(task.unet.module, x_t, t, batch.conditioning), expected)
+    assert not any(".lora_" in name for name, _ in task.teacher.named_parameters())
+
+    run, stopped = tmp_path / "run", tmp_path / "stopped"
+    whole = train("distill", config_of(home, run, loop__steps=4, loop__checkpoint_every=2, **words))
+    first = train("distill", config_of(home, stopped, loop__steps=2, **words, **QUIET))
+    assert first + train("distill", config_of(home, stopped, loop__steps=4, **words, **QUIET)) == whole
+    assert (run / "samples/step_0000004.png").exists() and not (run / "pipeline").exists()
+
+    pipe = LDMPipeline.from_pretrained(home / "model")
+    pipe.teach(run / "lora", 2)
+    assert type(pipe.student.scheduler) is LCMScheduler
+    pipe.save_pretrained(tmp_path / "taught")
+    stock: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "taught")
+    stock.load_lora_weights(tmp_path / "taught/few_steps")
+    stock.fuse_lora()
+    stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
+    given: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16}
+    made = [
+        each("red heart", generator=torch.Generator().manual_seed(7), output_type="np", **extra).images
+        for each, extra in ((pipe, {}), (stock, given))
+    ]
+    assert np.array_equal(*made)
+    named = pipe("red heart", generator=torch.Generator().manual_seed(7), output_type="np", sampler="lcm",
+                 num_inference_steps=2, guidance_scale=1.0).images  # fmt: skip
+    assert not np.array_equal(named, made[0])  # the model's own weights
+
+
 @torch.no_grad()
 def test_no_numbers_are_what_a_model_of_numbers_is_guided_from(home: Path, tmp_path: Path) -> None:
     """Zeros, beside the empty caption: what the pipeline guides away from."""
@@ -246,7 +299,9 @@ def test_guidance_that_a_student_can_t_have_is_refused_by_name(distilled: Path) 
     ("task", "words", "said"),
     [
         ("distill", {"init": "null"}, r"^init: a student learns from a teacher"),
-        ("distill", {"lora__rank": 2}, r"^lora\.rank: is for `ldm train ldm`"),
+        ("distill", {"lora__rank": 2}, r"^lora\.rank: adapters can't take a guidance scale; set distill.embedding=0"),
+        ("distill", {**ONE_SCALE, "lora__rank": 2, "distill__solver_steps": 25}, r"^distill\.solver_steps: a LoRA is"),
+        ("distill", {**ONE_SCALE, "lora__rank": 2, "lora__text_encoder": "true"}, r"^lora\.text_encoder: a student "),
         ("distill", {"diffusion__few_steps": 2}, r"^diffusion\.few_steps: is for `ldm train ldm`"),
         ("distill", {"distill__solver_steps": 30}, r"^distill\.solver_steps: expected a divisor of init's 1000 timest"),
         ("distill", {"data__inpaint": "true"}, r"^data\.inpaint: init=.* takes no second picture, and a stu"),
@@ -280,6 +335,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
         {"diffusion__few_steps": 1001},
         {"distill__guidance_scale": [5, 2]},
         {"distill__steps": 60},
+        {"distill__guidance_scale": [2, 3], "distill__embedding": 0},
+        {"distill__embedding": 2},
     ],
     ids=str,
 )

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def task_of_unet(config: Any) -> type[Diffusion]:
     """What `ldm train ldm` and `distill` train of a config: a student, adapters, an upscaler, or the U-Net itself."""
     from ldm.training.tasks.diffusion import Diffusion
-    from ldm.training.tasks.distillation import Distillation
+    from ldm.training.tasks.distillation import Distillation, LoRADistillation
     from ldm.training.tasks.lora import LoRA
     from ldm.training.tasks.upscaling import Upscaling
 
     if config.distill.steps:
-        return Distillation
+        return LoRADistillation if config.lora.rank else Distillation
     return LoRA if config.lora.rank else Upscaling if config.upscale.factor else Diffusion

@@ -3,13 +3,15 @@
 `init` names the teacher. The student begins as a copy of it, with a layer of zeros for the embedded guidance scale, so
 at step 0 it predicts what the unguided teacher does, to the last bit. The average of its weights is both what it learns
 from and what is exported: a pipeline with stock's LCMScheduler, whose U-Net has `time_cond_proj_dim`, by which stock
-pipelines know that one evaluation a step is enough.
+pipelines know that one evaluation a step is enough. With `distill.embedding=0` the student knows one guidance scale,
+and may be a LoRA on its teacher (Luo et al. 2023, "LCM-LoRA").
 """
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,7 @@ from ldm.evaluation.validation import CaptionLosses, ValidationSet, with_each_ca
 from ldm.inference.defaults import Defaults
 from ldm.models.conditioning import Conditioning, denoise, scale_embedding, together
 from ldm.models.ema import averaged
+from ldm.models.lora import LoRAFacts
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import choose_attention, student_of
 from ldm.pipelines.text_to_image import LDMPipeline
@@ -33,6 +36,7 @@ from ldm.training.config import Config
 from ldm.training.initial_model import InitialModel
 from ldm.training.samples import Batch, LatentSamples
 from ldm.training.tasks.diffusion import Diffusion, validation_metrics
+from ldm.training.tasks.lora import LoRA
 
 
 @dataclass
@@ -72,13 +76,16 @@ class Distillation(Diffusion):
         torch.manual_seed(self.config.seed)
         self.teacher: Any = self.initial_unet().to(self.accelerator.device).eval().requires_grad_(False)
         choose_attention(self.teacher, self.accelerator.device)
-        student = student_of(self.teacher, self.config.distill.embedding)
+        embedding = self.config.distill.embedding
+        student = student_of(self.teacher, embedding) if embedding else copy.deepcopy(self.teacher).requires_grad_(True)
         kernel = choose_attention(student, self.accelerator.device)
         self.details = f", latents {list(self.latent_shape)}, attention by {kernel}"
         self.train(student)
 
     def weightless_unet(self) -> UNet2DConditionModel:
         teacher = super().weightless_unet()
+        if not self.config.distill.embedding:
+            return teacher
         with torch.device("meta"):
             return student_of(teacher, self.config.distill.embedding).eval()
 
@@ -120,11 +127,12 @@ class Distillation(Diffusion):
         self, unet: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, scale: Tensor | None = None
     ) -> Tensor:
         """A student's output [B,C,h,w] at guidance scales [B], by default the middle one."""
-        distill = self.config.distill
-        scale = torch.full((len(x_t),), distill.usual_scale) if scale is None else scale
-        embedded = beside(scale_embedding(scale, distill.embedding), x_t)
+        distill, stock = self.config.distill, {}
+        if distill.embedding:
+            scale = torch.full((len(x_t),), distill.usual_scale) if scale is None else scale
+            stock["timestep_cond"] = beside(scale_embedding(scale, distill.embedding), x_t)
         with self.accelerator.autocast():
-            return denoise(unet, x_t, t, conditioning, timestep_cond=embedded)
+            return denoise(unet, x_t, t, conditioning, **stock)
 
     def guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, scale: Tensor) -> Tensor:
         """The teacher's guided prediction [B,C,h,w] at guidance scales [B]."""
@@ -199,7 +207,8 @@ class Distillation(Diffusion):
 
     @property
     def defaults(self) -> Defaults:
-        return Defaults(self.config.distill.steps, self.config.distill.usual_scale)
+        distill = self.config.distill
+        return Defaults(distill.steps, distill.usual_scale if distill.embedding else 1.0)
 
     @property
     def scheduler(self) -> dict[str, Any]:
@@ -209,3 +218,19 @@ class Distillation(Diffusion):
         pipeline = super().weightless_pipeline(vae, text)
         pipeline.register_modules(scheduler=LCMScheduler.from_config({**self.scheduler, "steps_offset": 1}))
         return pipeline
+
+
+class LoRADistillation(LoRA, Distillation):
+    """A student that is adapters on its teacher, and their average, beside the teacher without them."""
+
+    def build(self) -> None:
+        super().build()
+        self.teacher = self.initial_unet().to(self.accelerator.device).eval().requires_grad_(False)
+        choose_attention(self.teacher, self.accelerator.device)
+
+    @property
+    def sampler(self) -> str | None:
+        return "lcm"
+
+    def facts(self) -> LoRAFacts:
+        return replace(super().facts(), few_steps=self.config.distill.steps, sampler="lcm")

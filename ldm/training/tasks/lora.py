@@ -136,16 +136,21 @@ class LoRA(Diffusion):
             return None
         pipeline = self.load_base()
         pipeline.load_lora_weights(self.exported)
-        if self.used:  # as `summary` has it sampled
-            pipeline.scheduler = samplers.build("ddim", pipeline.scheduler.config)
+        if self.sampler:  # as `summary` has it sampled
+            pipeline.scheduler = samplers.build(self.sampler, pipeline.scheduler.config)
         grid = generate_grid(pipeline, self.prompts, self.config, interrupted)
         del pipeline
         give_back()
         return grid
 
+    @property
+    def sampler(self) -> str | None:
+        """What a LoRA of few steps is sampled with; None is the base's own."""
+        return "ddim" if self.used else None
+
     def summary(self) -> str:
         folder = Path(self.config.run) / self.result
-        few = f" --steps {len(self.used)} --guidance-scale 1 --sampler ddim" if self.used else ""
+        few = f" --steps {self.facts().few_steps} --guidance-scale 1 --sampler {self.sampler}" if self.sampler else ""
         return f'LoRA: done; sample it with: ldm sample {self.config.init} "a prompt" --lora {folder}{few}'
 
 
