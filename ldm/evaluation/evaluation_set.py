@@ -21,7 +21,7 @@ from ldm.models.vae import to_pictures
 MAX_REFERENCE = 10_000  # pictures of the reference set; the kernel matrix of all pairs has to fit into memory
 
 T = TypeVar("T")
-RESERVED = ("top1", "top5", "chance", "candidates")  # keys beside the kinds in evaluation.json
+RESERVED = ("top1", "top5", "chance", "candidates", "relatives")  # keys beside the kinds in evaluation.json
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class EvaluationSet:
         pictures: all of its rows.
         captions: of each row.
         groups: the cell of each row in the column `group`, "" without one.
+        concepts: the cell of each row in the column `concept`: what it shows, whatever its style or color; or "".
         training: the indices of the training rows, int64.
     """
 
@@ -81,6 +82,7 @@ class EvaluationSet:
         self.where = [row.where for row in rows]
         self._heldout = [row.split == "heldout" for row in rows]
         self.groups = [str(row.extra.get("group") or "") for row in rows]
+        self.concepts = [str(row.extra.get("concept") or "") for row in rows]
         self._kinds = [kind_of(row) for row in rows]
         self.training = torch.tensor([i for i, out in enumerate(self._heldout) if not out], dtype=torch.int64)
 

@@ -15,7 +15,15 @@ from ldm.evaluation.features import BATCH, FeatureExtractor, extract_features, i
 from ldm.evaluation.metrics.distribution import with_baseline
 from ldm.evaluation.metrics.intervals import mean_estimate
 from ldm.evaluation.metrics.memorization import memorization, nearest
-from ldm.evaluation.metrics.retrieval import caption_matches, distances, ranks, recall_at_k
+from ldm.evaluation.metrics.retrieval import (
+    caption_matches,
+    distances,
+    ranks,
+    recall_among,
+    recall_at_k,
+    related_pictures,
+    relatives_estimate,
+)
 from ldm.evaluation.metrics.seeds import seed_metrics
 from ldm.evaluation.validation import CaptionedValidationSet, ValidationSet, caption_losses, derangement, squared_errors
 from ldm.models.conditioning import Conditioning
@@ -64,19 +72,24 @@ def retrieval(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Recall with each extractor, and the rank of every picture; each kind of prompt also separately."""
     matches = caption_matches(prompts.captions, data.captions)
+    related = related_pictures(prompts.numbers, data.concepts)
     recall, rank_of = {}, {}
     for extractor in extractors:
         name = extractor.name
-        rank = torch.cat([
-            ranks(distances(part, real[name], extractor.metric), right)
-            for part, right in zip(generated[name].split(BATCH), matches.split(BATCH), strict=True)
-        ])  # fmt: skip
+        found: list[tuple[Tensor, ...]] = []
+        batches = zip(generated[name].split(BATCH), matches.split(BATCH), related.split(BATCH), strict=True)
+        for part, right, relatives in batches:
+            distance = distances(part, real[name], extractor.metric)
+            found.append((ranks(distance, right), *recall_among(distance, right, relatives)))
+        rank, hit, chance = (torch.cat(parts) for parts in zip(*found, strict=True))
         rank_of[name] = rank
-        recall[name] = recall_at_k(rank, len(data.captions))
+        recall[name] = recall_at_k(rank, len(data.captions)) | relatives_estimate(hit, chance)
         kinds = sorted(set(prompts.kinds))
         for kind in kinds if kinds != ["others"] else ():
-            of_kind = torch.tensor([each == kind for each in prompts.kinds])
-            recall[name][kind] = recall_at_k(rank[of_kind], len(data.captions))
+            some = torch.tensor([each == kind for each in prompts.kinds])
+            recall[name][kind] = recall_at_k(rank[some], len(data.captions)) | relatives_estimate(
+                hit[some], chance[some]
+            )
     return recall, rank_of
 
 

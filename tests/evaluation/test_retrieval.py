@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.features import pixel_extractor
-from ldm.evaluation.metrics.retrieval import caption_matches, distances, ranks, recall_at_k
+from ldm.evaluation.metrics.retrieval import (
+    caption_matches,
+    distances,
+    ranks,
+    recall_among,
+    recall_at_k,
+    related_pictures,
+    relatives_estimate,
+)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -31,6 +39,26 @@ def test_a_picture_of_the_same_caption_is_a_hit() -> None:
     found = recall_at_k(ranks(distances(generated, real, "euclidean"), matches), 4)
     assert found["top1"]["value"] == 0.5 and found["top5"]["value"] == 1.0
     assert found["chance"]["top1"] == 0.25
+
+
+def test_among_relatives_only_color_and_style_count() -> None:
+    concepts = ["pizza", "pizza", "pizza", "rocket", "", ""]
+    related = related_pictures([0, 1, 3, 4], concepts)
+    assert related.int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6]
+    matches = torch.eye(6, dtype=torch.bool)[[0, 1, 3, 4]]
+    matches[1, 2] = True
+    distance = torch.tensor([
+        [0.2, 0.3, 0.4, 0.1, 0.1, 0.1],  # a rocket is nearer, but of the pizzas the right one
+        [0.2, 0.3, 0.4, 0.5, 0.5, 0.5],  # the wrong pizza
+        [0.1, 0.1, 0.1, 0.2, 0.1, 0.1],  # one rocket alone is no choice
+        [0.1, 0.1, 0.1, 0.2, 0.1, 0.1],
+    ])  # fmt: skip
+    hit, chance = recall_among(distance, matches, related)
+    assert hit[:2].tolist() == [1, 0] and hit[2:].isnan().all()
+    assert chance[:2].tolist() == pytest.approx([1 / 3, 2 / 3]) and chance[2:].isnan().all()
+    found = relatives_estimate(hit, chance)["relatives"]
+    assert found["top1"]["value"] == 0.5 and found["top1"]["n"] == 2 and found["chance"] == pytest.approx(0.5)
+    assert relatives_estimate(hit[2:], chance[2:]) == {}
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -212,7 +212,9 @@ def in_other_styles(drawing: Drawing, styles: Sequence[Style], test: str) -> Ite
         if svg is None or not _has_tone(drawing, style.name):
             continue
         held = test or ("style" if not drawing.tones and split_of(caption, HOLDOUT) == "heldout" else "")
-        captions = {"text": caption} if held else {"text": drawing.caption, "styled": caption}
+        captions = {"text": drawing.caption, "styled": caption}
+        if held:  # prompted in its style; a picture of the prompt without one may be in any style
+            captions = {"text": caption, "keywords": drawing.caption}
         name = f"{style.name}-{drawing.svg.stem}"
         yield Picture(name, svg, captions, drawing.caption, drawing.group, style.name, "", held)
 

@@ -3,6 +3,9 @@
 This needs no network that reads text: the pictures of the data set are the ground truth. A prompt is a hit at k if a
 real picture with its caption is among the k nearest. Two references stand beside the recall: that of the VAE's
 reconstructions of the real pictures (the upper bound), and chance.
+
+Where the data says which pictures show the same concept, the choice among these relatives alone stands beside it: it
+says whether color or style is right, whatever the object.
 """
 
 from __future__ import annotations
@@ -50,6 +53,40 @@ def ranks(distance: Tensor, matches: Tensor) -> Tensor:
     """
     nearest = distance.masked_fill(~matches, torch.inf).min(1, keepdim=True).values
     return 1 + ((distance <= nearest) & ~matches).sum(1)
+
+
+def related_pictures(numbers: Sequence[int], concepts: Sequence[str]) -> Tensor:
+    """Whether a picture shows the same concept as the prompt's own picture: bool [prompts, pictures].
+
+    Args:
+        numbers: the prompts' own pictures.
+        concepts: of all pictures; "" is none, and has no relatives.
+    """
+    pictures_of: dict[str, list[int]] = {}
+    for picture, concept in enumerate(concepts):
+        pictures_of.setdefault(concept, []).append(picture)
+    related = torch.zeros(len(numbers), len(concepts), dtype=torch.bool)
+    for row, number in enumerate(numbers):
+        if concepts[number]:
+            related[row, pictures_of[concepts[number]]] = True
+    return related
+
+
+def recall_among(distance: Tensor, matches: Tensor, related: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the nearest of a query's relatives matches, and the chance of it, float [Q]; NaN without a choice."""
+    right = matches & related
+    choice = right.any(1) & (related & ~matches).any(1)
+    hit = ranks(distance.masked_fill(~related, torch.inf), right) == 1
+    chance = right.sum(1) / related.sum(1).clamp(min=1)
+    return hit.float().masked_fill(~choice, torch.nan), chance.masked_fill(~choice, torch.nan)
+
+
+def relatives_estimate(hit: Tensor, chance: Tensor) -> dict[str, Any]:
+    """{"top1": ..., "chance": ...} of `recall_among`, of the prompts that have a choice; empty if none has."""
+    hit, chance = hit[~hit.isnan()], chance[~chance.isnan()]
+    if not len(hit):
+        return {}
+    return {"relatives": {"top1": proportion_estimate(int(hit.sum()), len(hit)), "chance": float(chance.mean())}}
 
 
 def recall_at_k(rank: Tensor, candidates: int) -> dict[str, Any]:

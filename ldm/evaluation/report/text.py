@@ -43,7 +43,11 @@ def with_interval(estimate: dict[str, Any], write: Any = number) -> str:
 def recall_text(recall: dict[str, Any]) -> str:
     """Top-1 and top-5 recall with their intervals."""
     tops = [f"top-{k} {with_interval(recall[f'top{k}'], percent)}" for k in (1, 5)]
-    return ", ".join([*tops, f"n {recall['top1']['n']}"])
+    text = ", ".join([*tops, f"n {recall['top1']['n']}"])
+    if one := recall.get("relatives"):
+        text += f"; top-1 among pictures of the same concept {with_interval(one['top1'], percent)}"
+        text += f", chance {percent(one['chance'])}"
+    return text
 
 
 def seed_results(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -53,7 +57,7 @@ def seed_results(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def kinds_of(recall: dict[str, Any]) -> list[str]:
     """The kinds of prompts that a recall has parts for."""
-    return [name for name, found in recall.items() if isinstance(found, dict) and "top1" in found and "chance" in found]
+    return [name for name, found in recall.items() if isinstance(found, dict) and "candidates" in found]
 
 
 def summary(report: dict[str, Any]) -> str:
