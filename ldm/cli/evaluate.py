@@ -176,7 +176,8 @@ def is_upscaler(folder: Path) -> bool:
     from ldm.models.safety import read_json
     from ldm.pipelines.loading import UPSCALER
 
-    return read_json(folder / "model_index.json").get("_class_name") == UPSCALER
+    index = folder / "model_index.json"  # a student has none: MODEL/few_steps is opened by way of its model
+    return index.exists() and read_json(index).get("_class_name") == UPSCALER
 
 
 def check_options_of_upscaler(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from ldm.evaluation.evaluate import QUICK, evaluate
 from ldm.evaluation.evaluated_model import EvaluatedModel, SamplingSettings, consecutive
 from ldm.evaluation.features import FeatureExtractor, pixel_extractor
 from ldm.models.fingerprint import model_sha256
+from ldm.models.lora import LoRAConfig
 from ldm.pipelines.text_to_image import LDMPipeline
 
 
@@ -34,6 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, row in enumerate(rows):
         row["split"] = "heldout" if i % 4 == 0 else "train"
         row["composition"] = i in (0, 4)
+        row["concept"] = row["text"].split()[1]  # the shape, of which there are several colors
     (folder / "data/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -79,6 +81,10 @@ def test_evaluation_json_is_complete_and_its_files_exist(
             assert picture["seed"] == i
             assert Image.open(out / picture["drawn"]).size == Image.open(out / picture["real"]).size == (16, 16)
             assert all((out / found["real"]).exists() for found in picture["nearest_training"].values())
+    assert report["retrieval"]["train"]["drawn"]["pixels"]["relatives"]["top1"]["n"] == 16
+    page = (out / "report.html").read_text("utf-8")
+    assert "Concept: top-1 among the pictures of the same concept" in page
+    assert "top-1 among pictures of the same concept" in printed
     found = report["retrieval"]["heldout"]["drawn"]["in-domain CLIP"]
     assert found["compositions"]["top1"]["n"] == 2 and found["others"]["top1"]["n"] == 4
     assert set(report["distribution"]) == {"in-domain CLIP"}  # not of pixels
@@ -92,6 +98,19 @@ def test_evaluation_json_is_complete_and_its_files_exist(
     assert json.loads((model / "defaults.json").read_text()) == best
     assert LDMPipeline.from_pretrained(model).defaults.guidance_scale == best["guidance_scale"]
     assert "memorization, in-domain CLIP" in printed and "KID x 1000" in printed
+
+
+def test_a_student_is_evaluated_and_compared_by_the_name_of_its_folder(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model, words = tmp_path / "model", ["--data", str(home / "data"), "--net", str(home / "net")]
+    tiny.lora(home / "model", tmp_path / "lora", LoRAConfig(rank=2, alpha=4, targets=("to_q",)), few_steps=2)
+    main(["export", str(home / "model"), str(model), "--few-steps", str(tmp_path / "lora")])
+    main(["evaluate", str(model / "few_steps"), *words, "--quick", "--out", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out/evaluation.json").read_text("utf-8"))
+    assert report["settings"]["steps"] == 2 and report["settings"]["guidance_scale"] == 1
+    assert report["model"]["sha256"] != model_sha256(LDMPipeline.from_pretrained(model))
+    main(["compare", str(model), str(model / "few_steps"), *words, "--out", str(tmp_path / "compared")])
+    assert (tmp_path / "compared/comparison.html").exists()
 
 
 @pytest.mark.parametrize(("scale", "interval"), [(1.0, (0, 1)), (3.0, (0, 1)), (3.0, (0.2, 0.8)), (3.0, (0, 0.301))])
