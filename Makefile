@@ -29,7 +29,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 
 demo: $(VENV)/installed
 	$(TIME) $(RUN)/stages.tsv data $(BIN)/ldm data openmoji data/openmoji-demo --size 64 --subset demo
-	$(TIME) $(RUN)/stages.tsv u-net $(LAUNCH) train/train_ldm.py --config configs/demo.yaml run=$(RUN) vae=models/openmoji64 loop.minutes=$(MINUTES) doctor=false
+	$(TIME) $(RUN)/stages.tsv u-net $(LAUNCH) train/train_ldm.py --config configs/demo.yaml run=$(RUN) vae=models/emoji loop.minutes=$(MINUTES) doctor=false
 	@$(PYTHON) benchmarks/stages.py report $(VENV)/stages.tsv $(RUN)/stages.tsv
 	@$(DONE)
 

@@ -22,7 +22,7 @@ OUTSIDE = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "benchmarks.md": "benchmarks/README.md",
-    "report.html": "models/openmoji64/report.html",
+    "report.html": "models/emoji/report.html",
 }
 ON_SITE = {source: uri for uri, source in OUTSIDE.items()}
 

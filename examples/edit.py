@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm import LDMPipeline
 
 
-def main(model: str = "models/openmoji64", folder: str = "edited") -> None:
+def main(model: str = "models/emoji", folder: str = "edited") -> None:
     pipe = LDMPipeline.from_pretrained(model)
     before = pipe("red heart", seed=7).images[0]
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0, "seed": 7}

@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm import LDMPipeline
 
 
-def main(model: str = "models/openmoji64", folder: str = "samples") -> None:
+def main(model: str = "models/emoji", folder: str = "samples") -> None:
     pipe = LDMPipeline.from_pretrained(model).to_best_device()
     Path(folder).mkdir(parents=True, exist_ok=True)
 

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 from ldm import LDMPipeline
 
 
-def build_server(model: str = "models/openmoji64", port: str = "8000") -> HTTPServer:
+def build_server(model: str = "models/emoji", port: str = "8000") -> HTTPServer:
     pipe = LDMPipeline.from_pretrained(model).to_best_device()
 
     class Handler(BaseHTTPRequestHandler):  # one request after the other: a pipeline generates one batch at a time

@@ -47,7 +47,7 @@ expect() { # a text that the output of a command holds, which may fail
   case $output in *"$expected"*) ;; *) printf '%s\nexpected %q in the output of: %s\n' "$output" "$expected" "$*" && exit 1 ;; esac
 }
 expect "Generate pictures from prompts" ldm sample --help
-expect "there is no model in models/openmoji64" ldm app
+expect "there is no model in models/emoji" ldm app
 expect "train one: " ldm sample
 expect "expected a YAML file, or one of aspect, base256, demo" ldm train ldm --config dmo
 

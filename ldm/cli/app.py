@@ -60,7 +60,7 @@ def check_host(host: str) -> None:
 COMMAND = Command(
     "generate pictures in the browser",
     """
-ldm app                               (the model in models/openmoji64 or runs/demo/pipeline)
+ldm app                               (the model in models/emoji or runs/demo/pipeline)
 ldm app --model runs/mine/pipeline
 ldm app --lora runs/noto/lora         (with a slider for what a LoRA counts)
 ldm app --host 0.0.0.0 --port 8000    (for other machines too)""",

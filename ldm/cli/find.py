@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DEFAULT_MODELS = ("models/openmoji64", "runs/demo/pipeline")  # for `ldm app`
+DEFAULT_MODELS = ("models/emoji", "runs/demo/pipeline")  # for `ldm app`
 EVERY_MODEL = ("models/*/model_index.json", "runs/*/pipeline/model_index.json")  # for `ldm sample --like`
 TRAIN_ONE = (
     "train one: `ldm data openmoji data/openmoji-demo --subset demo`, `ldm train vae --config demo`, "

@@ -369,11 +369,11 @@ COMMAND = Command(
 ldm sample runs/demo/pipeline "red heart" --out heart.png --seed 7   (a picture with its settings inside)
 ldm sample runs/demo/pipeline "red heart" "pizza" --out grid.png     (a captioned grid)
 ldm sample runs/demo/pipeline "red heart" "pizza" --each pictures    (a file for each)
-ldm sample models/emoji256 "red heart" --upscale                     (through the upscaler behind the model)
-ldm sample models/emoji256/few_steps "red heart" --steps 4           (the student of few steps behind the model)
+ldm sample models/emoji "red heart" --upscale                        (through the upscaler behind the model)
+ldm sample models/emoji/few_steps "red heart" --steps 4              (the student of few steps behind the model)
 ldm sample --like heart.png --out again.png                          (the same picture again, byte for byte)
 ldm sample --like heart.png --seed 8                                 (the same settings, another seed)
-ldm sample models/openmoji64 "pizza, noto style" --lora runs/noto/lora:0.8   (with a LoRA, at 0.8 of its strength)""",
+ldm sample models/emoji "pizza, noto style" --lora runs/noto/lora:0.8   (with a LoRA, at 0.8 of its strength)""",
     add_arguments,
     run,
     "[OPTION ...] MODEL [PROMPT ...]\n       ldm sample [OPTION ...] --like PICTURE [MODEL]",

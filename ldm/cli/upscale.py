@@ -173,7 +173,7 @@ COMMAND = Command(
     "make pictures larger with an upscaler",
     """
 ldm upscale runs/upscale/pipeline small.png --out large.png
-ldm upscale models/emoji64 pictures/ --out large/ --noise-level 60    (the upscaler in models/emoji64/upscaler)
+ldm upscale models/demo pictures/ --out large/ --noise-level 60    (the upscaler in models/demo/upscaler)
 ldm upscale runs/upscale/pipeline heart.png --prompt "red heart" --seed 7""",
     add_arguments,
     run,

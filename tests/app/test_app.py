@@ -551,7 +551,7 @@ def test_the_default_model_is_the_first_that_exists(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="name yours with --model FOLDER, or train one: `ldm data openmoji"):
         default_model()
-    for name in ("runs/demo/pipeline", "models/openmoji64"):
+    for name in ("runs/demo/pipeline", "models/emoji"):
         shutil.copytree(folder, tmp_path / name)
         assert default_model() == name
 
@@ -559,7 +559,7 @@ def test_the_default_model_is_the_first_that_exists(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"error: there is no model in models/openmoji64 or runs/demo/pipeline; name yours with --model"),
+        ([], r"error: there is no model in models/emoji or runs/demo/pipeline; name yours with --model"),
         (["--model", "./nowhere"], r"error: nowhere: there is no such folder"),
     ],
 )

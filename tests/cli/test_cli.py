@@ -187,7 +187,7 @@ def test_cache_is_listed_and_every_record_is_checked(tmp_path: Path, capsys: pyt
 
 def test_an_unknown_option_is_answered_by_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["sample", "models/openmoji64", "cat", "--stepz", "3"])
+        main(["sample", "models/emoji", "cat", "--stepz", "3"])
     said = capsys.readouterr().err
     assert said.startswith("usage: ldm sample [OPTION ...] MODEL")
     assert "ldm sample: error: unrecognized arguments: --stepz 3; did you mean --steps?" in said

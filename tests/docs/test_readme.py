@@ -124,7 +124,7 @@ def test_generation_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def save_untrained_lora(folder: Path) -> None:
     """Adapters of the shipped model that change nothing, since their second matrices are zero."""
-    unet = LDMPipeline.from_pretrained(road.ROOT / "models/openmoji64").unet
+    unet = LDMPipeline.from_pretrained(road.ROOT / "models/emoji").unet
     facts = LoRAFacts("openmoji64", base_fingerprints(unet))
     add_adapters(unet, None, LoRAConfig(rank=1))
     save_adapters(folder, adapter_weights(unet), {}, {"unet": unet.peft_config[NAME]}, facts)

@@ -37,7 +37,7 @@ def hooks() -> ModuleType:
         ("index.md", "[a](CONTRIBUTING.md)", "[a](contributing.md)"),
         ("theory.md", "[`x`](../ldm/diffusion)", "`x`"),
         ("theory.md", "[a](#8-guidance)", "[a](#8-guidance)"),
-        ("evaluation.md", "[a](../models/openmoji64/report.html)", "[a](report.html)"),
+        ("evaluation.md", "[a](../models/emoji/report.html)", "[a](report.html)"),
         ("benchmarks.md", "[a](../docs/experiments.md)", "[a](experiments.md)"),
         ("api/data.md", "[a](../data.md)", "[a](../data.md)"),
         ("data.md", "[a](https://example.org/x.md)", "[a](https://example.org/x.md)"),

@@ -211,7 +211,7 @@ def test_readme_s_lines_give_stock_s_pictures(monkeypatch: pytest.MonkeyPatch, t
     exec(lines, ours)
     pictures = ours["pipe"].__class__ is LDMPipeline and ours["pictures"]
     (prompts,) = re.findall(r"\[[^\]]*\]", lines)[:1]
-    stock = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "models/openmoji64", use_safetensors=True))
+    stock = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "models/emoji", use_safetensors=True))
     prompts = eval(prompts)
     theirs = stock(
         prompts, num_inference_steps=20, guidance_scale=3.0, generator=[seeded(7 + i) for i in range(len(prompts))]

@@ -139,7 +139,7 @@ def test_without_a_seed_it_takes_torch_s_numbers_as_stock_does(pipe: LDMPipeline
 
 def test_the_shipped_model_changes_pictures_with_stock_s_bits() -> None:
     """It has latents of eight channels."""
-    pipe = quiet(LDMPipeline.from_pretrained(road.ROOT / "models/openmoji64"))
+    pipe = quiet(LDMPipeline.from_pretrained(road.ROOT / "models/emoji"))
     stock = quiet(diffusers.AutoPipelineForImage2Image.from_pipe(pipe, dtype=torch.float32))
     given = {"image": photo(64, 64), "strength": 0.6}
     assert np.array_equal(run(pipe, **given), run(stock, **given))

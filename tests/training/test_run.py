@@ -119,7 +119,7 @@ def test_an_unknown_task_is_refused() -> None:
     ("task", "words", "message"),
     [
         ("ldm", {"distill__steps": 4}, "distill.steps: a student is trained by `ldm train distill`"),
-        ("vae", {"vae": "models/openmoji64"}, "vae: models/openmoji64 is a pretrained VAE, so there is none to train"),
+        ("vae", {"vae": "models/emoji"}, "vae: models/emoji is a pretrained VAE, so there is none to train"),
     ],
 )
 def test_a_recipe_of_another_task_is_refused(tmp_path: Path, task: str, words: dict[str, Any], message: str) -> None:
