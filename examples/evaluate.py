@@ -14,7 +14,7 @@ from ldm.evaluation.features import pixel_extractor
 from ldm.evaluation.report.text import summary
 
 
-def main(model: str = "models/emoji", pictures: str = "data/openmoji", out: str = "evaluation") -> None:
+def main(model: str = "models/emoji", pictures: str = "data/emoji", out: str = "evaluation") -> None:
     pipe = LDMPipeline.from_pretrained(model).to_best_device()
     evaluated, defaults = EvaluatedModel(pipe, Path(model)), pipe.defaults
     settings = SamplingSettings(defaults.num_inference_steps, defaults.guidance_scale, 0, defaults.guidance_interval)

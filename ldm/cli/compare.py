@@ -87,7 +87,7 @@ COMMAND = Command(
     "compare two models, or two settings, on the same captions and noise",
     """
 ldm compare runs/a runs/b                            (a page with both beside the truth, largest differences first)
-ldm compare models/emoji models/emoji --data data/openmoji --steps 8 4 --guidance-scale 3 1.5""",
+ldm compare models/emoji models/emoji --data data/emoji --steps 8 4 --guidance-scale 3 1.5""",
     add_arguments,
     run,
     "[OPTION ...] A B",

@@ -373,7 +373,7 @@ COMMAND = Command(
     """
 ldm evaluate --data data/openmoji --fit-net          (train the data set's own feature extractor, once)
 ldm evaluate runs/demo                               (all metrics, in runs/demo/evaluation/report.html)
-ldm evaluate runs/upscale --base models/demo      (an upscaler: PSNR and KID against resampling)
+ldm evaluate runs/upscale --base models/emoji        (an upscaler: PSNR and KID against resampling)
 ldm evaluate runs/demo --quick                       (a first look)
 ldm evaluate runs/demo --nll                         (a bound on the likelihood of held-out latents, by timestep)
 ldm evaluate runs/demo --ema 0.02:0.2                (which width of the average? needs optim.ema_widths)

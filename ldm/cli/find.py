@@ -95,14 +95,14 @@ def load_upscaler(name: str, dtype: str) -> Any:
     Raises:
         FileNotFoundError: if there is none.
     """
-    from ldm.pipelines.cascade import no_upscaler, upscaler_behind
+    from ldm.pipelines.cascade import Origin, no_upscaler
     from ldm.pipelines.loading import UPSCALER, find_pipeline
     from ldm.pipelines.upscale import LDMUpscalePipeline
 
     folder: Path | None = find_pipeline(name)
     assert folder is not None
     if json.loads((folder / "model_index.json").read_text("utf-8")).get("_class_name") != UPSCALER:
-        folder = upscaler_behind(name, folder)
+        folder = Origin(name, folder).find_upscaler()
         if folder is None:
             raise no_upscaler(name)
     device, kind = device_and_dtype(dtype)

@@ -21,7 +21,6 @@ from ldm.evaluation.metrics.retrieval import (
     ranks,
     recall_among,
     recall_at_k,
-    related_pictures,
     relatives_estimate,
 )
 from ldm.evaluation.metrics.seeds import seed_metrics
@@ -72,7 +71,8 @@ def retrieval(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Recall with each extractor, and the rank of every picture; each kind of prompt also separately."""
     matches = caption_matches(prompts.captions, data.captions)
-    related = related_pictures(prompts.numbers, data.concepts)
+    concepts = [[concept] if concept else [] for concept in data.concepts]  # a picture without one has no relatives
+    related = caption_matches([data.concepts[number] for number in prompts.numbers], concepts)
     recall, rank_of = {}, {}
     for extractor in extractors:
         name = extractor.name

@@ -8,6 +8,7 @@ The upscaler is loaded when it is first used.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -20,13 +21,46 @@ UPSCALER_FOLDER = "upscaler"
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only")  # of from_pretrained, for what is downloaded later
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a pipeline was loaded from. Folders inside it that stock diffusers ignores are found from here.
+
+    Attributes:
+        name: a folder or a Hub id.
+        folder: where it lies.
+        variant: of the weights' files.
+        hub: the `HUB_OPTIONS` of its download.
+    """
+
+    name: str
+    folder: Path
+    variant: str | None = None
+    hub: dict[str, Any] = field(default_factory=dict)
+
+    def find(self, inside: str, file: str) -> Path | None:
+        """The folder `inside` the pipeline's, None without it or without its `file`.
+
+        From the Hub it is downloaded, of the same commit as the pipeline.
+        """
+        found = self.folder / inside
+        if not found.exists() and not Path(self.name).expanduser().exists():
+            from huggingface_hub import snapshot_download
+
+            patterns = [f"{inside}/{pattern}" for pattern in HUB_FILES]
+            snapshot_download(self.name, revision=self.folder.name, allow_patterns=patterns, **self.hub)
+        return found if (found / file).exists() else None
+
+    def find_upscaler(self) -> Path | None:
+        """The upscaler's folder, None without one."""
+        return self.find(UPSCALER_FOLDER, "model_index.json")
+
+
 class CascadedPipeline(ConditionedPipeline):
     """A pipeline that may have an upscaler."""
 
     upscaler_folder = UPSCALER_FOLDER  # in its own
     _upscaler: LDMUpscalePipeline | None = None
-    # name, folder and variant of the pipeline it belongs to, and the options of the Hub that found it
-    _upscaler_of: tuple[str, Path, str | None, dict[str, Any]] | None = None
+    _origin: Origin | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
@@ -34,14 +68,14 @@ class CascadedPipeline(ConditionedPipeline):
         variant, hub = kwargs.get("variant"), {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         assert pipeline.loaded_from is not None
-        pipeline._upscaler_of = (str(pretrained_model_name_or_path), pipeline.loaded_from, variant, hub)
+        pipeline._origin = Origin(str(pretrained_model_name_or_path), pipeline.loaded_from, variant, hub)
         return pipeline
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """As `SavedPipeline.from_pipe`; the upscaler comes along."""
         made = super().from_pipe(pipeline, **kwargs)
-        for name in ("_upscaler", "_upscaler_of"):
+        for name in ("_upscaler", "_origin"):
             setattr(made, name, getattr(pipeline, name, None))
         return made
 
@@ -53,11 +87,11 @@ class CascadedPipeline(ConditionedPipeline):
             FileNotFoundError: if there is none.
         """
         if self._upscaler is None:
-            folder = self._find_upscaler()
-            if folder is None:
-                raise no_upscaler(self._upscaler_of[0] if self._upscaler_of else "this pipeline")
-            variant = self._upscaler_of[2] if self._upscaler_of else None
-            chosen = {} if variant is None else {"variant": variant}
+            origin = self._origin
+            folder = origin.find_upscaler() if origin else None
+            if origin is None or folder is None:
+                raise no_upscaler(origin.name if origin else "this pipeline")
+            chosen = {} if origin.variant is None else {"variant": origin.variant}
             self._upscaler = LDMUpscalePipeline.from_pretrained(folder, dtype=self.unet.dtype, **chosen)
         self._upscaler.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         return self._upscaler.to(self._execution_device)  # type: ignore[no-any-return]
@@ -68,12 +102,12 @@ class CascadedPipeline(ConditionedPipeline):
             raise ValueError(f"upscaler: expected an LDMUpscalePipeline, got {type(upscaler).__name__}")
         self._upscaler = upscaler
         if upscaler is None:
-            self._upscaler_of = None
+            self._origin = None
 
     @property
     def has_upscaler(self) -> bool:
         """Whether `upscaler` finds one."""
-        return self._upscaler is not None or self._find_upscaler() is not None
+        return self._upscaler is not None or (self._origin is not None and self._origin.find_upscaler() is not None)
 
     def upscale(self, images: Any, prompt: Any = None, **settings: Any) -> Any:
         """Large pictures of small ones, as `LDMUpscalePipeline.upscale` makes them; `.images`.
@@ -89,43 +123,6 @@ class CascadedPipeline(ConditionedPipeline):
         super().save_pretrained(save_directory, **kwargs)
         if self.has_upscaler:
             self.upscaler.save_pretrained(Path(save_directory) / UPSCALER_FOLDER, **kwargs)
-
-    def _find_upscaler(self) -> Path | None:
-        """The upscaler's folder."""
-        if self._upscaler_of is None:
-            return None
-        name, folder, _, hub = self._upscaler_of
-        return upscaler_behind(name, folder, **hub)
-
-
-def upscaler_behind(name: str, folder: Path, **hub: Any) -> Path | None:
-    """The folder of the upscaler behind a pipeline, None if it has none; from the Hub it is downloaded at first use.
-
-    Args:
-        name: of the pipeline, a folder or a Hub id.
-        folder: where it lies.
-        hub: `HUB_OPTIONS` with which it was found.
-    """
-    return folder_behind(name, folder, UPSCALER_FOLDER, "model_index.json", **hub)
-
-
-def folder_behind(name: str, folder: Path, inside: str, file: str, **hub: Any) -> Path | None:
-    """A folder inside a pipeline's that stock diffusers doesn't know, None if it isn't there or lacks `file`.
-
-    From the Hub it is downloaded, of the very same commit.
-
-    Args:
-        name: of the pipeline, a folder or a Hub id.
-        folder: where it lies.
-        hub: `HUB_OPTIONS` with which it was found.
-    """
-    found = folder / inside
-    if not found.exists() and not Path(name).expanduser().exists():
-        from huggingface_hub import snapshot_download
-
-        patterns = [f"{inside}/{pattern}" for pattern in HUB_FILES]
-        snapshot_download(name, revision=folder.name, allow_patterns=patterns, **hub)
-    return found if (found / file).exists() else None
 
 
 def no_upscaler(name: str) -> FileNotFoundError:

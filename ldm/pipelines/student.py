@@ -27,7 +27,7 @@ from ldm.inference.openvino import OpenVINO
 from ldm.models.fingerprint import weights_state
 from ldm.models.lora import FACTS, WEIGHTS, active_adapters
 from ldm.models.lora_files import OtherBaseWarning, check_fits, check_shapes, merge_lora, read_lora
-from ldm.pipelines.cascade import CascadedPipeline, folder_behind
+from ldm.pipelines.cascade import CascadedPipeline
 
 STUDENT_FOLDER = "few_steps"
 #: What a call may name that the student answers: what is to be seen, and in which form. All else is the model's.
@@ -61,9 +61,8 @@ class TaughtPipeline(CascadedPipeline):
                 )
             return cls.from_pretrained(given.parent, **kwargs).student
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        assert pipeline._upscaler_of is not None
-        name, folder, _, hub = pipeline._upscaler_of
-        found = folder_behind(name, folder, STUDENT_FOLDER, WEIGHTS, **hub)
+        assert pipeline._origin is not None
+        found = pipeline._origin.find(STUDENT_FOLDER, WEIGHTS)
         if found is not None:
             pipeline.teach(found)
         return pipeline
@@ -155,7 +154,7 @@ class TaughtPipeline(CascadedPipeline):
         check_sampler(f"{file.path}: sampler", sampler)
         parts = {**self.components, "unet": unet, "scheduler": samplers.build(sampler, self.scheduler.config)}
         student = type(self)(**parts, requires_safety_checker=self.config.requires_safety_checker)
-        for name in ("example_prompts", "labels", "numbers", "loaded_from", "_upscaler", "_upscaler_of"):
+        for name in ("example_prompts", "labels", "numbers", "loaded_from", "_upscaler", "_origin"):
             setattr(student, name, getattr(self, name))
         student.defaults = defaults
         return student

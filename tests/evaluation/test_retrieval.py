@@ -13,7 +13,6 @@ from ldm.evaluation.metrics.retrieval import (
     ranks,
     recall_among,
     recall_at_k,
-    related_pictures,
     relatives_estimate,
 )
 
@@ -42,8 +41,7 @@ def test_a_picture_of_the_same_caption_is_a_hit() -> None:
 
 
 def test_among_relatives_only_color_and_style_count() -> None:
-    concepts = ["pizza", "pizza", "pizza", "rocket", "", ""]
-    related = related_pictures([0, 1, 3, 4], concepts)
+    related = caption_matches(["pizza", "pizza", "rocket", ""], [["pizza"]] * 3 + [["rocket"], [], []])
     assert related.int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6]
     matches = torch.eye(6, dtype=torch.bool)[[0, 1, 3, 4]]
     matches[1, 2] = True

@@ -213,7 +213,7 @@ def in_other_styles(drawing: Drawing, styles: Sequence[Style], test: str) -> Ite
             continue
         held = test or ("style" if not drawing.tones and split_of(caption, HOLDOUT) == "heldout" else "")
         captions = {"text": drawing.caption, "styled": caption}
-        if held:  # prompted in its style; a picture of the prompt without one may be in any style
+        if held:  # the prompt names the style; the plain caption matches pictures of every style
             captions = {"text": caption, "keywords": drawing.caption}
         name = f"{style.name}-{drawing.svg.stem}"
         yield Picture(name, svg, captions, drawing.caption, drawing.group, style.name, "", held)

@@ -55,25 +55,14 @@ def ranks(distance: Tensor, matches: Tensor) -> Tensor:
     return 1 + ((distance <= nearest) & ~matches).sum(1)
 
 
-def related_pictures(numbers: Sequence[int], concepts: Sequence[str]) -> Tensor:
-    """Whether a picture shows the same concept as the prompt's own picture: bool [prompts, pictures].
+def recall_among(distance: Tensor, matches: Tensor, related: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the nearest related picture matches, and the chance of it, float [Q]; NaN without a choice.
 
     Args:
-        numbers: the prompts' own pictures.
-        concepts: of all pictures; "" is none, and has no relatives.
+        distance: [Q,N] from the generated to the real pictures.
+        matches: bool [Q,N], the prompt is the picture's caption.
+        related: bool [Q,N], the picture shows the prompt's concept.
     """
-    pictures_of: dict[str, list[int]] = {}
-    for picture, concept in enumerate(concepts):
-        pictures_of.setdefault(concept, []).append(picture)
-    related = torch.zeros(len(numbers), len(concepts), dtype=torch.bool)
-    for row, number in enumerate(numbers):
-        if concepts[number]:
-            related[row, pictures_of[concepts[number]]] = True
-    return related
-
-
-def recall_among(distance: Tensor, matches: Tensor, related: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the nearest of a query's relatives matches, and the chance of it, float [Q]; NaN without a choice."""
     right = matches & related
     choice = right.any(1) & (related & ~matches).any(1)
     hit = ranks(distance.masked_fill(~related, torch.inf), right) == 1
