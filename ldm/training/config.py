@@ -309,7 +309,8 @@ class LoopConfig:
         keep: checkpoints kept.
         prompts: of the previews, every `sample_every` steps and at the end; without any, some training captions.
         guidance_scale, num_inference_steps: of the previews; null is a scale of 3 and 20 steps, or diffusion.timesteps
-            if fewer; of a model of few steps what its pipeline does by default; an upscaler's scale is 1.
+            if fewer; of a model of few steps what its pipeline does by default; an upscaler's scale is 1, and its
+            pipeline has these steps by default.
         evaluation_pictures: held-out pictures whose loss is taken at fixed (t, eps).
         max_skipped: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
         spike: a loss so many robust standard deviations above the running median is written to log.jsonl with the

@@ -139,7 +139,8 @@ def test_validation_shows_whole_held_out_pictures_at_fixed_levels(task: Any) -> 
 
 def test_a_run_leaves_stock_s_folder_whose_vae_decodes_what_it_learned(home: Path, tmp_path: Path) -> None:
     words = {"loop__steps": 4, "loop__log_every": 1, "loop__evaluate_every": 2, "optim__ema_decay": 0.5,
-             "loop__sample_every": 4, "loop__checkpoint_every": 4, "upscale__base": "null"}  # fmt: skip
+             "loop__sample_every": 4, "loop__checkpoint_every": 4, "loop__num_inference_steps": 3,
+             "upscale__base": "null"}  # fmt: skip
     losses = train("ldm", config_of(home, tmp_path / "run", **words))
     heldout = list(road.logged(tmp_path / "run", "ldm/heldout/total").values())
     assert np.isfinite(losses).all() and heldout[-1] < heldout[0]
@@ -156,6 +157,7 @@ def test_a_run_leaves_stock_s_folder_whose_vae_decodes_what_it_learned(home: Pat
             rng = torch.Generator().manual_seed(1)
             found.append(pipe("red heart", guidance_scale=scale, generator=rng, **given).images)
     assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
+    assert LDMUpscalePipeline.from_pretrained(tmp_path / "run/pipeline").defaults.num_inference_steps == 3
     assert pipe.vae.config.scaling_factor == 0.08333
     frozen = load_vae(tmp_path / "run/pipeline")
     pixels = torch.rand(1, 3, SIZE, SIZE) * 2 - 1

@@ -121,7 +121,8 @@ class Upscaling(Diffusion):
 
     @property
     def defaults(self) -> Defaults:
-        return Defaults(guidance_scale=1.0)  # the small picture determines most
+        """Unguided, since the small picture determines most; the previews' steps."""
+        return Defaults(self.config.preview_steps, guidance_scale=1.0)
 
     def weightless_pipeline(self, vae: Any, text: TextEncoder | None) -> LDMUpscalePipeline:
         most = self.config.upscale.max_noise_level
