@@ -62,7 +62,7 @@ COMMAND = Command(
     """
 ldm app                               (the model in models/emoji or runs/demo/pipeline)
 ldm app --model runs/mine/pipeline
-ldm app --lora runs/watercolor/lora         (with a slider for what a LoRA counts)
+ldm app --lora runs/ink/lora         (with a slider for what a LoRA counts)
 ldm app --host 0.0.0.0 --port 8000    (for other machines too)""",
     add_arguments,
     run,

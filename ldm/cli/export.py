@@ -90,7 +90,7 @@ COMMAND = Command(
     """
 ldm export runs/demo models/demo
 ldm export runs/demo models/demo --ema 0.08     (an average of another width, chosen by ldm evaluate --ema)
-ldm export models/emoji models/watercolor --lora runs/watercolor/lora   (a LoRA merged into the model)
+ldm export models/emoji models/ink --lora runs/ink/lora   (a LoRA merged into the model)
 ldm export models/demo models/demo256 --upscaler runs/upscale/pipeline   (an upscaler behind the model)
 ldm export models/demo models/fast --few-steps runs/few_steps/lora:2     (a student behind it, of 2 steps)""",
     add_arguments,

@@ -35,7 +35,7 @@ def lora(text: str) -> Named:
             raise argparse.ArgumentTypeError(f"{text!r}: the weight {weight!r} is no number") from None
         return Named(os.path.expanduser(text))  # the colon is part of the name
     if not source or not math.isfinite(scale):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected FOLDER or FOLDER:WEIGHT, for example runs/watercolor/lora:0.8")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FOLDER or FOLDER:WEIGHT, for example runs/ink/lora:0.8")
     return Named(os.path.expanduser(source), scale)
 
 

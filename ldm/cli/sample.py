@@ -373,7 +373,7 @@ ldm sample models/emoji "red heart" --upscale                        (through th
 ldm sample models/emoji/few_steps "red heart" --steps 4              (the student of few steps behind the model)
 ldm sample --like heart.png --out again.png                          (the same picture again, byte for byte)
 ldm sample --like heart.png --seed 8                                 (the same settings, another seed)
-ldm sample models/emoji "pizza, watercolor style" --lora runs/watercolor/lora:0.8   (with a LoRA, at 0.8 of its strength)""",
+ldm sample models/emoji "pizza, ink style" --lora runs/ink/lora:0.8   (with a LoRA, at 0.8 of its strength)""",
     add_arguments,
     run,
     "[OPTION ...] MODEL [PROMPT ...]\n       ldm sample [OPTION ...] --like PICTURE [MODEL]",

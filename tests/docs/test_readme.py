@@ -115,7 +115,7 @@ def test_generation_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The page promises that its last lines, stock diffusers, generate what the call above them does."""
     blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/generation.md"], re.DOTALL)
     in_checkout(tmp_path, monkeypatch)
-    save_untrained_lora(tmp_path / "runs/watercolor/lora")
+    save_untrained_lora(tmp_path / "runs/ink/lora")
     names: dict[str, list[Image.Image]] = {}
     for block in blocks:
         exec(block, names)
