@@ -108,6 +108,7 @@ def test_a_student_is_evaluated_and_compared_by_the_name_of_its_folder(home: Pat
     main(["evaluate", str(model / "few_steps"), *words, "--quick", "--out", str(tmp_path / "out")])
     report = json.loads((tmp_path / "out/evaluation.json").read_text("utf-8"))
     assert report["settings"]["steps"] == 2 and report["settings"]["guidance_scale"] == 1
+    assert "<h1>model/few_steps</h1>" in (tmp_path / "out/report.html").read_text("utf-8")
     assert report["model"]["sha256"] != model_sha256(LDMPipeline.from_pretrained(model))
     main(["compare", str(model), str(model / "few_steps"), *words, "--out", str(tmp_path / "compared")])
     assert (tmp_path / "compared/comparison.html").exists()

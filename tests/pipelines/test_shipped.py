@@ -41,16 +41,16 @@ def test_it_is_small_and_half_precision() -> None:
 
 
 @pytest.mark.parametrize("license", ["CC BY-SA 4.0", "CC BY 4.0", "MIT", "Apache 2.0"])
-def test_it_says_whose_drawings_it_learned(license: str) -> None:
-    told = (FOLDER / "README.md").read_text("utf-8")
-    assert license in told
+def test_its_card_names_works_and_licenses(license: str) -> None:
+    card = (FOLDER / "README.md").read_text("utf-8")
+    assert license in card
     for designer in ("openmoji.org", "Twemoji", "Noto Emoji", "Fluent Emoji"):
-        assert designer in told
+        assert designer in card
 
 
 def test_its_report_is_about_it(pipe: LDMPipeline) -> None:
     page = (FOLDER / "report.html").read_text("utf-8")
-    assert model_sha256(pipe.student)[:12] in page  # it is about what a call without settings draws
+    assert model_sha256(pipe.student)[:12] in page  # the student generates what a call without settings returns
     for figure in ("PSNR", "top-1", "KID"):
         assert figure in page
     assert not re.search(r"/(?:home|root|tmp|Users)/", page)
@@ -61,27 +61,27 @@ def test_it_is_the_default_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path(default_model()) == Path("models/emoji")
 
 
-def test_stock_diffusers_draws_the_same(pipe: LDMPipeline) -> None:
+def test_stock_diffusers_generates_the_same(pipe: LDMPipeline) -> None:
     stock = quiet(StableDiffusionPipeline.from_pretrained(FOLDER))
-    told = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    words = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
     ours, theirs = (
-        one(prompt="red heart", generator=torch.Generator().manual_seed(1), **told).images for one in (pipe, stock)
+        one(prompt="red heart", generator=torch.Generator().manual_seed(1), **words).images for one in (pipe, stock)
     )
     assert np.abs(ours - theirs).max() == 0
     assert ours.std() > 0.1
 
 
-def test_stock_diffusers_draws_the_same_with_the_student(pipe: LDMPipeline) -> None:
+def test_stock_diffusers_generates_the_same_with_the_student(pipe: LDMPipeline) -> None:
     stock = quiet(StableDiffusionPipeline.from_pretrained(FOLDER))
     stock.load_lora_weights(FOLDER / "few_steps")
     stock.fuse_lora()
     stock.unload_lora_weights()
     stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
     steps = pipe.student.defaults.num_inference_steps
-    told = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "np", "height": 64, "width": 64}
+    words = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "np", "height": 64, "width": 64}
     ours, theirs = (
-        one("pink elephant", generator=torch.Generator().manual_seed(1), **words).images
-        for one, words in ((pipe, {"output_type": "np"}), (stock, told))
+        one("pink elephant", generator=torch.Generator().manual_seed(1), **given).images
+        for one, given in ((pipe, {"output_type": "np"}), (stock, words))
     )
     assert np.abs(ours - theirs).max() == 0
     assert ours.std() > 0.1
@@ -91,16 +91,16 @@ def test_stock_diffusers_upscales_the_same(pipe: LDMPipeline) -> None:
     stock = quiet(StableDiffusionUpscalePipeline.from_pretrained(FOLDER / "upscaler"))
     ours = quiet(LDMUpscalePipeline.from_pretrained(FOLDER / "upscaler"))
     small = pipe("umbrella", seed=2).images[0]
-    told = {"image": small, "num_inference_steps": 2, "guidance_scale": 1.0, "noise_level": 20, "output_type": "np"}
+    words = {"image": small, "num_inference_steps": 2, "guidance_scale": 1.0, "noise_level": 20, "output_type": "np"}
     large, expected = (
-        one("umbrella", generator=torch.Generator().manual_seed(1), **told).images for one in (ours, stock)
+        one("umbrella", generator=torch.Generator().manual_seed(1), **words).images for one in (ours, stock)
     )
     assert large.shape == (1, 256, 256, 3)
     assert np.abs(large - expected).max() == 0
 
 
 @pytest.mark.parametrize("color", ["red", "green", "blue"])
-def test_it_draws_things_in_colors_that_it_never_saw_them_in(pipe: LDMPipeline, color: str) -> None:
+def test_it_generates_things_in_colors_that_it_was_not_trained_on(pipe: LDMPipeline, color: str) -> None:
     pictures = pipe(f"{color} elephant", num_images_per_prompt=4, seed=0, output_type="np").images
     assert (pictures[:, :4, :4].mean(axis=(1, 2, 3)) > 0.9).all()  # a corner
     inside = pictures[:, 24:40, 24:40].mean(axis=(1, 2))

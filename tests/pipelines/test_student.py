@@ -146,24 +146,24 @@ def test_the_card_s_pictures_are_the_model_s_and_it_names_the_student(folder: Pa
     assert np.array_equal(draw(quiet(LDMPipeline.from_pretrained(tmp_path / "card"))), draw(pipe))
 
 
-def test_a_model_of_the_hub_is_asked_for_it_as_it_was_for_the_rest(
+def test_a_student_on_the_hub_is_downloaded_with_the_options_of_its_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A private model needs its token again, another cache its place, and a run without network asks nobody."""
     snapshot = tmp_path / "cache/snapshots/0123"
     shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns("few_steps"))
-    asked: dict[str, Any] = {}
+    options_given: dict[str, Any] = {}
 
     def download(name: str, **options: Any) -> None:
-        asked.update(options, name=name)
+        options_given.update(options, name=name)
         shutil.copytree(folder / "few_steps", snapshot / "few_steps")
 
     monkeypatch.setattr("ldm.pipelines.loading.find_pipeline", lambda *_, **__: snapshot)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     words: dict[str, Any] = {"token": "secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
     assert LDMPipeline.from_pretrained("me/model", **words).has_student
-    patterns = asked.pop("allow_patterns")
-    assert asked == {"name": "me/model", "revision": "0123", **words}
+    patterns = options_given.pop("allow_patterns")
+    assert options_given == {"name": "me/model", "revision": "0123", **words}
     assert all(pattern.startswith("few_steps/") for pattern in patterns)
 
 

@@ -22,6 +22,7 @@ from ldm.data.batches import spread
 from ldm.evaluation.provenance import RUN_FILE
 from ldm.evaluation.report.charts import report_charts
 from ldm.evaluation.report.text import by_guidance, kinds_of, number, percent, sampling, seed_results, signed
+from ldm.pipelines.student import STUDENT_FOLDER
 
 FILE = "evaluation.json"
 PAGE = "report.html"
@@ -104,8 +105,10 @@ def read_json(path: Path) -> Any:
 
 
 def model_name(folder: str) -> str:
-    """The model's name: RUN for RUN/pipeline, else the name of the folder."""
+    """The model's name: RUN for RUN/pipeline, MODEL/few_steps for its student, else the name of the folder."""
     path = Path(folder)
+    if path.name == STUDENT_FOLDER and path.parent.name:
+        return f"{model_name(str(path.parent))}/{STUDENT_FOLDER}"
     return path.parent.name or path.name if path.name == "pipeline" else path.name
 
 
