@@ -36,9 +36,8 @@ def find_model(name: str) -> tuple[Path, Path, dict[str, Any] | None]:
     Raises:
         FileNotFoundError: if a name that looks like a folder is neither a run nor a pipeline.
     """
-    from ldm.models.lora import WEIGHTS
+    from ldm.models.lora import STUDENT_FOLDER, WEIGHTS
     from ldm.pipelines.loading import find_pipeline
-    from ldm.pipelines.student import STUDENT_FOLDER
 
     path = Path(name)
     if (path / "pipeline/model_index.json").exists():

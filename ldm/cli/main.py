@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import ldm
 from ldm.cli import app, compare, data, doctor, edit, evaluate, export, push, sample, train, upscale, walk
@@ -37,10 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = build_parser().parse_args(words)
     parsed.command = shlex.join(["ldm", *words])
     quiet_libraries()
+    if arguments is None:  # the process is the command's
+        warnings.formatwarning = as_line
     try:
         parsed.run(parsed)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {in_words(error)}")
+
+
+def as_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning without the line of code that issued it."""
+    return f"warning: {message}\n"
 
 
 def in_words(error: Exception) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.data.batches import load_pixels, pixel_batches, spread
 from ldm.data.dataset import CaptionedPictures, Row
+from ldm.data.rows import is_null
 from ldm.evaluation.features import FeatureExtractor, extract_features
 from ldm.models.vae import to_pictures
 
@@ -81,8 +82,8 @@ class EvaluationSet:
         self.captions = [row.captions for row in rows]
         self.where = [row.where for row in rows]
         self._heldout = [row.split == "heldout" for row in rows]
-        self.groups = [str(row.extra.get("group") or "") for row in rows]
-        self.concepts = [str(row.extra.get("concept") or "") for row in rows]
+        self.groups = [text_of(row, "group") for row in rows]
+        self.concepts = [text_of(row, "concept") for row in rows]
         self._kinds = [kind_of(row) for row in rows]
         self.training = torch.tensor([i for i, out in enumerate(self._heldout) if not out], dtype=torch.int64)
 
@@ -132,6 +133,12 @@ class EvaluationSet:
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pictures(self.pixels([number]))[0].save(path)
         return relative
+
+
+def text_of(row: Row, column: str) -> str:
+    """A cell as text, stripped; "" if it is empty."""
+    cell = row.extra.get(column)
+    return "" if is_null(cell) else str(cell).strip()
 
 
 def kind_of(row: Row) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 FILE = "defaults.json"
 EVERYWHERE = (0.0, 1.0)
@@ -63,7 +63,7 @@ class Defaults:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> Defaults:
+    def load(cls, folder: Path) -> Self:
         """The settings in a pipeline folder, or these defaults where it has no file or the file lacks a setting.
 
         Raises:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ldm.system.checks import check
 
 WEIGHTS, FACTS = "pytorch_lora_weights.safetensors", "lora.json"
+STUDENT_FOLDER = "few_steps"  # in a pipeline's: of a LoRA of few steps, the pipeline's student
 METADATA = "ldm"  # the key of FACTS' content in the header of WEIGHTS
 NAME = "default"  # of the adapter that is trained
 #: The attention projections of text encoders, by config.model_type.

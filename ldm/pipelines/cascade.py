@@ -38,9 +38,10 @@ class Origin:
     hub: dict[str, Any] = field(default_factory=dict)
 
     def find(self, inside: str, file: str) -> Path | None:
-        """The folder `inside` the pipeline's, None without it or without its `file`.
+        """The folder `inside` the pipeline's, None without it. From the Hub it is downloaded, of the pipeline's commit.
 
-        From the Hub it is downloaded, of the same commit as the pipeline.
+        Raises:
+            FileNotFoundError: if the folder is there without its `file`.
         """
         found = self.folder / inside
         if not found.exists() and not Path(self.name).expanduser().exists():
@@ -48,7 +49,9 @@ class Origin:
 
             patterns = [f"{inside}/{pattern}" for pattern in HUB_FILES]
             snapshot_download(self.name, revision=self.folder.name, allow_patterns=patterns, **self.hub)
-        return found if (found / file).exists() else None
+        if found.exists() and not (found / file).exists():
+            raise FileNotFoundError(f"{found}: {file} is missing; copy it there again, or remove the folder")
+        return found if found.exists() else None
 
     def find_upscaler(self) -> Path | None:
         """The upscaler's folder, None without one."""

@@ -15,7 +15,8 @@ import copy
 import inspect
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -25,17 +26,35 @@ from ldm.inference.defaults import FILE as DEFAULTS_FILE
 from ldm.inference.defaults import Defaults, check_sampler
 from ldm.inference.openvino import OpenVINO
 from ldm.models.fingerprint import weights_state
-from ldm.models.lora import FACTS, WEIGHTS, active_adapters
+from ldm.models.lora import FACTS, STUDENT_FOLDER, WEIGHTS, active_adapters
 from ldm.models.lora_files import OtherBaseWarning, check_fits, check_shapes, merge_lora, read_lora
 from ldm.pipelines.cascade import CascadedPipeline
 
-STUDENT_FOLDER = "few_steps"
 #: What a call may name that the student answers: what is to be seen, and in which form. All else is the model's.
 PLAIN = frozenset(
     ("prompt", "prompt_embeds", "class_label", "numbers", "condition", "height", "width", "num_images_per_prompt",
      "seed", "generator", "latents", "upscale", "output_type", "return_dict", "clip_skip", "callback_on_step_end",
      "callback_on_step_end_tensor_inputs")
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StudentDefaults(Defaults):
+    """A student's settings. Those that a call leaves out are the student's too: stock's guidance scale, 7.5, is that of
+    models that were not distilled.
+    """
+
+    def resolve(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
+    ) -> Defaults:
+        return super().resolve(
+            self.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            self.guidance_scale if guidance_scale is None else guidance_scale,
+            self.guidance_interval if guidance_interval is None else guidance_interval,
+        )
 
 
 class TaughtPipeline(CascadedPipeline):
@@ -47,7 +66,7 @@ class TaughtPipeline(CascadedPipeline):
 
     engine: OpenVINO | None = None
     _student: tuple[Any, Self] | None = None  # the weights that it was made of, and the student
-    _student_from: tuple[Path, Defaults] | None = None  # the folder of its LoRA, and its settings
+    _student_from: tuple[Path, StudentDefaults] | None = None  # the folder of its LoRA, and its settings
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
@@ -92,7 +111,8 @@ class TaughtPipeline(CascadedPipeline):
             )
         check_shapes(file, self)
         known = steps is None and (Path(folder) / DEFAULTS_FILE).exists()
-        defaults = Defaults.load(Path(folder)) if known else Defaults(trained if steps is None else steps, 1.0)
+        kept = StudentDefaults.load(Path(folder)) if known else None
+        defaults = kept or StudentDefaults(trained if steps is None else steps, 1.0)
         self._student, self._student_from = None, (Path(folder), defaults)
 
     @property
@@ -144,7 +164,7 @@ class TaughtPipeline(CascadedPipeline):
                     shutil.copyfile(source / name, folder / name)
             defaults.save(folder)
 
-    def _make_student(self, folder: Path, defaults: Defaults) -> Self:
+    def _make_student(self, folder: Path, defaults: StudentDefaults) -> Self:
         file = read_lora(folder / WEIGHTS)
         if warning := check_fits(file, self):
             warnings.warn(warning, OtherBaseWarning, stacklevel=3)

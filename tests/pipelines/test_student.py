@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
+import road
 import tiny
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ldm import LDMPipeline
 from ldm.cli.find import find_model
 from ldm.cli.main import main
-from ldm.inference.defaults import Defaults
 from ldm.models.fingerprint import model_sha256
 from ldm.models.lora import WEIGHTS, LoRAConfig
 from ldm.models.safety import check_model_folder
+from ldm.pipelines.student import StudentDefaults
 from ldm.sharing import hub, png_metadata
 from ldm.sharing.export import export
 from ldm.sharing.model_card import Terms
@@ -97,8 +102,26 @@ def test_a_call_of_usual_values_is_the_student_s(folder: Path) -> None:
     assert not np.array_equal(few, draw(pipe, num_inference_steps=2, guidance_scale=1.0, sampler="ddim"))
     usual = {"eta": 0.0, "negative_prompt": None, "guidance_rescale": 0.0, "height": 16, "num_images_per_prompt": 1}
     assert np.array_equal(few, draw(pipe, **usual))
-    assert pipe.student.defaults == Defaults(2, 1.0) and not pipe.student.has_student
-    assert LDMPipeline.from_pretrained(folder / "few_steps").defaults == Defaults(2, 1.0)
+    assert pipe.student.defaults == StudentDefaults(2, 1.0) and not pipe.student.has_student
+    assert LDMPipeline.from_pretrained(folder / "few_steps").defaults == StudentDefaults(2, 1.0)
+
+
+def test_what_a_call_of_the_student_leaves_out_is_its_own(folder: Path) -> None:
+    """Stock's guidance scale of 7.5 would burn the pictures of a network that was trained for 1."""
+    student = quiet(LDMPipeline.from_pretrained(folder / "few_steps"))
+    assert np.array_equal(draw(student, num_inference_steps=3), draw(student, num_inference_steps=3, guidance_scale=1))
+    assert np.array_equal(draw(student, guidance_scale=2.0), draw(student, num_inference_steps=2, guidance_scale=2.0))
+    assert not np.array_equal(draw(student, guidance_scale=2.0), draw(student))
+
+
+def test_a_student_without_its_weights_is_an_error(folder: Path, tmp_path: Path) -> None:
+    """Not a model that generates by itself, more slowly and otherwise."""
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/few_steps" / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=f"few_steps: {WEIGHTS} is missing; copy it there again, or remove"):
+        LDMPipeline.from_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model/few_steps")
+    assert not LDMPipeline.from_pretrained(tmp_path / "model").has_student
 
 
 def test_adapters_and_changed_weights(folder: Path, lora: Path, tmp_path: Path) -> None:
@@ -114,6 +137,17 @@ def test_adapters_and_changed_weights(folder: Path, lora: Path, tmp_path: Path) 
     with pytest.warns(UserWarning, match="was trained beside tiny; this model has other weights"):
         after = draw(pipe)
     assert not np.array_equal(before, after)
+
+
+def test_the_command_warns_of_another_base_in_one_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    unet = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: 1.5 * weight for name, weight in load_file(unet).items()}, unet)
+    words = [sys.executable, "-m", "ldm.cli.main", "sample", str(tmp_path / "model"), "cat"]
+    environment = {**os.environ, "PYTHONPATH": str(road.ROOT)}
+    printed = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stderr
+    assert re.search(r"^warning: .* was trained beside tiny; this model has other weights", printed, re.MULTILINE)
+    assert "student.py" not in printed
 
 
 def test_it_stays_with_the_model(folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ldm.data.batches import spread
 from ldm.evaluation.provenance import RUN_FILE
 from ldm.evaluation.report.charts import report_charts
 from ldm.evaluation.report.text import by_guidance, kinds_of, number, percent, sampling, seed_results, signed
-from ldm.pipelines.student import STUDENT_FOLDER
+from ldm.models.lora import STUDENT_FOLDER
 
 FILE = "evaluation.json"
 PAGE = "report.html"

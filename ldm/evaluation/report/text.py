@@ -46,7 +46,7 @@ def recall_text(recall: dict[str, Any]) -> str:
     text = ", ".join([*tops, f"n {recall['top1']['n']}"])
     if one := recall.get("relatives"):
         text += f"; top-1 among pictures of the same concept {with_interval(one['top1'], percent)}"
-        text += f", chance {percent(one['chance'])}"
+        text += f", n {one['top1']['n']}, chance {percent(one['chance'])}"
     return text
 
 
