@@ -130,7 +130,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "settings",
         "Without any of --steps, --guidance-scale and --guidance-interval the model's own defaults apply, all three\n"
         f"of them. With one of them, the others are those of stock diffusers: {STOCK_STEPS} steps, guidance scale\n"
-        f"{STOCK_GUIDANCE_SCALE}, everywhere.",
+        f"{STOCK_GUIDANCE_SCALE}, everywhere. Of a student (MODEL/few_steps) they are its own.",
     ).add_argument
     add("--steps", type=int, metavar="N", help="sampling steps")
     add("--sampler", choices=SAMPLERS, help="how the steps are taken (default: the model's scheduler, DPM-Solver++)")
