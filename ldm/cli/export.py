@@ -75,7 +75,28 @@ def run(arguments: argparse.Namespace) -> None:
     if config:
         config = redact_paths(config, [config.get("run"), config.get("data", {}).get("source")])
     record_run(arguments.out, *run_of(folder), config)  # `ldm evaluate` reports it
+    copy_card(arguments, folder)
     print(f"{arguments.out} holds {size / 1e6:.1f} MB; generate with: ldm sample {arguments.out} PROMPT")
+
+
+def copy_card(arguments: argparse.Namespace, folder: Path) -> None:
+    """README.md of the model, which holds its license and authors; it says if something else was made of the model."""
+    card = folder / "README.md"
+    if not card.exists():
+        return
+    text = card.read_text("utf-8")
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for name in ("lora", "ema", "upscaler", "few_steps")
+        if getattr(arguments, name) is not None
+    ]
+    if changed:
+        head, front, body = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
+        note = (
+            f"\n> Made of {arguments.model} by `ldm export` with {' and '.join(changed)}. What follows is its card.\n"
+        )
+        text = head + front + note + body
+    (arguments.out / "README.md").write_text(text, "utf-8")
 
 
 def check_behind(pipeline: Any, name: str) -> None:

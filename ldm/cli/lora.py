@@ -58,15 +58,17 @@ def check_lora_engine(arguments: argparse.Namespace) -> None:
         )
 
 
-def load_loras(pipeline: Any, named: Sequence[Named] | None) -> None:
+def load_loras(pipeline: Any, named: Sequence[Named] | None, steps: int | None = None) -> None:
     """Load LoRAs into a pipeline and set their scales; what there is to warn of is printed.
 
+    Args:
+        steps: the sampling steps that were typed.
     Raises:
         ValueError: for a LoRA of another model.
     """
     if not named:
         return
-    from ldm.models.lora_files import OtherBaseWarning
+    from ldm.models.lora_files import OtherBaseWarning, find_lora, read_lora
 
     sources = [os.path.realpath(one.source) for one in named]
     twice = next((one.source for one in named if sources.count(os.path.realpath(one.source)) > 1), None)
@@ -79,6 +81,13 @@ def load_loras(pipeline: Any, named: Sequence[Named] | None) -> None:
             name = unused_name(one.source, names)
             pipeline.load_lora_weights(one.source, adapter_name=name)
             names[name] = one.scale
+            facts = read_lora(find_lora(one.source)).facts
+            if (trained := facts.get("few_steps")) and steps is None:
+                print(
+                    f"note: {one.source} is a LoRA of {trained} steps without guidance: --steps {trained} "
+                    f"--guidance-scale 1 --sampler {facts.get('sampler', 'ddim')}",
+                    file=sys.stderr,
+                )
     for warning in caught:
         if issubclass(warning.category, OtherBaseWarning):
             print(f"warning: {warning.message}", file=sys.stderr)

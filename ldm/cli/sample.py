@@ -211,7 +211,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from ldm.sharing import png_metadata
 
     pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
-    load_loras(pipeline, arguments.lora)
+    load_loras(pipeline, arguments.lora, arguments.steps)
     inputs, count = max(1, len(arguments.prompts), len(arguments.class_label or ())), arguments.images_per_prompt or 1
     prompts = one_each("prompts", arguments.prompts or [None], inputs)
     labels = one_each("--class-label", arguments.class_label or [None], inputs)

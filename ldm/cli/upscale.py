@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=place,
         help="an upscaler (RUN/pipeline), or a pipeline that has one in its folder upscaler/; a folder or a Hub id",
     )
-    add("pictures", metavar="PICTURE", nargs="+", type=path, help="pictures, and folders of pictures")
+    add("pictures", metavar="PICTURE", nargs="*", type=path, help="pictures, and folders of pictures")
     add(
         "--out",
         type=path,
@@ -64,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if not arguments.pictures:
+        if Path(arguments.model).suffix.lower() in PICTURES:
+            raise ValueError(f"model: {arguments.model} is a picture; the order is: ldm upscale MODEL PICTURE ...")
+        raise ValueError(f"pictures: name what to make larger: ldm upscale {arguments.model} PICTURE ...")
     files = picture_files(arguments.pictures)
     pictures = read_pictures(files)
     outs = places(files, arguments.out or OUT)

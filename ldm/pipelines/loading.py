@@ -18,6 +18,8 @@ padded and cut. All of that is left out: padding and length are arguments of eac
 from __future__ import annotations
 
 import json
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 from os import PathLike
@@ -357,6 +359,8 @@ def find_pipeline(name: str | PathLike[str], **options: Any) -> Path:
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
     from huggingface_hub import hf_hub_download
 
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name} is no folder here; taking it from the Hub, unless it was downloaded before", file=sys.stderr)
     choice = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
     chosen: dict[str, Any] = {key: options[key] for key in choice & options.keys()}
     try:

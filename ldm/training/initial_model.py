@@ -9,7 +9,6 @@ input channels: their weights are zero.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -252,7 +251,7 @@ class InitialModel:
 
 
 def find_init(name: str) -> Path:
-    """The folder of a pipeline; a Hub id's is downloaded once, without pickles and code, and rank 0 says so."""
+    """The folder of a pipeline; a Hub id's is downloaded once, without pickles and code."""
     place = Path(name).expanduser()
     if place.is_dir():
         return find_pipeline(name)
@@ -265,8 +264,6 @@ def find_init(name: str) -> Path:
 
 @cache
 def _snapshot(name: str) -> Path:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"init: {name} is no folder here; taking it from the Hub, unless it was downloaded before")
     return find_pipeline(name)
 
 

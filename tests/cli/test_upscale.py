@@ -120,6 +120,14 @@ def test_pictures_of_a_wrong_kind_are_refused_before_a_network_is_loaded(
     assert said.startswith(message) and said.count("\n") == message.count("\n")
 
 
+def test_what_is_missing_is_named_in_its_order(home: Path, upscaler: str) -> None:
+    assert refusal("upscale", "small/a.png") == (
+        "error: model: small/a.png is a picture; the order is: ldm upscale MODEL PICTURE ..."
+    )
+    said = f"error: pictures: name what to make larger: ldm upscale {upscaler} PICTURE ..."
+    assert refusal("upscale", upscaler) == said
+
+
 def test_models_of_a_wrong_kind_are_refused(home: Path, upscaler: str, tiny_pipeline_folder: Path) -> None:
     base = str(tiny_pipeline_folder)
     assert f"{base} has no folder upscaler/; train an upscaler" in refusal("upscale", base, "small/a.png")

@@ -150,6 +150,20 @@ def test_the_command_warns_of_another_base_in_one_line(folder: Path, tmp_path: P
     assert "student.py" not in printed
 
 
+def test_the_command_says_how_a_lora_of_few_steps_wants_to_be_sampled(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", str(folder), "cat", "--lora", str(folder / "few_steps"), "--steps", "1", "--guidance-scale", "1"]
+    main(words)
+    assert "note:" not in capsys.readouterr().err
+    main([*words[:5], "--guidance-scale", "1", "--sampler", "ddim"])
+    wanted = (
+        f"note: {folder / 'few_steps'} is a LoRA of 4 steps without guidance: --steps 4 --guidance-scale 1 --sampler "
+    )
+    assert wanted in capsys.readouterr().err
+
+
 def test_it_stays_with_the_model(folder: Path, tmp_path: Path) -> None:
     pipe = quiet(LDMPipeline.from_pretrained(folder))
     expected = draw(pipe)

@@ -357,3 +357,16 @@ def test_saving_as_pickle_is_refused(pipe: LDMPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="push_to_hub: save first"):
         pipe.save_pretrained(tmp_path / "pushed", push_to_hub=True)
     assert not list(tmp_path.iterdir()), "nothing is written that was refused"
+
+
+def test_what_is_no_folder_here_is_said_before_the_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        assert "models/mine is no folder here; taking it from the Hub" in capsys.readouterr().err
+        raise OSError("offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
+    with pytest.raises(FileNotFoundError, match="models/mine: there is no such folder, and none of this name comes"):
+        LDMPipeline.from_pretrained("models/mine")

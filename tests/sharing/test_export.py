@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from ldm import LDMPipeline
 from ldm.cli.main import main
+from ldm.models.lora import LoRAConfig
 from ldm.sharing.export import export
 
 
@@ -61,6 +63,20 @@ def test_it_computes_in_float32_wherever_it_is_opened(exported: Path, kind: type
 
 def test_the_prompts_come_along(exported: Path) -> None:
     assert LDMPipeline.from_pretrained(exported).example_prompts == ("red heart",)
+
+
+def test_the_card_comes_along_and_says_what_was_changed(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """A shared copy keeps license and authors."""
+    card = "---\nlicense: cc-by-sa-4.0\n---\n\n# hearts\n"
+    shutil.copytree(tiny_pipeline_folder, tmp_path / "hearts")
+    (tmp_path / "hearts/README.md").write_text(card)
+    main(["export", str(tmp_path / "hearts"), str(tmp_path / "copy")])
+    assert (tmp_path / "copy/README.md").read_text() == card
+    tiny.lora(tmp_path / "hearts", tmp_path / "ink", LoRAConfig(rank=2))
+    main(["export", str(tmp_path / "hearts"), str(tmp_path / "ink-hearts"), "--lora", str(tmp_path / "ink")])
+    changed = (tmp_path / "ink-hearts/README.md").read_text()
+    assert changed.startswith("---\nlicense: cc-by-sa-4.0\n---\n\n> Made of ") and changed.endswith("\n\n# hearts\n")
+    assert "with --lora. What follows is its card." in changed
 
 
 def test_nothing_is_mixed_with_what_is_there(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
