@@ -50,6 +50,8 @@ class LoRAConfig:
         targets: layers of the U-Net that get one, by the end of their names; by default attention's projections.
         text_encoder: adapters on the text encoder's attention, too. Captions are then encoded at each step.
         dora: learn the norm of each row, too; for the U-Net alone.
+        keep: share of the samples that hold prompts without the words that all captions have in common to what the
+            model does (prior preservation); 0 is none.
     """
 
     rank: int = 0
@@ -57,9 +59,11 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_encoder: bool = False
     dora: bool = False
+    keep: float = 0.0
 
     def __post_init__(self) -> None:
         check("lora.rank", self.rank, at_least=0, at_most=4096)
+        check("lora.keep", self.keep, at_least=0, at_most=0.9)
         if self.alpha is not None:
             check("lora.alpha", self.alpha, above=0)
         if not self.targets or not all(self.targets):
@@ -69,7 +73,11 @@ class LoRAConfig:
                 "lora.dora: transformers can't load DoRA's norms of a text encoder; set lora.text_encoder=false, or "
                 "lora.dora=false"
             )
-        for name in ("text_encoder", "dora"):
+        if self.keep and self.text_encoder:
+            raise ValueError(
+                "lora.keep: the model reads captions by its own text encoder, which learns; set lora.text_encoder=false"
+            )
+        for name in ("text_encoder", "dora", "keep"):
             if getattr(self, name) and not self.rank:
                 raise ValueError(f"lora.{name}: it needs adapters; set lora.rank, for example to 8")
 

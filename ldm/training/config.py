@@ -417,6 +417,10 @@ class Config:
             raise ValueError(
                 "optim.ema_widths: averages are rebuilt into pipelines, and adapters make none; set it to []"
             )
+        if self.lora.keep and (self.diffusion.few_steps or self.data.inpaint or not self.data.caption_columns):
+            raise ValueError(
+                "lora.keep: it is for adapters of captions and of every timestep, without masks; set it to 0"
+            )
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(
                 "data.caption_columns: a model that knows text needs captions; name their columns, or set "

@@ -321,6 +321,8 @@ def _for_student(config: Config) -> Config:
         )
     if config.lora.rank and config.distill.solver_steps != SOLVER_STEPS:
         raise ValueError(f"distill.solver_steps: a LoRA is sampled with stock's {SOLVER_STEPS}; leave it out")
+    if config.lora.keep:
+        raise ValueError("lora.keep: a student is to do something else than its teacher for every prompt; set it to 0")
     if config.lora.text_encoder:
         raise ValueError("lora.text_encoder: a student reads captions as its teacher does; set it to false")
     averages = {"name": (config.optim.name == "schedule_free", "adamw"), "ema_widths": (config.optim.ema_widths, "[]")}

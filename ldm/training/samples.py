@@ -35,9 +35,12 @@ from ldm.training.encoders import Encoders
 from ldm.training.latent_cache import buckets_of_all, encode_once, validation_pictures
 from ldm.training.masks import Masking, mask_channels
 from ldm.training.order import Order
+from ldm.training.prior import Prior
 from ldm.training.randomness import Draw, draw, generator
 from ldm.training.sizes import buckets_of
 from ldm.training.upscaling import Crops
+
+ON_CPU = ("u", "kept")  # they choose timesteps and rows, for which no step should wait
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Batch:
         conditioning: of the B pictures.
         u: float64 [B] in [0, 1), on the CPU; the timesteps follow from it.
         eps: [B,C,h,w].
+        kept: bool [B], on the CPU: what is to be learned of these is what the model does (`prior.py`); None is none.
     """
 
     x0: Tensor
     conditioning: Conditioning
     u: Tensor
     eps: Tensor
+    kept: Tensor | None = None
 
     @classmethod
     def of(cls, encoded: dict[str, Any]) -> Batch:
@@ -64,6 +69,7 @@ class Batch:
             conditioning=Conditioning(encoded.get("context"), encoded.get("class"), encoded.get("channels")),
             u=encoded["u"],
             eps=encoded["eps"],
+            kept=encoded.get("kept"),
         )
 
     def halved(self) -> Batch:
@@ -89,6 +95,7 @@ class LatentSamples:
         order: n => which picture sample n shows; it knows their buckets.
         cache: latents and contexts; None to read pictures and captions.
         crops: the crop and the small picture of sample n; None for a model that doesn't upscale.
+        prior: which samples keep what the model does; None for none.
     """
 
     source: ConditionedPictures
@@ -97,6 +104,7 @@ class LatentSamples:
     order: Order
     cache: LatentCache | None = None
     crops: Crops | None = None
+    prior: Prior | None = None
 
     @classmethod
     def of(
@@ -168,6 +176,8 @@ class LatentSamples:
                 sample["context"] = self.cache.context(caption)
             if self.source.condition_column:
                 sample["channels"], _ = self.cache.posterior(self.source.condition_number(drawn.row), flip)
+        if self.prior is not None:
+            sample = self.prior(n, drawn, row.captions, sample)
         return sample if self.crops is None else self.crops(n, drawn.row, drawn.crop, flip, sample)
 
 
@@ -248,9 +258,9 @@ def masked_channels(
 
 
 def to_device(collated: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Collated samples, with all that a step takes from them but u on the device."""
+    """Collated samples, with all that a step takes from them but u and kept on the device."""
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "u" else value
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name not in ON_CPU else value
         for name, value in collated.items()
     }
 

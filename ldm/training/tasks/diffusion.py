@@ -299,9 +299,13 @@ class Diffusion(Task):
             return self.output(self.unet.module, x_t, t, batch.conditioning)
 
         t, weight = self.timesteps(batch.u)
-        losses = self.objective(network, batch.x0, t, batch.eps)  # (B,)
+        losses = self.objective(network, *self.learned(batch, t))  # (B,)
         self.seen.append((t, losses.detach()))
         return {"unet": beside(weight, losses) * losses}  # the weight corrects for the choice of t
+
+    def learned(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the objective takes besides the network: x0, t, eps. They determine x_t and the target."""
+        return batch.x0, t, batch.eps
 
     def after_step(self, skipped: Tensor) -> None:
         seen, self.seen = self.seen, []

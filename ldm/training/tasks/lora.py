@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
+from ldm.data.cache.latents import LatentCache
+from ldm.diffusion.forward import q_sample
+from ldm.diffusion.parameterization import to_eps, to_x0
 from ldm.inference import samplers
 from ldm.models.fingerprint import base_fingerprints
 from ldm.models.lora import (
@@ -36,10 +40,13 @@ from ldm.training.distributed import Tick
 from ldm.training.encoders import Encoders
 from ldm.training.export import check_adapters, export, quiet
 from ldm.training.previews import generate_grid
+from ldm.training.prior import Prior
+from ldm.training.samples import Batch, LatentSamples
 from ldm.training.tasks.diffusion import Diffusion
 from ldm.training.text_adapters import TokenEncoders, UNetWithText
 
 EXAMPLES = 8  # captions in the file
+BATCH = 64  # captions encoded at once
 
 
 class LoRA(Diffusion):
@@ -84,6 +91,37 @@ class LoRA(Diffusion):
 
     def other_needs(self) -> dict[str, int]:
         return {name: size for name, size in super().other_needs().items() if name == "cache"}
+
+    # --- samples, one step ------------------------------------------------------------------------
+
+    def latent_samples(self, cache: LatentCache | None = None) -> LatentSamples:
+        samples, share = super().latent_samples(cache), self.config.lora.keep
+        if not share:
+            return samples
+        prior = Prior.of(share, samples.pictures)
+        if cache is not None:
+            assert self.encoders is not None and self.encoders.text is not None
+            plain = sorted({prior.plain(caption) for row in samples.pictures for caption in row.captions})
+            parts = [self.encoders.text.encode(plain[i : i + BATCH]).cpu() for i in range(0, len(plain), BATCH)]
+            prior = replace(prior, contexts=dict(zip(plain, torch.cat(parts), strict=True)))
+        return replace(samples, prior=prior)
+
+    @torch.no_grad()
+    def learned(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the samples that keep what the model does, the pair (x0, eps) of the same x_t that the model predicts."""
+        x0, eps = batch.x0, batch.eps
+        if batch.kept is None or not batch.kept.any():
+            return x0, t, eps
+        kept, kind = batch.kept.nonzero()[:, 0], self.config.diffusion.prediction
+        times, x_t = t[kept], q_sample(self.schedule, x0[kept], t[kept], eps[kept])
+        unet = networks_of(self.unet.module)["unet"]
+        unet.disable_adapters()
+        output = self.output(unet, x_t, times, batch.conditioning[kept]).to(x_t.dtype)
+        unet.enable_adapters()
+        both = self.schedule.at(times, x_t)
+        rows = kept.to(x0.device)
+        x0 = x0.index_copy(0, rows, to_x0(kind, output, x_t, *both))
+        return x0, t, eps.index_copy(0, rows, to_eps(kind, output, x_t, *both))
 
     # --- export, preview --------------------------------------------------------------------------
 

@@ -1,0 +1,143 @@
+"""lora.keep: prompts without the words of a LoRA are held to what its model does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import road
+import tiny
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+
+from ldm.data.dataset import read_captioned
+from ldm.diffusion.forward import q_sample
+from ldm.models.conditioning import denoise
+from ldm.system.errors import RunError
+from ldm.training.config import Config
+from ldm.training.initial_model import resolved
+from ldm.training.prior import Prior
+from ldm.training.run import train
+from ldm.training.tasks.lora import LoRA, networks_of
+
+pytest.importorskip("peft")
+WORDS = "ink style"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prior")
+    road.draw_folder(folder / "data")
+    metadata = folder / "data/metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    metadata.write_text("".join(json.dumps(row | {"text": f"{row['text']}, {WORDS}"}) + "\n" for row in rows))
+    tiny.pipeline(folder / "encoder", "bert").save_pretrained(folder / "bert")
+    return folder
+
+
+def recipe(home: Path, run: Path, **words: Any) -> Config:
+    settings = {"init": str(home / "bert"), "run": str(run), **road.OF_INIT, "lora__rank": 2, "optim__lr": 0.02}
+    return road.recipe(home, **settings | {"lora__keep": 0.25, "loop__sample_every": 0} | words)
+
+
+def task_of(config: Config) -> LoRA:
+    config = resolved(config, "ldm")
+    task: Any = LoRA.create(config, Accelerator(cpu=True), read_captioned(config.data.source, progress=False))
+    task.prepare()
+    task.build()
+    return task  # type: ignore[no-any-return]
+
+
+def test_a_quarter_of_the_samples_loses_the_words() -> None:
+    prior = Prior(0.25, WORDS)
+    assert [n for n in range(16) if prior.keeps(n)] == [3, 7, 11, 15]
+    assert prior.plain("a red heart, ink style") == "a red heart" == Prior(0.25, "ink:").plain("ink: a red heart")
+    assert prior.plain(WORDS) == ""
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_their_captions_are_the_plain_ones_and_all_others_as_without(home: Path, tmp_path: Path, cache: str) -> None:
+    words = {"data__cache": cache, "diffusion__caption_dropout": 0.3}
+    kept = task_of(recipe(home, tmp_path / "kept", **words))
+    without = task_of(recipe(home, tmp_path / "without", lora__keep=0.0, **words))
+    numbers = list(range(16))
+    (batch,), (other,) = kept.batches([numbers]), without.batches([numbers])
+    assert batch.kept is not None and other.kept is None and other.conditioning.context is not None
+    dropped = torch.tensor([kept.samples.draw(n).caption is None for n in numbers])
+    quarter = torch.tensor([n % 4 == 3 for n in numbers])
+    assert torch.equal(batch.kept, dropped | quarter) and dropped.any() and (quarter & ~dropped).any()
+    assert torch.equal(batch.x0, other.x0) and torch.equal(batch.eps, other.eps)
+    context = batch.conditioning.context
+    assert context is not None and kept.encoders is not None and kept.encoders.text is not None
+    for n in numbers:
+        if quarter[n] and not dropped[n]:
+            (caption,) = kept.samples.pictures[kept.samples.row_of(n)].captions
+            plain = kept.encoders.text.encode([caption.removesuffix(f", {WORDS}")])[0]
+            assert (context[n] - plain).abs().max() < 1e-5
+        else:
+            assert torch.equal(context[n], other.conditioning.context[n])
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_their_loss_is_the_distance_from_what_the_model_predicts(home: Path, tmp_path: Path, prediction: str) -> None:
+    """Zero at the start; then |U-Net with adapters - U-Net without|**2, that of the others as ever."""
+    folder = shutil.copytree(home / "bert", tmp_path / "bert")
+    scheduler = folder / "scheduler/scheduler_config.json"
+    names = {"eps": "epsilon", "v": "v_prediction"}
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": names[prediction]}))
+    words = {"init": str(folder), "diffusion__prediction": prediction, "diffusion__weighting": "none"}
+    task = task_of(recipe(home, tmp_path / "run", **words))
+    (batch,) = task.batches([range(16)])
+    assert batch.kept is not None
+    kept = batch.kept
+    first = task.loss(0, batch)["unet"]
+    assert first[kept].max() < 1e-9 < first[~kept].min()
+
+    unet = networks_of(task.unet.module)["unet"]
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if ".lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    losses = task.loss(0, batch)["unet"].detach()
+    t, _ = task.timesteps(batch.u)
+    x_t = q_sample(task.schedule, batch.x0, t, batch.eps)
+    stock = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    with torch.no_grad():
+        mine, base = (denoise(one, x_t, t, batch.conditioning) for one in (unet, stock))
+    alpha, sigma = task.schedule.at(t, x_t)
+    true = batch.eps if prediction == "eps" else alpha * batch.eps - sigma * batch.x0
+    target = torch.where(kept[:, None, None, None], base, true)
+    expected = (mine - target).square().flatten(1).mean(1)
+    assert torch.allclose(losses, expected, rtol=1e-4, atol=1e-7) and losses[kept].min() > 1e-6
+    assert all(weight.requires_grad for name, weight in unet.named_parameters() if ".lora_" in name)
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(home: Path, tmp_path: Path) -> None:
+    words = {"loop__checkpoint_every": 3, "loop__evaluate_every": 0}
+    whole = train("ldm", recipe(home, tmp_path / "whole", **words))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for step in (tmp_path / "parts/checkpoints/ldm").iterdir():
+        if int(step.name.removeprefix("step_")) > 3:
+            shutil.rmtree(step)
+    parts = train("ldm", recipe(home, tmp_path / "parts", **words))
+    assert parts == whole[-len(parts) :] and 0 < len(parts) < len(whole)
+
+
+def test_what_has_no_words_to_leave_out_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    road.draw_folder(tmp_path / "data")
+    with pytest.raises((ValueError, RunError), match=r"lora.keep: the captions of .*data have no words in common"):
+        train("ldm", recipe(home, tmp_path / "run", data__source=str(tmp_path / "data")))
+    for words, message in (
+        ({"lora__text_encoder": True}, "lora.keep: the model reads captions by its own text encoder"),
+        ({"lora__rank": 0}, "lora.keep: it needs adapters"),
+        ({"diffusion__few_steps": 4}, "lora.keep: it is for adapters of captions and of every timestep"),
+    ):
+        with pytest.raises(SystemExit):
+            recipe(home, tmp_path / "run", **words)
+        assert message in capsys.readouterr().err
