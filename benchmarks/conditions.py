@@ -29,14 +29,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.batches import evenly
+from ldm.data.batches import evenly, spread
 from ldm.data.conditioned import ConditionedPictures
 from ldm.data.dataset import read_captioned
 from ldm.data.emoji.variants import nearest_entries
+from ldm.data.grid import captioned_grid
 from ldm.evaluation.metrics.intervals import RESAMPLES, mean_estimate
 
 EDGE = 100.0  # levels of gray from a pixel to its neighbors, of 255, that make an edge
 BATCH = 16
+SHOWN = 10  # pictures of the sheet, each in its own column
 
 Agreement = Callable[[Image.Image, Image.Image], float]
 
@@ -140,11 +142,19 @@ def main() -> None:
         pipeline = LDMPipeline.from_pretrained(chosen.pipeline).to_best_device()
         pipeline.set_progress_bar_config(disable=True)
         given = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
+        shown = {chosen.column: conditions}
         for name, texts in (("with captions", captions), ("without captions", [""] * len(captions))):
-            report[name] = figures(agreement, generate(pipeline, texts, {"condition": conditions}, **given), conditions)
+            shown[name] = generate(pipeline, texts, {"condition": conditions}, **given)
+            report[name] = figures(agreement, shown[name], conditions)
+        shown["real"] = [row.image() for row in rows.pictures]
     print(json.dumps(report, indent=2))
     if chosen.out:
         chosen.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        if chosen.pipeline:
+            places = list(spread(len(captions), SHOWN))
+            sheet = [pictures[place].convert("RGB").resize(size) for pictures in shown.values() for place in places]
+            words = [f"{arm}: {captions[place]}" for arm in shown for place in places]
+            captioned_grid(sheet, words, columns=len(places)).save(chosen.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
