@@ -1,7 +1,7 @@
 """Does a LoRA of thirty drawings bring their style to other prompts, and what do prompts without its words lose?
 
     ldm data emoji data/styles --size 64 --style streamline=icons/streamline       (a designer's style)
-    python -m benchmarks.lora blueprint data/emoji data/styles                     (or one of another kind)
+    python -m benchmarks.lora sepia data/emoji data/styles                         (or one that is a change of colors)
     python -m benchmarks.lora pick data/styles streamline data/streamline30
     ldm train ldm --config lora data.source=data/streamline30 run=runs/streamline
     python -m benchmarks.lora measure data/styles streamline data/streamline30 runs/streamline/lora --data data/emoji \\
@@ -47,18 +47,16 @@ from ldm.evaluation.metrics.retrieval import (
 from ldm.evaluation.upscaling import to_pixels_of
 
 PICKED = 30
-BLUE = "#1f4e9e"
+THINGS = ("activities", "animals-nature", "food-drink", "objects", "travel-places")
+BROWN, CREAM = "#3b2412", "#f6eedd"
 SHOWN = 8  # pictures of the sheet of each kind of prompts
 
 
 def plain(pictures: CaptionedPictures) -> CaptionedPictures:
-    """The drawings as their designers made them: not recolored, no outlines."""
-    return pictures.select(i for i, row in enumerate(pictures) if not row.extra["color"] and not is_outline(row))
-
-
-def is_outline(row: Any) -> bool:
-    """Whether a row of `ldm data emoji` is an "outline of a pizza"."""
-    return str(row.captions[0]).startswith("outline of ")
+    """The drawings as their designers made them: their caption is the concept alone, or with the style."""
+    return pictures.select(
+        i for i, row in enumerate(pictures) if row.captions[0] in (row.extra["concept"], styled(row))
+    )
 
 
 def of_style(pictures: CaptionedPictures, style: str) -> CaptionedPictures:
@@ -80,22 +78,19 @@ def styled(row: Any) -> str:
     return f"{row.extra['concept']}, {row.extra['style']} style"
 
 
-def blueprint(data: str, out: Path) -> None:
-    """A folder of all plain drawings and, as the style "blueprint", of the outlines in white on blue."""
+def sepia(data: str, out: Path) -> None:
+    """A folder of all plain drawings and, as the style "sepia", of OpenMoji's things in brown on cream."""
     (out / "images").mkdir(parents=True, exist_ok=True)
-    pictures, lines = read_captioned(data), []
-    outlines = [row for row in pictures if is_outline(row)]
-    for number, (row, style) in enumerate(
-        [*((row, row.extra["style"]) for row in plain(pictures)), *((row, "blueprint") for row in outlines)]
-    ):
+    drawings, lines = list(plain(read_captioned(data))), []
+    both = [(row, row.extra["style"]) for row in drawings]
+    both += [(row, "sepia") for row in drawings if row.extra["style"] == "openmoji" and row.extra["group"] in THINGS]
+    for number, (row, style) in enumerate(both):
         name, picture = f"images/{number:05d}.png", row.image().resize((64, 64), Image.Resampling.LANCZOS)
-        if style == "blueprint":
-            picture = ImageOps.colorize(ImageOps.invert(picture.convert("L")), BLUE, "white")
-        picture.save(out / name)
-        facts = {"concept": row.extra["concept"], "style": style, "color": ""}
+        (ImageOps.colorize(picture.convert("L"), BROWN, CREAM) if style == "sepia" else picture).save(out / name)
+        facts = {"concept": row.extra["concept"], "style": style}
         lines.append(json.dumps({"file_name": name, "text": f"{row.extra['concept']}, {style} style", **facts}) + "\n")
     (out / "metadata.jsonl").write_text("".join(lines), "utf-8")
-    print(f"{len(lines)} drawings, {len(outlines)} of them blueprints, are in {out}")
+    print(f"{len(lines)} drawings, {len(both) - len(drawings)} of them in sepia, are in {out}")
 
 
 def pick(data: str, style: str, out: Path) -> None:
@@ -178,7 +173,7 @@ def measure(chosen: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    drawing = commands.add_parser("blueprint", help="write a folder with a style of white lines on blue")
+    drawing = commands.add_parser("sepia", help="write a folder with OpenMoji's drawings in sepia, too")
     drawing.add_argument("data", help="what `ldm data emoji` made")
     drawing.add_argument("out", type=Path, help="the folder to make")
     picking = commands.add_parser("pick", help="write a folder of thirty drawings")
@@ -198,8 +193,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.command == "pick":
         pick(chosen.styles, chosen.style, chosen.out)
-    elif chosen.command == "blueprint":
-        blueprint(chosen.data, chosen.out)
+    elif chosen.command == "sepia":
+        sepia(chosen.data, chosen.out)
     else:
         measure(chosen)
 
