@@ -5,10 +5,11 @@
     python -m benchmarks.inpainting data/emoji models/emoji runs/inpaint/pipeline --net nets/emoji --out inpaint.json
 
 Of each held-out picture a half is masked: left, right, upper, lower in turn. All arms get the same captions, masks and
-seeds.
+seeds; then the same without captions.
 
     retrieval    the nearest of all pictures to the completed one, by the data's own CLIP: is it the true one?
     KID          of the new half alone, the other one white, to training pictures cut the same way
+    distance     of the new half to the true one, root mean square of all its values of 255
     kept         retrieval of the masked pictures themselves, their hole white: what the half that is left gives away
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,7 +33,7 @@ from ldm.data.grid import captioned_grid
 from ldm.evaluation.features import extract_features
 from ldm.evaluation.in_domain_clip import load_clip
 from ldm.evaluation.metrics.distribution import kid_estimate
-from ldm.evaluation.metrics.intervals import RESAMPLES
+from ldm.evaluation.metrics.intervals import RESAMPLES, mean_estimate
 from ldm.evaluation.metrics.retrieval import caption_matches, distances, ranks, recall_at_k
 from ldm.evaluation.upscaling import to_pixels_of
 from ldm.models.vae import to_pictures
@@ -52,6 +54,13 @@ def half_mask(number: int, size: int) -> Image.Image:
 def only(picture: Image.Image, mask: Image.Image) -> Image.Image:
     """A picture where the mask is white; white elsewhere."""
     return Image.composite(picture, Image.new("RGB", picture.size, "white"), mask)
+
+
+def hole_distance(picture: Image.Image, true: Image.Image, mask: Image.Image) -> float:
+    """Root mean square difference where the mask is white, in values of 255."""
+    white = np.asarray(mask) > 127
+    difference = np.asarray(picture, np.float64)[white] - np.asarray(true, np.float64)[white]
+    return float(np.sqrt(np.square(difference).mean()))
 
 
 def inverted(mask: Image.Image) -> Image.Image:
@@ -93,11 +102,19 @@ def main() -> None:
     for arm in ("base", "inpainting"):
         pipeline = LDMPipeline.from_pretrained(getattr(chosen, arm)).to_best_device()
         pipeline.set_progress_bar_config(disable=True)
-        shown[arm] = generate(pipeline, captions, {"image": true, "mask_image": masks[: len(true)]}, **given)
+        each = {"image": true, "mask_image": masks[: len(true)]}
+        shown[arm] = generate(pipeline, captions, each, **given)
+        shown[f"{arm}, no caption"] = generate(pipeline, [""] * len(captions), each, **given)
     report: dict[str, Any] = {arm: {"retrieval": recall(pictures)} for arm, pictures in shown.items()}
-    for arm in ("true", "base", "inpainting"):
+    far: dict[str, Tensor] = {}
+    for arm in shown.keys() - {"kept"}:
         holes = features([only(picture, mask) for picture, mask in zip(shown[arm], masks)])
         report[arm]["kid"] = kid_estimate(holes, reference, RESAMPLES)
+        far[arm] = torch.tensor([hole_distance(*each) for each in zip(shown[arm], true, masks)], dtype=torch.float64)
+        report[arm]["distance"] = mean_estimate(far[arm], RESAMPLES)
+    for words in ("", ", no caption"):
+        difference = far[f"inpainting{words}"] - far[f"base{words}"]
+        report[f"distance, inpainting minus base{words}"] = mean_estimate(difference, RESAMPLES)
     print(json.dumps(report, indent=2))
     if chosen.out:
         chosen.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
