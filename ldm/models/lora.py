@@ -50,8 +50,8 @@ class LoRAConfig:
         targets: layers of the U-Net that get one, by the end of their names; by default attention's projections.
         text_encoder: adapters on the text encoder's attention, too. Captions are then encoded at each step.
         dora: learn the norm of each row, too; for the U-Net alone.
-        keep: share of the samples that hold prompts without the words that all captions have in common to what the
-            model does (prior preservation); 0 is none.
+        keep: share of the samples that show the model's own pictures, of prompts without the words that all captions
+            have in common, so that these prompts stay as they were (prior preservation); 0 is none.
     """
 
     rank: int = 0

@@ -417,9 +417,15 @@ class Config:
             raise ValueError(
                 "optim.ema_widths: averages are rebuilt into pipelines, and adapters make none; set it to []"
             )
-        if self.lora.keep and (self.diffusion.few_steps or self.data.inpaint or not self.data.caption_columns):
+        data = self.data
+        others = (data.label_column, data.number_columns, data.condition_column, data.inpaint, data.buckets)
+        if self.lora.keep and (self.diffusion.few_steps or not data.caption_columns or any(others)):
             raise ValueError(
-                "lora.keep: it is for adapters of captions and of every timestep, without masks; set it to 0"
+                "lora.keep: it is for models of captions alone, of square pictures and of every timestep; set it to 0"
+            )
+        if self.lora.keep and data.cache == "off":
+            raise ValueError(
+                "lora.keep: the model's own pictures are latents, as a cache has them; leave out data.cache"
             )
         if self.text.encoder is not None and not self.data.caption_columns:
             raise ValueError(

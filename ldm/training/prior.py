@@ -1,64 +1,136 @@
 """Prior preservation: the samples of a LoRA's training that hold prompts without its words to what the model does.
 
-A share of the samples, `lora.keep`, loses the words that all captions have in common: "pizza, ink style" becomes
-"pizza". What the model itself predicts of such a sample's x_t with that caption is then the target, as it is where the
-caption was dropped for guidance. DreamBooth (Ruiz et al. 2023, section 3.3) trains on pictures that the model generated
-instead; its prediction says the same of any x_t, and nothing has to be generated.
+A share of the samples, `lora.keep`, shows pictures that the model itself generated before the first step, of its
+example prompts and of the captions without the words that all have in common: "pizza, ink style" becomes "pizza"
+(DreamBooth, Ruiz et al. 2023, section 3.3). What is learned of them is what the model predicts of the same x_t, not the
+picture; so it is of samples whose caption was dropped for guidance. Adapters that do nothing there have no loss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
-from ldm.data.batches import choose_caption
 from ldm.data.dataset import CaptionedPictures
 from ldm.models.lora import trigger_words
+from ldm.models.text_encoder import TextEncoder
+from ldm.pipelines.text_to_image import LDMPipeline
+from ldm.system.files import write_in_place
+from ldm.training.distributed import Tick, on_rank_0
 from ldm.training.randomness import Draw
+
+PICTURES = 128  # that the model generates, each prompt in turn
+BATCH = 16
+FILE = "prior.safetensors"  # in the run
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Which samples keep what the model does, and their captions.
+    """The pictures of the model, and which samples show them.
 
     Attributes:
         share: of the samples, in (0, 1), besides those whose caption is dropped.
-        trigger: the words that all captions have in common.
-        contexts: caption => [L,D], of all captions without these words; None to encode captions at each step.
+        latents: [K,C,h,w].
+        contexts: [M,L,D], of the prompts; picture k shows prompt k % M.
     """
 
     share: float
-    trigger: str
-    contexts: Mapping[str, Tensor] | None = None
-
-    @classmethod
-    def of(cls, share: float, pictures: CaptionedPictures) -> Prior:
-        """Raises a ValueError if the captions have no words in common."""
-        trigger = trigger_words([caption for row in pictures for caption in row.captions])
-        if not trigger:
-            raise ValueError(
-                f"lora.keep: the captions of {pictures.source} have no words in common that a prompt could leave out; "
-                'write some into each ("…, ink style"), or set lora.keep=0'
-            )
-        return cls(share, trigger)
+    latents: Tensor
+    contexts: Tensor
 
     def keeps(self, n: int) -> bool:
-        """Whether sample n loses the words: one of every 1 / share."""
+        """Whether sample n shows one of them: one sample of every 1 / share."""
         return math.floor((n + 1) * self.share) > math.floor(n * self.share)
 
-    def plain(self, caption: str) -> str:
-        """A caption without the words: "pizza, ink style" => "pizza"."""
-        words = self.trigger.split()
-        return " ".join(word for word in caption.split() if word not in words).strip(" ,;:-")
-
-    def __call__(self, n: int, drawn: Draw, captions: tuple[str, ...], sample: dict[str, Any]) -> dict[str, Any]:
-        """Sample n, its caption without the words if it keeps what the model does; `kept` says whether it does."""
+    def __call__(self, n: int, drawn: Draw, sample: dict[str, Any]) -> dict[str, Any]:
+        """Sample n, or one of the pictures; `kept` says that the model's own prediction is the target."""
         if drawn.caption is None or not self.keeps(n):
             return sample | {"kept": drawn.caption is None}
-        caption = self.plain(choose_caption(captions, drawn.caption))
-        changed = {"caption": caption} if self.contexts is None else {"context": self.contexts[caption]}
-        return sample | changed | {"kept": True}
+        picture = int(drawn.caption * len(self.latents))
+        latents = self.latents[picture]
+        shown = {"mean": latents, "std": torch.zeros_like(latents)}
+        return sample | shown | {"context": self.contexts[picture % len(self.contexts)], "kept": True}
+
+
+def plain_captions(pictures: CaptionedPictures) -> list[str]:
+    """The captions without the words that all have in common.
+
+    Raises:
+        ValueError: if there are no such words.
+    """
+    captions = sorted({caption for row in pictures for caption in row.captions})
+    trigger = trigger_words(captions)
+    if not trigger:
+        raise ValueError(
+            f"lora.keep: the captions of {pictures.source} have no words in common that a prompt could leave out; "
+            'write some into each ("…, ink style"), or set lora.keep=0'
+        )
+    return sorted({without(caption, trigger) for caption in captions} - {""})
+
+
+def without(caption: str, trigger: str) -> str:
+    """A caption without these words: "pizza, ink style" => "pizza"."""
+    words = trigger.split()
+    return " ".join(word for word in caption.split() if word not in words).strip(" ,;:-")
+
+
+def build_prior(
+    share: float, run: Path, stamp: str, captions: Sequence[str], load_model: Callable[[], LDMPipeline], seed: int
+) -> Prior:
+    """Generate the pictures, unless RUN/prior.safetensors has them. Every rank must call it; rank 0 generates.
+
+    Args:
+        stamp: of the model and all else that they depend on, besides captions and seed.
+        captions: of `plain_captions`; the model's example prompts are generated as well.
+    """
+    file, known = run / FILE, f"{stamp} {seed} {PICTURES} {list(captions)}"
+
+    def make(tick: Tick) -> None:
+        if read(file, known) is None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_in_place(file, save(generate(load_model(), captions, seed, tick), metadata={"stamp": known}))
+
+    on_rank_0(make)
+    tensors = read(file, known)
+    assert tensors is not None, f"{file} was changed while it was read"
+    return Prior(share, tensors["latents"], tensors["contexts"])
+
+
+def read(file: Path, known: str) -> dict[str, Tensor] | None:
+    """The tensors in a file, None if there is none, or one of something else."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            if (weights.metadata() or {}).get("stamp") != known:
+                return None
+            return {name: weights.get_tensor(name) for name in ("latents", "contexts")}
+    except (OSError, SafetensorError):
+        return None
+
+
+@torch.no_grad()
+def generate(pipeline: LDMPipeline, captions: Sequence[str], seed: int, tick: Tick) -> dict[str, Tensor]:
+    """Latents of the model's pictures, by its own defaults, and the contexts of their prompts."""
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = sorted({*captions, *(prompt for prompt in pipeline.example_prompts if prompt.strip())})[:PICTURES]
+    tokenizer, text = pipeline.tokenizer, pipeline.text_encoder
+    contexts = torch.cat([TextEncoder(tokenizer, text).encode([prompt]).float().cpu() for prompt in prompts])
+    steps, scale = pipeline.defaults.num_inference_steps, pipeline.defaults.guidance_scale
+    latents = []
+    for start in tqdm(range(0, PICTURES, BATCH), "generating what the model does", unit="batch", leave=False):
+        numbers = range(start, min(start + BATCH, PICTURES))
+        made: Any = pipeline(
+            [prompts[number % len(prompts)] for number in numbers], num_inference_steps=steps, guidance_scale=scale,
+            seed=[seed + number for number in numbers], output_type="latent",
+        )  # fmt: skip
+        latents.append(made.images.float().cpu())
+        tick()
+    return {"latents": torch.cat(latents), "contexts": contexts}

@@ -95,7 +95,7 @@ class LatentSamples:
         order: n => which picture sample n shows; it knows their buckets.
         cache: latents and contexts; None to read pictures and captions.
         crops: the crop and the small picture of sample n; None for a model that doesn't upscale.
-        prior: which samples keep what the model does; None for none.
+        prior: which samples show the model's own pictures; None for none.
     """
 
     source: ConditionedPictures
@@ -177,7 +177,7 @@ class LatentSamples:
             if self.source.condition_column:
                 sample["channels"], _ = self.cache.posterior(self.source.condition_number(drawn.row), flip)
         if self.prior is not None:
-            sample = self.prior(n, drawn, row.captions, sample)
+            sample = self.prior(n, drawn, sample)
         return sample if self.crops is None else self.crops(n, drawn.row, drawn.crop, flip, sample)
 
 

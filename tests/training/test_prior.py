@@ -12,7 +12,7 @@ import road
 import tiny
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from ldm.data.dataset import read_captioned
 from ldm.diffusion.forward import q_sample
@@ -20,12 +20,12 @@ from ldm.models.conditioning import denoise
 from ldm.system.errors import RunError
 from ldm.training.config import Config
 from ldm.training.initial_model import resolved
-from ldm.training.prior import Prior
+from ldm.training.prior import Prior, without
 from ldm.training.run import train
 from ldm.training.tasks.lora import LoRA, networks_of
 
 pytest.importorskip("peft")
-WORDS = "ink style"
+WORDS, COUNT = "ink style", 8
 
 
 @pytest.fixture(scope="module")
@@ -52,34 +52,60 @@ def task_of(config: Config) -> LoRA:
     return task  # type: ignore[no-any-return]
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.training.prior.PICTURES", COUNT)
+
+
 def test_a_quarter_of_the_samples_loses_the_words() -> None:
-    prior = Prior(0.25, WORDS)
+    prior = Prior(0.25, torch.zeros(8, 4, 2, 2), torch.zeros(2, 3, 5))
     assert [n for n in range(16) if prior.keeps(n)] == [3, 7, 11, 15]
-    assert prior.plain("a red heart, ink style") == "a red heart" == Prior(0.25, "ink:").plain("ink: a red heart")
-    assert prior.plain(WORDS) == ""
+    assert without("a red heart, ink style", WORDS) == "a red heart" == without("ink: a red heart", "ink:")
 
 
-@pytest.mark.parametrize("cache", ["auto", "off"])
-def test_their_captions_are_the_plain_ones_and_all_others_as_without(home: Path, tmp_path: Path, cache: str) -> None:
-    words = {"data__cache": cache, "diffusion__caption_dropout": 0.3}
+def test_they_show_the_model_s_own_pictures_and_all_others_are_as_without(home: Path, tmp_path: Path) -> None:
+    words = {"diffusion__caption_dropout": 0.3}
     kept = task_of(recipe(home, tmp_path / "kept", **words))
-    without = task_of(recipe(home, tmp_path / "without", lora__keep=0.0, **words))
+    without_any = task_of(recipe(home, tmp_path / "without", lora__keep=0.0, **words))
     numbers = list(range(16))
-    (batch,), (other,) = kept.batches([numbers]), without.batches([numbers])
-    assert batch.kept is not None and other.kept is None and other.conditioning.context is not None
+    (batch,), (other,) = kept.batches([numbers]), without_any.batches([numbers])
+    assert batch.kept is not None and other.kept is None
     dropped = torch.tensor([kept.samples.draw(n).caption is None for n in numbers])
     quarter = torch.tensor([n % 4 == 3 for n in numbers])
     assert torch.equal(batch.kept, dropped | quarter) and dropped.any() and (quarter & ~dropped).any()
-    assert torch.equal(batch.x0, other.x0) and torch.equal(batch.eps, other.eps)
-    context = batch.conditioning.context
-    assert context is not None and kept.encoders is not None and kept.encoders.text is not None
+    context, same = batch.conditioning.context, other.conditioning.context
+    assert context is not None and same is not None and torch.equal(batch.eps, other.eps)
+    model: Any = StableDiffusionPipeline.from_pretrained(home / "bert")
+    model.set_progress_bar_config(disable=True)
+    prompts = sorted({row.captions[0].removesuffix(f", {WORDS}") for row in kept.samples.pictures})[:COUNT]
     for n in numbers:
-        if quarter[n] and not dropped[n]:
-            (caption,) = kept.samples.pictures[kept.samples.row_of(n)].captions
-            plain = kept.encoders.text.encode([caption.removesuffix(f", {WORDS}")])[0]
-            assert (context[n] - plain).abs().max() < 1e-5
-        else:
-            assert torch.equal(context[n], other.conditioning.context[n])
+        if not quarter[n] or dropped[n]:
+            assert torch.equal(context[n], same[n]) and torch.equal(batch.x0[n], other.x0[n])
+            continue
+        caption = kept.samples.draw(n).caption
+        assert caption is not None
+        picture = int(caption * COUNT)
+        made = model(
+            prompts[picture % len(prompts)], generator=torch.Generator().manual_seed(kept.config.seed + picture),
+            output_type="latent",
+        ).images[0]  # fmt: skip
+        assert (batch.x0[n] - made).norm() < 0.1 * made.norm()  # a random network makes much of rounding
+
+
+def test_the_pictures_are_made_once_and_anew_if_they_would_be_others(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_of(recipe(home, tmp_path / "run"))
+    file = tmp_path / "run/prior.safetensors"
+    before = file.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("ldm.training.prior.generate", lambda *_: pytest.fail("they were generated again"))
+        task_of(recipe(home, tmp_path / "run"))
+    file.write_bytes(before[:-100])
+    task_of(recipe(home, tmp_path / "run"))
+    assert file.read_bytes() == before
+    task_of(recipe(home, tmp_path / "run", seed=5))
+    assert file.read_bytes() != before
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -136,7 +162,9 @@ def test_what_has_no_words_to_leave_out_is_refused(
     for words, message in (
         ({"lora__text_encoder": True}, "lora.keep: the model reads captions by its own text encoder"),
         ({"lora__rank": 0}, "lora.keep: it needs adapters"),
-        ({"diffusion__few_steps": 4}, "lora.keep: it is for adapters of captions and of every timestep"),
+        ({"diffusion__few_steps": 4}, "lora.keep: it is for models of captions alone, of square pictures and of every"),
+        ({"data__buckets": True}, "lora.keep: it is for models of captions alone, of square pictures"),
+        ({"data__cache": "off"}, "lora.keep: the model's own pictures are latents"),
     ):
         with pytest.raises(SystemExit):
             recipe(home, tmp_path / "run", **words)

@@ -39,14 +39,14 @@ from ldm.system.memory import give_back
 from ldm.training.distributed import Tick
 from ldm.training.encoders import Encoders
 from ldm.training.export import check_adapters, export, quiet
+from ldm.training.facts import RunFacts
 from ldm.training.previews import generate_grid
-from ldm.training.prior import Prior
+from ldm.training.prior import Prior, build_prior, plain_captions
 from ldm.training.samples import Batch, LatentSamples
 from ldm.training.tasks.diffusion import Diffusion
 from ldm.training.text_adapters import TokenEncoders, UNetWithText
 
 EXAMPLES = 8  # captions in the file
-BATCH = 64  # captions encoded at once
 
 
 class LoRA(Diffusion):
@@ -54,9 +54,12 @@ class LoRA(Diffusion):
 
     title = "LoRA"
     result = "lora"
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
         require_peft()
+        if self.config.lora.keep and self.source is not None:
+            plain_captions(self.source.train.pictures)  # now, not after minutes of encoding
         if self.config.lora.text_encoder and not isinstance(self.encoders, TokenEncoders | None):
             self.encoders = TokenEncoders.of(self.encoders)
         super().__post_init__()
@@ -94,17 +97,18 @@ class LoRA(Diffusion):
 
     # --- samples, one step ------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        config, source = self.config, self.source
+        if config.lora.keep:
+            assert self.initial is not None and source is not None
+            model = self.initial.fingerprint(RunFacts(config.run))
+            captions = plain_captions(source.train.pictures)
+            self.prior = build_prior(config.lora.keep, Path(config.run), model, captions, self.load_base, config.seed)
+            give_back()
+        super().prepare()
+
     def latent_samples(self, cache: LatentCache | None = None) -> LatentSamples:
-        samples, share = super().latent_samples(cache), self.config.lora.keep
-        if not share:
-            return samples
-        prior = Prior.of(share, samples.pictures)
-        if cache is not None:
-            assert self.encoders is not None and self.encoders.text is not None
-            plain = sorted({prior.plain(caption) for row in samples.pictures for caption in row.captions})
-            parts = [self.encoders.text.encode(plain[i : i + BATCH]).cpu() for i in range(0, len(plain), BATCH)]
-            prior = replace(prior, contexts=dict(zip(plain, torch.cat(parts), strict=True)))
-        return replace(samples, prior=prior)
+        return replace(super().latent_samples(cache), prior=self.prior)
 
     @torch.no_grad()
     def learned(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
