@@ -112,9 +112,9 @@ def main() -> None:
         report[arm]["kid"] = kid_estimate(holes, reference, RESAMPLES)
         far[arm] = torch.tensor([hole_distance(*each) for each in zip(shown[arm], true, masks)], dtype=torch.float64)
         report[arm]["distance"] = mean_estimate(far[arm], RESAMPLES)
-    for words in ("", ", no caption"):
-        difference = far[f"inpainting{words}"] - far[f"base{words}"]
-        report[f"distance, inpainting minus base{words}"] = mean_estimate(difference, RESAMPLES)
+    for kind in ("", ", no caption"):
+        difference = far[f"inpainting{kind}"] - far[f"base{kind}"]
+        report[f"distance, inpainting minus base{kind}"] = mean_estimate(difference, RESAMPLES)
     print(json.dumps(report, indent=2))
     if chosen.out:
         chosen.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
