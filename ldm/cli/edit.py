@@ -111,7 +111,7 @@ def edit(arguments: argparse.Namespace, picture: Any, mask: Any) -> None:
     from ldm.sharing import png_metadata
 
     pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
-    load_loras(pipeline, arguments.lora)
+    load_loras(pipeline, arguments.lora, arguments.steps)
     if arguments.engine == "openvino":
         pipeline.enable_openvino()
     if arguments.prompt is None and pipeline.tokenizer is not None:

@@ -340,7 +340,7 @@ def examine(folder: Path, out: Path, pictures: CaptionedPictures, arguments: arg
     from ldm.pipelines.text_to_image import LDMPipeline
 
     pipeline = LDMPipeline.from_pretrained(folder).to_best_device()
-    load_loras(pipeline, arguments.lora)
+    load_loras(pipeline, arguments.lora, arguments.steps)
     model = EvaluatedModel(pipeline, folder)
     extractors = load_extractors(arguments, pictures, model)
     settings = sampling_settings(pipeline, arguments)

@@ -62,7 +62,7 @@ def load_loras(pipeline: Any, named: Sequence[Named] | None, steps: int | None =
     """Load LoRAs into a pipeline and set their scales; what there is to warn of is printed.
 
     Args:
-        steps: the sampling steps that were typed.
+        steps: the sampling steps that were named; None for a remark on what a LoRA of few steps wants.
     Raises:
         ValueError: for a LoRA of another model.
     """

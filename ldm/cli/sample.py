@@ -342,7 +342,7 @@ def generate_again(arguments: argparse.Namespace) -> None:
 
     pipeline, model = find_by_hash(arguments.model, wanted.model, wanted.dtype or "float32", engine, wanted.upscaler)
     if arguments.lora:
-        load_loras(pipeline, arguments.lora)
+        load_loras(pipeline, arguments.lora, settings.steps)
     elif wanted.adapters:
         load_by_hash(pipeline, wanted.adapters, arguments.like)
     if engine == "openvino":

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.sharing import png_metadata
 
     pipeline = load(arguments.model, arguments.dtype or "auto", arguments.engine)
-    load_loras(pipeline, arguments.lora)
+    load_loras(pipeline, arguments.lora, arguments.steps)
     if arguments.engine == "openvino":
         pipeline.enable_openvino()
     pipeline.set_progress_bar_config(disable=True)

@@ -51,7 +51,7 @@ class LoRAConfig:
         text_encoder: adapters on the text encoder's attention, too. Captions are then encoded at each step.
         dora: learn the norm of each row, too; for the U-Net alone.
         keep: share of the samples that show the model's own pictures, of prompts without the words that all captions
-            have in common, so that these prompts stay as they were (prior preservation); 0 is none.
+            have in common; it holds such prompts to what they were (prior preservation). 0 is none.
     """
 
     rank: int = 0

@@ -357,12 +357,14 @@ def find_pipeline(name: str | PathLike[str], **options: Any) -> Path:
         if not folder.exists():
             raise FileNotFoundError(f"{folder}: there is no such folder; expected a pipeline's, such as RUN/pipeline")
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{name} is no folder here; taking it from the Hub, unless it was downloaded before", file=sys.stderr)
     choice = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
     chosen: dict[str, Any] = {key: options[key] for key in choice & options.keys()}
+    places = {key: options[key] for key in ("revision", "cache_dir") if options.get(key) is not None}
+    known = try_to_load_from_cache(str(name), "model_index.json", **places)
+    if not isinstance(known, str) and os.environ.get("RANK", "0") == "0":
+        print(f"{name} is no folder here; taking it from the Hub", file=sys.stderr)
     try:
         index = hf_hub_download(str(name), "model_index.json", **chosen)
     except OSError as error:  # its words are of caches and environment variables

@@ -1,9 +1,9 @@
 """Prior preservation: the samples of a LoRA's training that hold prompts without its words to what the model does.
 
-A share of the samples, `lora.keep`, shows pictures that the model itself generated before the first step, of its
-example prompts and of the captions without the words that all have in common: "pizza, ink style" becomes "pizza"
-(DreamBooth, Ruiz et al. 2023, section 3.3). What is learned of them is what the model predicts of the same x_t, not the
-picture; so it is of samples whose caption was dropped for guidance. Adapters that do nothing there have no loss.
+Before the first step the model itself generates pictures, of its example prompts and of the captions without the words
+that all have in common: "pizza, ink style" becomes "pizza" (DreamBooth, Ruiz et al. 2023, section 3.3). A share of the
+samples, `lora.keep`, shows them. Their target is not the picture: it is the model's own prediction of the same x_t.
+Samples whose caption was dropped for guidance have that target, too. Adapters that do nothing there have no loss.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def build_prior(
     """Generate the pictures, unless RUN/prior.safetensors has them. Every rank must call it; rank 0 generates.
 
     Args:
-        stamp: of the model and all else that they depend on, besides captions and seed.
+        stamp: of the model.
         captions: of `plain_captions`; the model's example prompts are generated as well.
     """
     file, known = run / FILE, f"{stamp} {seed} {PICTURES} {list(captions)}"
@@ -118,19 +118,21 @@ def read(file: Path, known: str) -> dict[str, Tensor] | None:
 
 @torch.no_grad()
 def generate(pipeline: LDMPipeline, captions: Sequence[str], seed: int, tick: Tick) -> dict[str, Tensor]:
-    """Latents of the model's pictures, by its own defaults, and the contexts of their prompts."""
+    """Latents of the model's pictures, by its own defaults, and the contexts of their prompts, cut as in training."""
     pipeline.set_progress_bar_config(disable=True)
-    prompts = sorted({*captions, *(prompt for prompt in pipeline.example_prompts if prompt.strip())})[:PICTURES]
-    tokenizer, text = pipeline.tokenizer, pipeline.text_encoder
-    contexts = torch.cat([TextEncoder(tokenizer, text).encode([prompt]).float().cpu() for prompt in prompts])
+    prompts = sorted({*captions, *pipeline.example_prompts})[:PICTURES]
+    text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
+    contexts, null = text.encode(prompts), text.encode([""])
     steps, scale = pipeline.defaults.num_inference_steps, pipeline.defaults.guidance_scale
     latents = []
-    for start in tqdm(range(0, PICTURES, BATCH), "generating what the model does", unit="batch", leave=False):
+    for start in tqdm(range(0, PICTURES, BATCH), "generating the model's own pictures", unit="batch", leave=False):
         numbers = range(start, min(start + BATCH, PICTURES))
+        shown = contexts[[number % len(prompts) for number in numbers]]
         made: Any = pipeline(
-            [prompts[number % len(prompts)] for number in numbers], num_inference_steps=steps, guidance_scale=scale,
+            prompt_embeds=shown, negative_prompt_embeds=null.expand_as(shown),
             seed=[seed + number for number in numbers], output_type="latent",
+            num_inference_steps=steps, guidance_scale=scale,
         )  # fmt: skip
         latents.append(made.images.float().cpu())
         tick()
-    return {"latents": torch.cat(latents), "contexts": contexts}
+    return {"latents": torch.cat(latents), "contexts": contexts.cpu()}

@@ -359,14 +359,22 @@ def test_saving_as_pickle_is_refused(pipe: LDMPipeline, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing is written that was refused"
 
 
-def test_what_is_no_folder_here_is_said_before_the_hub_is_asked(
+def test_a_download_is_announced_and_only_a_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*_: Any, **__: Any) -> None:
-        assert "models/mine is no folder here; taking it from the Hub" in capsys.readouterr().err
         raise OSError("offline")
+
+    def printed() -> str:
+        with pytest.raises(FileNotFoundError, match="models/mine: there is no such folder, and none of this name"):
+            LDMPipeline.from_pretrained("models/mine", cache_dir=tmp_path / "cache")
+        return capsys.readouterr().err
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
-    with pytest.raises(FileNotFoundError, match="models/mine: there is no such folder, and none of this name comes"):
-        LDMPipeline.from_pretrained("models/mine")
+    assert "models/mine is no folder here; taking it from the Hub" in printed()
+    place = tmp_path / "cache/models--models--mine"
+    for file, text in (("snapshots/abc/model_index.json", "{}"), ("refs/main", "abc")):
+        (place / file).parent.mkdir(parents=True)
+        (place / file).write_text(text)
+    assert "Hub" not in printed()

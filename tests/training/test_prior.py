@@ -92,6 +92,14 @@ def test_they_show_the_model_s_own_pictures_and_all_others_are_as_without(home: 
         assert (batch.x0[n] - made).norm() < 0.1 * made.norm()  # a random network makes much of rounding
 
 
+def test_a_caption_that_is_too_long_is_cut(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "data", tmp_path / "data")
+    metadata = tmp_path / "data/metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"text": "', '"text": "' + 20 * "red "))
+    task = task_of(recipe(home, tmp_path / "run", data__source=str(tmp_path / "data")))
+    assert task.prior is not None and task.prior.latents.isfinite().all()
+
+
 def test_the_pictures_are_made_once_and_anew_if_they_would_be_others(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

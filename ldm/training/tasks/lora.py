@@ -58,7 +58,9 @@ class LoRA(Diffusion):
 
     def __post_init__(self) -> None:
         require_peft()
-        if self.config.lora.keep and self.source is not None:
+        if self.config.lora.keep and self.source is not None and self.encoders is not None:
+            if self.encoders.text_outline is None:
+                raise ValueError(f"lora.keep: {self.config.init} takes no captions; set it to 0")
             plain_captions(self.source.train.pictures)  # now, not after minutes of encoding
         if self.config.lora.text_encoder and not isinstance(self.encoders, TokenEncoders | None):
             self.encoders = TokenEncoders.of(self.encoders)
@@ -112,7 +114,7 @@ class LoRA(Diffusion):
 
     @torch.no_grad()
     def learned(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the samples that keep what the model does, the pair (x0, eps) of the same x_t that the model predicts."""
+        """x0, t, eps; those of kept samples are what the model itself predicts from their x_t, which stays the same."""
         x0, eps = batch.x0, batch.eps
         if batch.kept is None or not batch.kept.any():
             return x0, t, eps
