@@ -12,10 +12,13 @@ inputs.py         arguments, checked against their ranges and against the model
 loading.py        a pipeline and its folder
 """
 
-from ldm.system.importing import collector_at_rest
+from ldm.system.importing import collector_at_rest, transformers_quiet
 
 
 def import_networks() -> None:
-    """Import LDMPipeline with all that it needs. Whoever imports parts of it afterwards finds them loaded."""
-    with collector_at_rest():
+    """Import LDMPipeline with all that it needs. Whoever imports parts of it afterwards finds them loaded.
+
+    Quietly: transformers' remarks at this import concern torchvision, which nothing here needs.
+    """
+    with collector_at_rest(), transformers_quiet():
         import ldm.pipelines.text_to_image  # noqa: F401

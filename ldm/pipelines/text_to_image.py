@@ -17,6 +17,7 @@ import inspect
 import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -206,6 +207,9 @@ class LDMPipeline(TaughtPipeline):
             guidance_rescale=guidance_rescale, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             sources=1 if edit is None else len(edit.source),
         )  # fmt: skip
+        guided = settings.guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        if not guided and (inputs.negatives or negative_prompt_embeds is not None):
+            self._warn_of_no_effect(settings.guidance_scale)
         if upscaler is not None:
             upscaler.check_generated(height, width, inputs.prompts)
         if sampler is not None:
@@ -326,6 +330,13 @@ class LDMPipeline(TaughtPipeline):
         if self._weaker is None or self._weaker[0] != key:
             self._weaker = (key, load_weaker(self, weaker))
         return self._weaker[1].to(self._execution_device)
+
+    def _warn_of_no_effect(self, scale: float) -> None:
+        """Say that a negative prompt is ignored, as in stock diffusers."""
+        cause = f"there is no guidance at guidance scale {scale:g}; give a guidance_scale above 1"
+        if self.unet.config.time_cond_proj_dim is not None:
+            cause = "the model is distilled, its guidance compares with no second prompt; leave it out"
+        warnings.warn(f"negative_prompt: it has no effect, {cause}", stacklevel=4)
 
     def _check_distilled(self, interval: tuple[float, float], weak_unet: Any, weaker: Any) -> None:
         """Raise a ValueError for guidance that a U-Net with the scale as an input can't have: stock ignores it."""

@@ -40,6 +40,19 @@ def leave_quickly() -> None:
     atexit.register(gc.freeze)
 
 
+@contextmanager
+def transformers_quiet() -> Iterator[None]:
+    """Inside, transformers reports errors alone; afterwards as much as before."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def quiet_libraries() -> None:
     """Let diffusers and transformers report errors alone in our own commands; call it before they are imported.
 

@@ -236,6 +236,15 @@ def test_without_a_seed_every_picture_is_another_one(pipe: LDMPipeline) -> None:
     assert np.abs(first - draw(pipe)[0]).max() > 0.1
 
 
+def test_a_negative_prompt_without_guidance_is_remarked(pipe: LDMPipeline, recwarn: pytest.WarningsRecorder) -> None:
+    plain = draw(pipe, "red heart", seed=1, guidance_scale=1.0)
+    draw(pipe, "red heart", seed=1, guidance_scale=3.0, negative_prompt="blue")
+    assert not [warning for warning in recwarn if "negative_prompt" in str(warning.message)]
+    with pytest.warns(UserWarning, match="negative_prompt: it has no effect, there is no guidance at guidance"):
+        made = draw(pipe, "red heart", seed=1, guidance_scale=1.0, negative_prompt="blue")
+    assert np.abs(made - plain).max() == 0  # as in stock diffusers
+
+
 def test_the_prompt_the_negative_prompt_and_the_scale_matter(pipe: LDMPipeline) -> None:
     plain = draw(pipe, "red heart", seed=1)
     for arguments in ({"prompt": "rocket"}, {"negative_prompt": "red"}, {"guidance_scale": 6.0}, {"guidance_scale": 1}):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +36,14 @@ def test_no_look_for_garbage_while_networks_are_imported() -> None:
     looks, old = looks_for_garbage("import ldm; ldm.LDMPipeline")
     assert looks <= 1  # perhaps afterwards
     assert old > 300_000  # the next look at the young ones doesn't go through what was imported
+
+
+def test_the_import_says_nothing_and_transformers_speaks_afterwards() -> None:
+    spoken = "import ldm; ldm.LDMPipeline; from transformers.utils import logging; print(logging.get_verbosity())"
+    plain = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-c", spoken]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=road.ROOT, env=plain)
+    assert (int(made.stdout), made.stderr) == (logging.WARNING, "")
 
 
 @pytest.fixture
