@@ -24,6 +24,7 @@ from ldm.system.importing import leave_quickly, quiet_libraries
 from ldm.training.config import Config
 
 LINE = 600  # characters of an error
+LIST = r"\1: expected a list, as \1=[\2], got \2"  # what a list's parser means to say of one word
 
 
 def keys(cls: Any = Config, prefix: str = "") -> list[str]:
@@ -50,7 +51,7 @@ def parse_config(args: Sequence[str] | None = None, description: str | None = No
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            line = " ".join(nearest_key(str(message)).split())
+            line = nearest_key(" ".join(str(message).split()))
             self.exit(2, f"{self.prog}: error: {line if len(line) <= LINE else line[:LINE] + '…'}\n")
 
     usage = "%(prog)s [--config RECIPE] [KEY=VALUE ...] [--print_config]"
@@ -93,7 +94,7 @@ def nearest_key(message: str) -> str:
     elif top:
         unknown = top[1]
     else:
-        return message
+        return re.sub(r'Parser key "([\w.]+)": Expected a <class .tuple.>. Got value: ([\w.]+)$', LIST, message)
     known = keys() + [item.name for item in dataclasses.fields(Config)]
     near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
     return f"unknown key {unknown}" + (f"; did you mean {near[0]}?" if near else "; --help lists the keys")

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--each", type=folder, metavar="FOLDER", help="write every picture to a PNG file of its own")
     add("--seed", type=int, default=0, help="of the first picture (default: 0)")
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures generated at once (default: 16)")
-    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
+    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from; one, for all pictures")
     add("--class-label", metavar="CLASS", help="for a model of classes")
     add_number_option(add)
     add_lora_option(add)

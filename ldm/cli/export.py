@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=few_steps,
         metavar="LORA[:STEPS]",
         help="a LoRA of few steps (RUN/lora) to put behind it, into FOLDER/few_steps: the student, which answers calls "
-        "without settings (default: the model's own, if it has one)",
+        "without settings (default: the model's own, if it has one and its weights stay)",
     )
 
 
@@ -71,6 +71,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.few_steps is not None:
         lora, steps = arguments.few_steps
         pipeline.teach(find_lora(lora).parent, steps)
+    elif pipeline.has_student and (arguments.lora or arguments.ema is not None):
+        pipeline.dismiss_student()
+        print(
+            "the model's student is left out, since it was trained beside other weights; to put it behind this model "
+            f"as well, add --few-steps {folder / 'few_steps'}"
+        )
     size = export(pipeline, arguments.out)
     if config:
         config = redact_paths(config, [config.get("run"), config.get("data", {}).get("source")])

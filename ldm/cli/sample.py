@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{edge}", type=int, metavar="PIXELS", help=f"of the pictures (default: the {edge} of the training)")
     add_settings(parser)
     add = parser.add_argument_group("conditioning").add_argument
-    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
+    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from; one, for all pictures")
     add(
         "--class-label",
         nargs="+",

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a folder, or for one picture a file: {', '.join(PICTURES)} (default: {OUT}/)",
     )
     add("--prompt", help="what the pictures show (default: the prompt in a PNG file of `ldm sample`)")
-    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
+    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from; one, for all pictures")
     add(
         "--noise-level",
         type=int,

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--fps", type=positive, default=8, metavar="N", help="pictures a second (default: 8)")
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures generated at once (default: 16)")
-    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from")
+    add("--negative-prompt", metavar="PROMPT", help="what guidance moves away from; one, for all pictures")
     add("--class-label", metavar="CLASS", help="for a model of classes")
     add_number_option(add)
     add_lora_option(add)

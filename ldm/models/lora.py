@@ -35,7 +35,6 @@ TEXT_TARGETS = {
     "bert": ("query", "key", "value", "attention.output.dense"),
     "t5": ("q", "k", "v", "o"),
 }
-SMALL_WORDS = {"a", "an", "the", "of", "in", "on", "at", "with", "and"}  # in captions of anything
 #: How stock loaders of text encoders spell PEFT's lora_A and lora_B; they know its own spelling for CLIP alone.
 TEXT_SPELLING = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
 
@@ -50,8 +49,9 @@ class LoRAConfig:
         targets: layers of the U-Net that get one, by the end of their names; by default attention's projections.
         text_encoder: adapters on the text encoder's attention, too. Captions are then encoded at each step.
         dora: learn the norm of each row, too; for the U-Net alone.
-        keep: share of the samples that show the model's own pictures, of prompts without the words that all captions
-            have in common; it holds such prompts to what they were (prior preservation). 0 is none.
+        trigger: words that all captions have, which call what is learned; null is the phrase they have in common.
+        keep: share of the samples, up to 0.9, that show the model's own pictures, of prompts without the trigger words;
+            it holds such prompts to what they were (prior preservation). 0 is none.
     """
 
     rank: int = 0
@@ -59,6 +59,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_encoder: bool = False
     dora: bool = False
+    trigger: str | None = None
     keep: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,7 +78,9 @@ class LoRAConfig:
             raise ValueError(
                 "lora.keep: the model reads captions by its own text encoder, which learns; set lora.text_encoder=false"
             )
-        for name in ("text_encoder", "dora", "keep"):
+        if self.trigger is not None and not self.trigger.strip():
+            raise ValueError("lora.trigger: expected words that all captions have, or null to find them")
+        for name in ("text_encoder", "dora", "trigger", "keep"):
             if getattr(self, name) and not self.rank:
                 raise ValueError(f"lora.{name}: it needs adapters; set lora.rank, for example to 8")
 
@@ -89,7 +92,7 @@ class LoRAFacts:
     Attributes:
         base: the name of the model that it belongs to.
         base_weights: `base_fingerprints` of that model's U-Net.
-        trigger: the words that all its captions have in common; may be empty.
+        trigger: the words that call what it learned: `lora.trigger`, or what its captions have in common; may be empty.
         prompts: a few of its captions.
         rank, alpha, dora, text_encoder: as in LoRAConfig.
         few_steps: the sampling steps that it was trained for; 0 is any.
@@ -231,13 +234,6 @@ def stock_name(name: str) -> str:
     for ours, stock in TEXT_SPELLING.items():
         name = name.replace(ours, stock)
     return name
-
-
-def trigger_words(captions: Sequence[str]) -> str:
-    """The words that all captions have in common, in the order of the first; "" if there are none but small words."""
-    words = [caption.split() for caption in captions]
-    common = [word for word in words[0] if all(word in each for each in words)] if words else []
-    return "" if set(common) <= SMALL_WORDS else " ".join(common)
 
 
 # --- which they are ---------------------------------------------------------------------------------

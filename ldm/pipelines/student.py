@@ -115,6 +115,10 @@ class TaughtPipeline(CascadedPipeline):
         defaults = kept or StudentDefaults(trained if steps is None else steps, 1.0)
         self._student, self._student_from = None, (Path(folder), defaults)
 
+    def dismiss_student(self) -> None:
+        """Take the student away."""
+        self._student = self._student_from = None
+
     @property
     def has_student(self) -> bool:
         """Whether there is a student."""

@@ -45,7 +45,7 @@ from ldm.models.conditioning import Conditioning, UNetDenoiser
 from ldm.models.fingerprint import weights_state
 from ldm.pipelines.editing import check_edit
 from ldm.pipelines.inputs import Inputs, check_inputs, check_known
-from ldm.pipelines.student import TaughtPipeline
+from ldm.pipelines.student import StudentDefaults, TaughtPipeline
 from ldm.pipelines.weaker import check_weaker, load_weaker
 from ldm.system.devices import best_device
 
@@ -334,6 +334,8 @@ class LDMPipeline(TaughtPipeline):
     def _warn_of_no_effect(self, scale: float) -> None:
         """Say that a negative prompt is ignored, as in stock diffusers."""
         cause = f"there is no guidance at guidance scale {scale:g}; give a guidance_scale above 1"
+        if isinstance(self.defaults, StudentDefaults):
+            cause = f"the student was trained for guidance scale {scale:g}; ask the model that it belongs to"
         if self.unet.config.time_cond_proj_dim is not None:
             cause = "the model is distilled, its guidance compares with no second prompt; leave it out"
         warnings.warn(f"negative_prompt: it has no effect, {cause}", stacklevel=4)

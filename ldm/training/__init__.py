@@ -13,6 +13,7 @@ order.py           which picture sample n shows
 samples.py         (seed, sample) => the tensors of a batch of the U-Net's
 randomness.py      every random number of training, as a function of (seed, sample)
 prior.py           samples of a LoRA that keep what the model does
+trigger.py         the words that call what a LoRA has learned
 masks.py           what an inpainting model learns to fill in
 upscale_config.py  the upscale section of the config
 upscaling.py       what an upscaler learns from: crops and noised small pictures

@@ -418,11 +418,13 @@ class Config:
                 "optim.ema_widths: averages are rebuilt into pipelines, and adapters make none; set it to []"
             )
         data = self.data
-        others = (data.label_column, data.number_columns, data.condition_column, data.inpaint, data.buckets)
-        if self.lora.keep and (self.diffusion.few_steps or not data.caption_columns or any(others)):
-            raise ValueError(
-                "lora.keep: it is for models of captions alone, of square pictures and of every timestep; set it to 0"
-            )
+        names = ("label_column", "number_columns", "condition_column", "inpaint", "buckets")
+        others = [f"data.{name}" for name in names if getattr(data, name)]
+        others += ["diffusion.few_steps"] if self.diffusion.few_steps else []
+        if self.lora.keep and others:
+            raise ValueError(f"lora.keep: it can't be together with {' and '.join(others)}; set it to 0")
+        if self.lora.keep and not data.caption_columns:
+            raise ValueError("lora.keep: it needs captions; name their columns in data.caption_columns, or set it to 0")
         if self.lora.keep and data.cache == "off":
             raise ValueError(
                 "lora.keep: the model's own pictures are latents, as a cache has them; leave out data.cache"

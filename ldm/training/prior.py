@@ -1,7 +1,7 @@
 """Prior preservation: the samples of a LoRA's training that hold prompts without its words to what the model does.
 
-Before the first step the model itself generates pictures, of its example prompts and of the captions without the words
-that all have in common: "pizza, ink style" becomes "pizza" (DreamBooth, Ruiz et al. 2023, section 3.3). A share of the
+Before the first step the model itself generates pictures, of its example prompts and of the captions without the
+trigger words: "pizza, ink style" becomes "pizza" (DreamBooth, Ruiz et al. 2023, section 3.3). A share of the
 samples, `lora.keep`, shows them. Their target is not the picture: it is the model's own prediction of the same x_t.
 Samples whose caption was dropped for guidance have that target, too. Adapters that do nothing there have no loss.
 """
@@ -20,8 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.dataset import CaptionedPictures
-from ldm.models.lora import trigger_words
+from ldm.data.batches import spread
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.files import write_in_place
@@ -61,28 +60,6 @@ class Prior:
         return sample | shown | {"context": self.contexts[picture % len(self.contexts)], "kept": True}
 
 
-def plain_captions(pictures: CaptionedPictures) -> list[str]:
-    """The captions without the words that all have in common.
-
-    Raises:
-        ValueError: if there are no such words.
-    """
-    captions = sorted({caption for row in pictures for caption in row.captions})
-    trigger = trigger_words(captions)
-    if not trigger:
-        raise ValueError(
-            f"lora.keep: the captions of {pictures.source} have no words in common that a prompt could leave out; "
-            'write some into each ("…, ink style"), or set lora.keep=0'
-        )
-    return sorted({without(caption, trigger) for caption in captions} - {""})
-
-
-def without(caption: str, trigger: str) -> str:
-    """A caption without these words: "pizza, ink style" => "pizza"."""
-    words = trigger.split()
-    return " ".join(word for word in caption.split() if word not in words).strip(" ,;:-")
-
-
 def build_prior(
     share: float, run: Path, stamp: str, captions: Sequence[str], load_model: Callable[[], LDMPipeline], seed: int
 ) -> Prior:
@@ -90,9 +67,9 @@ def build_prior(
 
     Args:
         stamp: of the model.
-        captions: of `plain_captions`; the model's example prompts are generated as well.
+        captions: without the trigger words; the model's example prompts are generated as well.
     """
-    file, known = run / FILE, f"{stamp} {seed} {PICTURES} {list(captions)}"
+    file, known = run / FILE, f"2 {stamp} {seed} {PICTURES} {list(captions)}"
 
     def make(tick: Tick) -> None:
         if read(file, known) is None:
@@ -116,11 +93,18 @@ def read(file: Path, known: str) -> dict[str, Tensor] | None:
         return None
 
 
+def prompts_of(examples: Sequence[str], captions: Sequence[str]) -> list[str]:
+    """What the model generates: its example prompts, then captions; of more than `PICTURES` some of all the list."""
+    first = list(dict.fromkeys(examples))[:PICTURES]
+    rest = [caption for caption in captions if caption not in first]
+    return first + [rest[i] for i in spread(len(rest), PICTURES - len(first))]
+
+
 @torch.no_grad()
 def generate(pipeline: LDMPipeline, captions: Sequence[str], seed: int, tick: Tick) -> dict[str, Tensor]:
     """Latents of the model's pictures, by its own defaults, and the contexts of their prompts, cut as in training."""
     pipeline.set_progress_bar_config(disable=True)
-    prompts = sorted({*captions, *pipeline.example_prompts})[:PICTURES]
+    prompts = prompts_of(pipeline.example_prompts, captions)
     text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
     contexts, null = text.encode(prompts), text.encode([""])
     steps, scale = pipeline.defaults.num_inference_steps, pipeline.defaults.guidance_scale

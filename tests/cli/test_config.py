@@ -23,6 +23,13 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return said
 
 
+def test_one_word_in_place_of_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["data.caption_columns=title"])
+    expected = "error: data.caption_columns: expected a list, as data.caption_columns=[title], got title"
+    assert expected in capsys.readouterr().err
+
+
 def test_words_override_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("optim: {lr: 0.5, warmup: 7}\nunet: {channels: [32, 64], attention: [false, true]}\n")

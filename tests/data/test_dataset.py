@@ -387,6 +387,14 @@ def test_the_hub_is_announced_before_it_is_asked(
         read("owner/name")
 
 
+def test_a_txt_has_no_other_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    (tmp_path / "a.txt").write_text("cat")
+    assert read(tmp_path, caption_columns=("text",))[0].captions == ("cat",)
+    with pytest.raises(BadDataError, match=r"column 'title' is missing: a .txt beside a picture, .* has text; the ne"):
+        read(tmp_path, caption_columns=("title",))
+
+
 def test_everything_skipped_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "a.txt").write_text("cat")

@@ -22,7 +22,6 @@ from ldm.models.lora import (
     LoRAConfig,
     active_adapters,
     add_adapters,
-    trigger_words,
 )
 from ldm.models.lora_files import OtherBaseWarning, find_lora, read_lora
 from ldm.models.safety import check_model_folder
@@ -201,13 +200,6 @@ def test_a_target_that_names_no_layer_is_an_error(tiny_pipeline_folder: Path) ->
     for wrong in ({"text_encoder": True}, {"rank": 2, "dora": True, "text_encoder": True}, {"targets": ()}):
         with pytest.raises(ValueError, match="^lora\\."):
             LoRAConfig(**wrong)
-
-
-def test_trigger_words_are_those_of_all_captions() -> None:
-    assert trigger_words(["cat, noto style", "red cat, noto style"]) == "cat, noto style"
-    assert trigger_words(["red heart", "pizza"]) == "" == trigger_words([])
-    assert trigger_words(["a cat on the mat", "a dog on the mat in rain"]) == "a on the mat"
-    assert trigger_words(["a cat", "a dog"]) == ""  # of which no caption is free
 
 
 def test_a_file_is_a_function_of_the_adapters(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -253,6 +253,14 @@ def test_the_commands(folder: Path, tiny_pipeline_folder: Path, lora: Path, tmp_
                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     main(["export", str(tiny_pipeline_folder), "models/fast", "--few-steps", f"{lora.parent}:2"])
+    tiny.lora(tiny_pipeline_folder, tmp_path / "style", LoRAConfig(rank=2))
+    capsys.readouterr()
+    main(["export", "models/fast", "models/style", "--lora", "style"])
+    assert "student is left out" in capsys.readouterr().out and not Path("models/style/few_steps").exists()
+    main(["export", "models/fast", "models/both", "--lora", "style", "--few-steps", "models/fast/few_steps"])
+    assert LDMPipeline.from_pretrained("models/both").has_student
+    with pytest.warns(UserWarning, match=r"the student was trained for guidance scale 1; ask the model"):
+        LDMPipeline.from_pretrained("models/fast").student("red heart", negative_prompt="red")
     fast = quiet(LDMPipeline.from_pretrained("models/fast"))
     main(["sample", "models/fast", "red heart", "--seed", "5", "--out", "one.png", "--dtype", "float32"])
     one = Image.open("one.png")

@@ -20,7 +20,7 @@ from ldm.models.conditioning import denoise
 from ldm.system.errors import RunError
 from ldm.training.config import Config
 from ldm.training.initial_model import resolved
-from ldm.training.prior import Prior, without
+from ldm.training.prior import Prior, prompts_of
 from ldm.training.run import train
 from ldm.training.tasks.lora import LoRA, networks_of
 
@@ -60,7 +60,13 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_quarter_of_the_samples_loses_the_words() -> None:
     prior = Prior(0.25, torch.zeros(8, 4, 2, 2), torch.zeros(2, 3, 5))
     assert [n for n in range(16) if prior.keeps(n)] == [3, 7, 11, 15]
-    assert without("a red heart, ink style", WORDS) == "a red heart" == without("ink: a red heart", "ink:")
+
+
+def test_the_model_s_examples_come_first_then_captions_of_all_the_list() -> None:
+    captions = [f"caption {i:03d}" for i in range(100)]
+    assert prompts_of(["b", "a", "b"], captions) == ["b", "a", *(captions[i * 100 // 6] for i in range(6))]
+    assert prompts_of([], ["a"]) == ["a"]
+    assert len(prompts_of([str(i) for i in range(100)], captions)) == COUNT
 
 
 def test_they_show_the_model_s_own_pictures_and_all_others_are_as_without(home: Path, tmp_path: Path) -> None:
@@ -150,6 +156,16 @@ def test_their_loss_is_the_distance_from_what_the_model_predicts(home: Path, tmp
     assert all(weight.requires_grad for name, weight in unet.named_parameters() if ".lora_" in name)
 
 
+def test_what_is_kept_is_said_and_the_words_are_in_the_file(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("ldm", recipe(home, tmp_path / "run", loop__steps=1, loop__checkpoint_every=1))
+    said = capsys.readouterr().out
+    assert f'lora.keep: prompts without "{WORDS}" stay what the model makes of them: its example prompts and' in said
+    assert f", {WORDS}' --lora " in said or f', {WORDS}" --lora ' in said
+    assert json.loads((tmp_path / "run/lora/lora.json").read_text())["trigger"] == WORDS
+
+
 def test_a_stopped_run_ends_as_one_that_was_not(home: Path, tmp_path: Path) -> None:
     words = {"loop__checkpoint_every": 3, "loop__evaluate_every": 0}
     whole = train("ldm", recipe(home, tmp_path / "whole", **words))
@@ -165,13 +181,14 @@ def test_what_has_no_words_to_leave_out_is_refused(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     road.draw_folder(tmp_path / "data")
-    with pytest.raises((ValueError, RunError), match=r"lora.keep: the captions of .*data have no words in common"):
+    with pytest.raises((ValueError, RunError), match=r"lora.trigger: the captions of .*data have no words in common"):
         train("ldm", recipe(home, tmp_path / "run", data__source=str(tmp_path / "data")))
     for words, message in (
         ({"lora__text_encoder": True}, "lora.keep: the model reads captions by its own text encoder"),
         ({"lora__rank": 0}, "lora.keep: it needs adapters"),
-        ({"diffusion__few_steps": 4}, "lora.keep: it is for models of captions alone, of square pictures and of every"),
-        ({"data__buckets": True}, "lora.keep: it is for models of captions alone, of square pictures"),
+        ({"diffusion__few_steps": 4}, "lora.keep: it can't be together with diffusion.few_steps; set it to 0"),
+        ({"data__buckets": True}, "lora.keep: it can't be together with data.buckets; set it to 0"),
+        ({"lora__trigger": " "}, "lora.trigger: expected words that all captions have"),
         ({"data__cache": "off"}, "lora.keep: the model's own pictures are latents"),
     ):
         with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from ldm.data.rows import BadDataError, Finding, Store
+from ldm.data.rows import BadDataError, Finding, Store, require_columns
 from ldm.data.sources import folders, hub, shards
 
 
@@ -28,8 +28,11 @@ def open_source(
             if listing.metadata:
                 return store, folders.metadata_rows(listing, store, caption_columns), listing
             if listing.pictures or listing.texts:
-                rows = folders.text_rows if caption_columns else folders.bare_rows
-                return store, rows(listing, store), listing
+                if not caption_columns:
+                    return store, folders.bare_rows(listing, store), listing
+                where = f"a .txt beside a picture, as in {source},"
+                require_columns(caption_columns, ["text"], where, "set data.caption_columns=[text]")
+                return store, folders.text_rows(listing, store), listing
             if listing.shards:
                 paths = [listing.shown(name) for name in listing.shards]
                 return shards.ShardStore(paths), shards.shard_rows(paths, caption_columns, progress), None

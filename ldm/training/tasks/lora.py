@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.cache.latents import LatentCache
+from ldm.data.dataset import CaptionedPictures
+from ldm.data.rows import count
 from ldm.diffusion.forward import q_sample
 from ldm.diffusion.parameterization import to_eps, to_x0
 from ldm.inference import samplers
@@ -30,21 +34,23 @@ from ldm.models.lora import (
     alpha_of,
     require_peft,
     save_adapters,
-    trigger_words,
 )
 from ldm.models.unet import choose_attention
 from ldm.pipelines.loading import find_pipeline
 from ldm.pipelines.text_to_image import LDMPipeline
 from ldm.system.memory import give_back
+from ldm.training.checkpoint import has_begun
+from ldm.training.config import Config
 from ldm.training.distributed import Tick
 from ldm.training.encoders import Encoders
 from ldm.training.export import check_adapters, export, quiet
 from ldm.training.facts import RunFacts
 from ldm.training.previews import generate_grid
-from ldm.training.prior import Prior, build_prior, plain_captions
+from ldm.training.prior import Prior, build_prior
 from ldm.training.samples import Batch, LatentSamples
 from ldm.training.tasks.diffusion import Diffusion
 from ldm.training.text_adapters import TokenEncoders, UNetWithText
+from ldm.training.trigger import find_trigger, plain_captions, trigger_of
 
 EXAMPLES = 8  # captions in the file
 
@@ -58,13 +64,32 @@ class LoRA(Diffusion):
 
     def __post_init__(self) -> None:
         require_peft()
-        if self.config.lora.keep and self.source is not None and self.encoders is not None:
-            if self.encoders.text_outline is None:
-                raise ValueError(f"lora.keep: {self.config.init} takes no captions; set it to 0")
-            plain_captions(self.source.train.pictures)  # now, not after minutes of encoding
+        if self.config.lora.keep and self.encoders is not None and self.encoders.text_outline is None:
+            raise ValueError(f"lora.keep: {self.config.init} takes no captions; set it to 0")
         if self.config.lora.text_encoder and not isinstance(self.encoders, TokenEncoders | None):
             self.encoders = TokenEncoders.of(self.encoders)
         super().__post_init__()
+
+    @classmethod
+    def create(cls, config: Config, accelerator: Accelerator, pictures: CaptionedPictures) -> Diffusion:
+        lora = config.lora
+        if lora.trigger or lora.keep:  # now, not after minutes of encoding
+            trigger = trigger_of(pictures.train, lora.trigger)
+            plain = plain_captions(pictures.train, trigger) if lora.keep else ()
+            if plain and not has_begun(config.run, cls.name):
+                accelerator.print(
+                    f'lora.keep: prompts without "{trigger}" stay what the model makes of them: its example prompts '
+                    f'and {count(len(plain), "caption")}, such as "{plain[0]}"'
+                )
+        return super().create(config, accelerator, pictures)
+
+    @cached_property
+    def trigger(self) -> str:
+        """The words that call what is learned; "" if there are none."""
+        assert self.source is not None
+        rows = self.source.train.pictures
+        every, first = ([caption for row in rows for caption in row.captions[:end]] for end in (None, 1))
+        return self.config.lora.trigger or find_trigger(every) or find_trigger(first)
 
     # --- networks ---------------------------------------------------------------------------------
 
@@ -104,7 +129,7 @@ class LoRA(Diffusion):
         if config.lora.keep:
             assert self.initial is not None and source is not None
             model = self.initial.fingerprint(RunFacts(config.run))
-            captions = plain_captions(source.train.pictures)
+            captions = plain_captions(source.train.pictures, self.trigger)
             self.prior = build_prior(config.lora.keep, Path(config.run), model, captions, self.load_base, config.seed)
             give_back()
         super().prepare()
@@ -165,7 +190,7 @@ class LoRA(Diffusion):
         return LoRAFacts(
             base=base_name(self.config.init or ""),
             base_weights=self.base_weights,
-            trigger=trigger_words(captions),
+            trigger=self.trigger,
             prompts=captions[::every][:EXAMPLES],
             rank=config.rank,
             alpha=alpha_of(config),
@@ -195,7 +220,9 @@ class LoRA(Diffusion):
     def summary(self) -> str:
         folder = Path(self.config.run) / self.result
         few = f" --steps {self.facts().few_steps} --guidance-scale 1 --sampler {self.sampler}" if self.sampler else ""
-        return f'LoRA: done; sample it with: ldm sample {self.config.init} "a prompt" --lora {folder}{few}'
+        prompt = next(iter(self.facts().prompts), "a prompt")
+        few = few or (" --steps 20 --guidance-scale 2" if self.config.lora.keep else "")
+        return f"LoRA: done; sample it with: ldm sample {self.config.init} {shlex.quote(prompt)} --lora {folder}{few}"
 
 
 def networks_of(module: nn.Module) -> dict[str, Any]:
