@@ -1,6 +1,6 @@
 """ldm: a folder of captioned pictures in, a family of image models out.
 
-Importing this costs nothing: `LDMPipeline` and what it needs (torch, diffusers, transformers) load on first use.
+Importing this costs nothing: both pipelines and what they need (torch, diffusers, transformers) load on first use.
 Imports go down this list only (pyproject.toml has the contract):
 
 cli/         the command line, a file for each command
@@ -24,14 +24,15 @@ from ldm.version import __version__
 
 if TYPE_CHECKING:
     from ldm.pipelines.text_to_image import LDMPipeline
+    from ldm.pipelines.upscale import LDMUpscalePipeline
 
-__all__ = ["LDMPipeline", "__version__"]
+__all__ = ["LDMPipeline", "LDMUpscalePipeline", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LDMPipeline":
+    if name in ("LDMPipeline", "LDMUpscalePipeline"):
         import_networks()
-        from ldm.pipelines.text_to_image import LDMPipeline
+        from ldm.pipelines import text_to_image, upscale
 
-        return LDMPipeline
+        return text_to_image.LDMPipeline if name == "LDMPipeline" else upscale.LDMUpscalePipeline
     raise AttributeError(f"module 'ldm' has no attribute {name!r}")
