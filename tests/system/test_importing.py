@@ -39,7 +39,8 @@ def test_no_look_for_garbage_while_networks_are_imported() -> None:
 
 
 def test_the_import_says_nothing_and_transformers_speaks_afterwards() -> None:
-    spoken = "import ldm; ldm.LDMUpscalePipeline; from transformers.utils import logging; print(logging.get_verbosity())"
+    level = "from transformers.utils import logging; print(logging.get_verbosity())"
+    spoken = f"import ldm; ldm.LDMPipeline; ldm.LDMUpscalePipeline; {level}"
     plain = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     command = [sys.executable, "-c", spoken]
     made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=road.ROOT, env=plain)
