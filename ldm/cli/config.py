@@ -24,7 +24,6 @@ from ldm.system.importing import leave_quickly, quiet_libraries
 from ldm.training.config import Config
 
 LINE = 600  # characters of an error
-LIST = r"\1: expected a list, as \1=[\2], got \2"  # what a list's parser means to say of one word
 
 
 def keys(cls: Any = Config, prefix: str = "") -> list[str]:
@@ -51,7 +50,7 @@ def parse_config(args: Sequence[str] | None = None, description: str | None = No
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            line = nearest_key(" ".join(str(message).split()))
+            line = in_words(" ".join(str(message).split()))
             self.exit(2, f"{self.prog}: error: {line if len(line) <= LINE else line[:LINE] + '…'}\n")
 
     usage = "%(prog)s [--config RECIPE] [KEY=VALUE ...] [--print_config]"
@@ -82,8 +81,11 @@ def completed(words: Sequence[str]) -> Iterator[str]:
         before = word
 
 
-def nearest_key(message: str) -> str:
-    """The parser's message about an unknown key, with the nearest known key."""
+def in_words(message: str) -> str:
+    """The parser's message: about an unknown key with the nearest known one, about a list with how it is written."""
+    no_list = re.fullmatch(r'Parser key "([\w.]+)": Expected a <class .tuple.>. Got value: ([\w.]+)', message)
+    if no_list:
+        return f"{no_list[1]}: expected a list, as {no_list[1]}=[{no_list[2]}], got {no_list[2]}"
     in_file = re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", message)
     on_line = re.search(r"unrecognized arguments: -*([\w.]+)", message)
     top = re.search(r"[Oo]ption '([\w.]+)' is not", message)
@@ -94,7 +96,7 @@ def nearest_key(message: str) -> str:
     elif top:
         unknown = top[1]
     else:
-        return re.sub(r'Parser key "([\w.]+)": Expected a <class .tuple.>. Got value: ([\w.]+)$', LIST, message)
+        return message
     known = keys() + [item.name for item in dataclasses.fields(Config)]
     near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
     return f"unknown key {unknown}" + (f"; did you mean {near[0]}?" if near else "; --help lists the keys")

@@ -333,12 +333,13 @@ class LDMPipeline(TaughtPipeline):
 
     def _warn_of_no_effect(self, scale: float) -> None:
         """Say that a negative prompt is ignored, as in stock diffusers."""
-        cause = f"there is no guidance at guidance scale {scale:g}; give a guidance_scale above 1"
-        if isinstance(self.defaults, StudentDefaults):
-            cause = f"the student was trained for guidance scale {scale:g}; ask the model that it belongs to"
         if self.unet.config.time_cond_proj_dim is not None:
-            cause = "the model is distilled, its guidance compares with no second prompt; leave it out"
-        warnings.warn(f"negative_prompt: it has no effect, {cause}", stacklevel=4)
+            cause = "since the model is distilled: its guidance evaluates no second prompt; leave it out"
+        elif isinstance(self.defaults, StudentDefaults):
+            cause = f"since the student was trained for guidance scale {scale:g}; ask the model that it belongs to"
+        else:
+            cause = f"since there is no guidance at guidance scale {scale:g}; give a guidance_scale above 1"
+        warnings.warn(f"negative_prompt: it has no effect {cause}", stacklevel=4)
 
     def _check_distilled(self, interval: tuple[float, float], weak_unet: Any, weaker: Any) -> None:
         """Raise a ValueError for guidance that a U-Net with the scale as an input can't have: stock ignores it."""

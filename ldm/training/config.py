@@ -422,7 +422,7 @@ class Config:
         others = [f"data.{name}" for name in names if getattr(data, name)]
         others += ["diffusion.few_steps"] if self.diffusion.few_steps else []
         if self.lora.keep and others:
-            raise ValueError(f"lora.keep: it can't be together with {' and '.join(others)}; set it to 0")
+            raise ValueError(f"lora.keep: it can't be combined with {' and '.join(others)}; set it to 0")
         if self.lora.keep and not data.caption_columns:
             raise ValueError("lora.keep: it needs captions; name their columns in data.caption_columns, or set it to 0")
         if self.lora.keep and data.cache == "off":

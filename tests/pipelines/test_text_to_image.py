@@ -240,7 +240,7 @@ def test_a_negative_prompt_without_guidance_is_remarked(pipe: LDMPipeline, recwa
     plain = draw(pipe, "red heart", seed=1, guidance_scale=1.0)
     draw(pipe, "red heart", seed=1, guidance_scale=3.0, negative_prompt="blue")
     assert not [warning for warning in recwarn if "negative_prompt" in str(warning.message)]
-    with pytest.warns(UserWarning, match="negative_prompt: it has no effect, there is no guidance at guidance"):
+    with pytest.warns(UserWarning, match="negative_prompt: it has no effect since there is no guidance at guidance"):
         made = draw(pipe, "red heart", seed=1, guidance_scale=1.0, negative_prompt="blue")
     assert np.abs(made - plain).max() == 0  # as in stock diffusers
 

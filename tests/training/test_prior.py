@@ -186,8 +186,8 @@ def test_what_has_no_words_to_leave_out_is_refused(
     for words, message in (
         ({"lora__text_encoder": True}, "lora.keep: the model reads captions by its own text encoder"),
         ({"lora__rank": 0}, "lora.keep: it needs adapters"),
-        ({"diffusion__few_steps": 4}, "lora.keep: it can't be together with diffusion.few_steps; set it to 0"),
-        ({"data__buckets": True}, "lora.keep: it can't be together with data.buckets; set it to 0"),
+        ({"diffusion__few_steps": 4}, "lora.keep: it can't be combined with diffusion.few_steps; set it to 0"),
+        ({"data__buckets": True}, "lora.keep: it can't be combined with data.buckets; set it to 0"),
         ({"lora__trigger": " "}, "lora.trigger: expected words that all captions have"),
         ({"data__cache": "off"}, "lora.keep: the model's own pictures are latents"),
     ):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,9 +88,10 @@ class LoRA(Diffusion):
     def trigger(self) -> str:
         """The words that call what is learned; "" if there are none."""
         assert self.source is not None
-        rows = self.source.train.pictures
-        every, first = ([caption for row in rows for caption in row.captions[:end]] for end in (None, 1))
-        return self.config.lora.trigger or find_trigger(every) or find_trigger(first)
+        if self.config.lora.trigger:
+            return self.config.lora.trigger
+        captions = [row.captions for row in self.source.train.pictures if row.captions]
+        return find_trigger(itertools.chain(*captions)) or find_trigger(first for first, *_ in captions)
 
     # --- networks ---------------------------------------------------------------------------------
 
@@ -219,10 +221,13 @@ class LoRA(Diffusion):
 
     def summary(self) -> str:
         folder = Path(self.config.run) / self.result
-        few = f" --steps {self.facts().few_steps} --guidance-scale 1 --sampler {self.sampler}" if self.sampler else ""
-        prompt = next(iter(self.facts().prompts), "a prompt")
-        few = few or (" --steps 20 --guidance-scale 2" if self.config.lora.keep else "")
-        return f"LoRA: done; sample it with: ldm sample {self.config.init} {shlex.quote(prompt)} --lora {folder}{few}"
+        prompt, settings = next(iter(self.facts().prompts), "a prompt"), ""
+        if self.sampler:
+            settings = f" --steps {self.facts().few_steps} --guidance-scale 1 --sampler {self.sampler}"
+        elif self.config.lora.keep:
+            settings = " --steps 20 --guidance-scale 2"
+        words = f"{self.config.init} {shlex.quote(prompt)} --lora {folder}{settings}"
+        return f"LoRA: done; sample it with: ldm sample {words}"
 
 
 def networks_of(module: nn.Module) -> dict[str, Any]:
