@@ -110,6 +110,11 @@ class LoRAFacts:
     few_steps: int = 0
     sampler: str = "ddim"
 
+    def to_dict(self) -> dict[str, Any]:
+        """What lora.json has: the sampler where it was trained for few steps, since any other has the base's."""
+        facts = asdict(self)
+        return facts if self.few_steps else {key: facts[key] for key in facts if key not in ("few_steps", "sampler")}
+
 
 def require_peft() -> None:
     """Raise a ModuleNotFoundError that says how to install PEFT, unless it is there."""
@@ -209,14 +214,14 @@ def save_adapters(
         for network, config in configs.items()
         for name, value in config.to_dict().items()
     }
-    content = json.dumps(asdict(facts), ensure_ascii=False)
+    content = json.dumps(facts.to_dict(), ensure_ascii=False)
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(described, indent=2, sort_keys=True),
         METADATA: content,
     }
     (folder / WEIGHTS).write_bytes(in_order(save(load_file(folder / WEIGHTS), metadata=metadata)))
-    (folder / FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (folder / FACTS).write_text(json.dumps(facts.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def in_order(file: bytes) -> bytes:

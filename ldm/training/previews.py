@@ -62,6 +62,12 @@ def build_prompt_set(config: Config, source: ConditionedPictures, text: TextEnco
     return prompts
 
 
+def halved(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
+    """The prompts at half the size: what a U-Net generates well that has learned from halved latents alone."""
+    whole = (config.data.size, config.data.size)
+    return [replace(one, size=(width // 2, height // 2)) for one in prompts for width, height in [one.size or whole]]
+
+
 def unsized_prompts(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:
     """Prompts, classes, or nothing in particular."""
     if text:

@@ -489,6 +489,17 @@ def test_exported_pipeline_holds_the_average_and_generates_the_preview(home: Pat
     assert (tmp_path / "samples/step_0000006.png").exists()
 
 
+def test_a_preview_has_the_size_that_was_learned(home: Path, tmp_path: Path) -> None:
+    """After steps at half size alone its pictures have half the edge: their pixels are twice as large in the grid."""
+    train_ldm(config_of(home, tmp_path, loop__half_size_steps=2, loop__steps=4, loop__sample_every=2))
+    for step, edge in ((2, 8), (4, 16)):
+        with Image.open(tmp_path / f"samples/step_{step:07d}.png") as grid:
+            picture = np.asarray(grid.crop((8, 8, 136, 136)), dtype=int)  # the first cell, 128 pixels wide
+        pixels = picture.reshape(edge, 128 // edge, edge, 128 // edge, 3).swapaxes(1, 2)
+        assert (pixels == pixels[:, :, :1, :1]).all(), f"step {step} has no pictures of {edge} px"
+        assert (np.diff(picture, axis=0) != 0).any(axis=(1, 2)).sum() >= edge // 2
+
+
 def test_long_captions_are_counted_and_reported(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of(home, tmp_path, loop__steps=1, loop__sample_every=0, text__max_length=3, loop__prompts=[])
     train_ldm(config)

@@ -209,7 +209,7 @@ class LoRA(Diffusion):
         pipeline.load_lora_weights(self.exported)
         if self.sampler:  # as `summary` has it sampled
             pipeline.scheduler = samplers.build(self.sampler, pipeline.scheduler.config)
-        grid = generate_grid(pipeline, self.prompts, self.config, interrupted)
+        grid = generate_grid(pipeline, self.prompts_at(step), self.config, interrupted)
         del pipeline
         give_back()
         return grid
