@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,9 @@ class Arm:
 
     def __post_init__(self) -> None:
         self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.unet.register_forward_pre_hook(self._count, with_kwargs=True)
+        students = [self.pipeline.student] if getattr(self.pipeline, "has_student", False) else []
+        for pipeline in (self.pipeline, *students):
+            pipeline.unet.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.rows += len(kwargs["sample"] if "sample" in kwargs else args[0])
@@ -62,11 +64,8 @@ class Arm:
         """Pictures/s of one batch."""
         captions = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
         self.rows = 0
-        start, cpu = time.perf_counter(), time.process_time()
-        self.generate(captions)
-        cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
-        rows = self.rows / batch
-        return {"value": batch / seconds, "per_cpu_second": batch / cpu, "unet_rows_per_picture": rows}
+        measured = clocked(lambda: self.generate(captions), batch)
+        return {**measured, "unet_rows_per_picture": self.rows / batch}
 
     def describe(self) -> dict[str, Any]:
         """The arm's configuration, for the JSON."""
@@ -78,6 +77,14 @@ class Arm:
             "defaults": vars(self.pipeline.defaults) if hasattr(self.pipeline, "defaults") else None,
             "engine": engine_of(self.pipeline),
         }
+
+
+def clocked(generate: Callable[[], Any], pictures: int = 1) -> Measured:
+    """Pictures/s, and per CPU second, of a call."""
+    start, cpu = time.perf_counter(), time.process_time()
+    generate()
+    cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
+    return {"value": pictures / seconds, "per_cpu_second": pictures / cpu}
 
 
 def timed(command: Sequence[str], threads: int, log: Path) -> tuple[float, float]:

@@ -5,7 +5,9 @@
 
 Ours is LDMPipeline with the folder's defaults. Stock runs with its defaults (50 steps, float32) and at its best (DPM++
 2M, 20 steps, bfloat16), with our guidance scale and noise. Warm: in this process, after a first call. Cold: a fresh
-process, from its start to its end. The second table compares the pictures' quality (benchmarks/sample_quality.py).
+process, from its start to its end. With an upscaler behind the model single large pictures are compared, too: stock's
+are upscaled by stock's pipeline at its own defaults. The second table compares the pictures' quality
+(benchmarks/sample_quality.py).
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Comparison, Measured, arguments, compare, report
-from benchmarks.pipelines import AGAINST, PROMPTS, Arm, engine_of, ours, random_pipeline, stock, timed
+from benchmarks.pipelines import AGAINST, PROMPTS, Arm, clocked, engine_of, ours, random_pipeline, stock, timed
 from benchmarks.sample_quality import SampleEvaluator, compare_quality, quality_table
 from ldm.inference.defaults import ENGINES
+from ldm.pipelines.cascade import UPSCALER_FOLDER
 
 COLD_OURS = """
 import sys
@@ -72,6 +75,25 @@ def compare_warm(ours: Arm, arm: Arm, batch: int, pairs: int) -> Comparison:
         each.generate([PROMPTS[0]] * batch)  # all steps: an engine compiles for batches with and without guidance
     comparison = Comparison(f"batch {batch}, warm, {arm.name}", "pictures/s", target=AGAINST[arm.name])
     return compare(comparison, lambda: ours.rate(batch), lambda: arm.rate(batch), pairs)
+
+
+def compare_upscaled(ours: Arm, arm: Arm, folder: Path, pairs: int) -> Comparison:
+    """Large pictures/s of two warm pipelines, one at a time."""
+    from diffusers import StableDiffusionUpscalePipeline
+
+    upscaler = StableDiffusionUpscalePipeline.from_pretrained(folder, dtype=arm.pipeline.dtype)
+    upscaler = upscaler.to(arm.pipeline.device)
+    upscaler.set_progress_bar_config(disable=True)
+
+    def mine() -> Measured:
+        return clocked(lambda: ours.generate([PROMPTS[0]], upscale=True))
+
+    def theirs() -> Measured:
+        return clocked(lambda: upscaler(PROMPTS[0], arm.generate([PROMPTS[0]])[0]))
+
+    mine()
+    upscaler(PROMPTS[0], arm.generate([PROMPTS[0]])[0], num_inference_steps=1)
+    return compare(Comparison(f"upscaled, batch 1, warm, {arm.name}", "pictures/s"), mine, theirs, pairs)
 
 
 def compare_cold(ours: Arm, arm: Arm, batch: int, pairs: int, folder: Path, threads: int, log: Path) -> Comparison:
@@ -128,6 +150,8 @@ def main() -> None:
     comparisons = []
     for arm in others:
         comparisons += [compare_warm(mine, arm, batch, chosen.pairs) for batch in chosen.batches]
+        if (upscaler := folder / UPSCALER_FOLDER).exists():
+            comparisons.append(compare_upscaled(mine, arm, upscaler, 2 if chosen.quick else chosen.pairs))
         for batch in [] if chosen.quick else chosen.batches:
             log = out / "sampling.log"
             comparisons.append(compare_cold(mine, arm, batch, chosen.pairs, folder, chosen.threads, log))

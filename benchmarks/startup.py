@@ -5,7 +5,8 @@
 
 Every measurement is a fresh process, from its start to its end, offline, with its files in the system's cache: both
 arms have run once before. Stock's first picture is the script of its documentation, which saves a PNG, at its default
-of 50 steps and at our number of steps. `--explain` lists the slowest imports of our process.
+of 50 steps and at our number of steps. With an upscaler behind the model the first large picture is measured, too:
+stock's is upscaled by stock's pipeline at its own defaults. `--explain` lists the slowest imports of our process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from benchmarks.harness import Comparison, Measured, Target, arguments, compare, report
 from benchmarks.pipelines import DEFAULT_STEPS, PROMPTS, random_pipeline, timed
 from ldm.inference.defaults import Defaults
+from ldm.pipelines.cascade import UPSCALER_FOLDER
 
 FIRST_PICTURE = Target(0.8, 0.3)  # seconds, over stock's
 LDM, DIFFUSERS = (str(Path(sys.executable).with_name(name)) for name in ("ldm", "diffusers-cli"))
@@ -29,7 +31,12 @@ from diffusers import StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 arguments = dict(num_inference_steps=int(sys.argv[4]), guidance_scale=float(sys.argv[5]))
-pipeline(sys.argv[2], generator=torch.Generator().manual_seed(7), **arguments).images[0].save(sys.argv[3])
+picture = pipeline(sys.argv[2], generator=torch.Generator().manual_seed(7), **arguments).images[0]
+if len(sys.argv) > 6:
+    from diffusers import StableDiffusionUpscalePipeline
+    upscaler = StableDiffusionUpscalePipeline.from_pretrained(sys.argv[6]).to(pipeline.device)
+    picture = upscaler(sys.argv[2], picture, generator=torch.Generator().manual_seed(7)).images[0]
+picture.save(sys.argv[3])
 """
 
 
@@ -56,12 +63,17 @@ def commands(folder: Path, out: Path) -> dict[str, tuple[list[str], list[str], T
     scale = str(defaults.guidance_scale)
     steps = defaults.num_inference_steps
     pipelines = python("from ldm import LDMPipeline"), python("from diffusers import StableDiffusionPipeline")
+    upscaler, large = folder / UPSCALER_FOLDER, {}
+    if upscaler.exists():
+        first = [*stock, str(DEFAULT_STEPS), scale, str(upscaler)]
+        large = {"first upscaled picture, stock at its defaults": ([*ours, "--upscale"], first, None)}
     return {
         "import the package": (python("import ldm"), python("import diffusers"), None),
         "import the pipeline": (*pipelines, None),
         "help": ([LDM, "--help"], [DIFFUSERS, "--help"], None),
         f"first picture, stock in {DEFAULT_STEPS} steps": (ours, [*stock, str(DEFAULT_STEPS), scale], FIRST_PICTURE),
         f"first picture, stock in {steps} steps": (ours, [*stock, str(steps), scale], None),
+        **large,
     }
 
 

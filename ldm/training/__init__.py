@@ -36,6 +36,7 @@ previews.py        what a run generates on the way
 logging.py         scalars and pictures
 signals.py         SIGTERM, SIGINT, SIGUSR1
 distributed.py     devices, ranks, and a lost rank
+rendezvous.py      processes that torchrun started again
 tasks/             autoencoder, diffusion, lora, upscaling, classifier
 doctor/            before hours are spent: can it learn here?
 """

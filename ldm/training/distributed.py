@@ -22,6 +22,7 @@ from ldm.system.devices import cpu_is_faster_in_bf16
 from ldm.system.errors import RunError
 from ldm.system.memory import keep_freed_memory
 from ldm.training.config import LoopConfig
+from ldm.training.rendezvous import group_settings
 
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -30,7 +31,7 @@ def build_accelerator(config: LoopConfig) -> Accelerator:
     """An Accelerator for the device it finds, with the config's precision and threads resolved for that device."""
     # with cpu=True accelerate makes torchrun's processes a gloo group; without, each would train alone
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu)
+    state = PartialState(cpu=cpu, **group_settings())
     if cpu:
         # `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, which leaves all cores but one idle
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
