@@ -217,7 +217,7 @@ def test_labels_go_to_the_pictures_of_their_prompt(pipe: LDMPipeline, classifier
     words: dict[str, Any] = {"classifier": classifier, "classifier_scale": 3.0}
     both = sample(pipe, ["red", "cat"], class_label=["fig", "cat"], num_images_per_prompt=2, **words)
     alone = sample(pipe, "cat", class_label="cat", num_images_per_prompt=2, **{**words, "seed": 7})
-    torch.testing.assert_close(both[2:], alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(both[2:], alone, rtol=1e-4, atol=1e-4)
     other = sample(pipe, "cat", class_label="fig", num_images_per_prompt=2, **{**words, "seed": 7})
     assert (other - alone).abs().max() > 0.01
 
