@@ -78,10 +78,11 @@ def commands(folder: Path, out: Path) -> dict[str, tuple[list[str], list[str], T
 
 
 def warm_up(folder: Path, out: Path, threads: int) -> None:
-    """Generate once with each, in one step, so that their files are in the system's cache."""
-    ours, stock, _ = commands(folder, out)[f"first picture, stock in {DEFAULT_STEPS} steps"]
-    timed([*ours, "--steps", "1"], threads, out / "startup.log")
-    timed([*stock[:-2], "1", stock[-1]], threads, out / "startup.log")
+    """Generate once with each, so that their files are in the system's cache."""
+    for name, (ours, stock, _) in commands(folder, out).items():
+        if name.startswith("first"):
+            for command in (ours, stock):
+                timed(command, threads, out / "startup.log")
 
 
 def slowest_imports(command: Sequence[str], most: int = 12) -> list[str]:

@@ -297,7 +297,7 @@ class LoopConfig:
         minutes: time in place of steps: the run measures its step and scales steps, half-size steps, warm-up and the
             number of pictures to it (`ldm.training.budget`); 0 takes the numbers as they are.
         half_size_steps: the first so many of them learn from latents of half the edge, in less than half the time
-            (progressive resizing).
+            (progressive resizing). Until then previews are of half the size, too.
         batch_size: pictures per step, over all processes and accumulated batches.
         accumulation: batches per process whose gradients are added up before a step.
         precision: auto means bf16 where the device computes faster in it, else fp32. The encoders compute in it as

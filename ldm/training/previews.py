@@ -1,7 +1,8 @@
-"""The pictures that a run generates on the way: always of the same prompt set, always from the same noise."""
+"""The pictures that a run generates on the way: always of the same prompt set, from the same noise at each size."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, groupby
@@ -20,7 +21,7 @@ from ldm.models.vae import to_pictures
 from ldm.training.config import Config
 from ldm.training.masks import draw_mask
 from ldm.training.randomness import generator
-from ldm.training.sizes import buckets_of
+from ldm.training.sizes import buckets_of, vae_downsampling
 
 AT_ONCE = 16  # pictures
 DEFAULT = 8  # pictures in the grid if the config names none
@@ -63,9 +64,20 @@ def build_prompt_set(config: Config, source: ConditionedPictures, text: TextEnco
 
 
 def halved(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
-    """The prompts at half the size: what a U-Net generates well that has learned from halved latents alone."""
-    whole = (config.data.size, config.data.size)
-    return [replace(one, size=(width // 2, height // 2)) for one in prompts for width, height in [one.size or whole]]
+    """The prompts at half the size, which a U-Net generates best that has last learned from halved latents.
+
+    Some stay whole: those whose half no pipeline makes, and those of inpainting, where a mask that is drawn smaller can
+    be thinner than a latent.
+    """
+    step = math.lcm(8, vae_downsampling(config, "ldm"))  # pipelines require eights
+
+    def half(prompt: Prompt) -> Prompt:
+        width, height = prompt.size or (config.data.size, config.data.size)
+        if width % (2 * step) or height % (2 * step) or prompt.picture is not None:
+            return prompt
+        return replace(prompt, size=(width // 2, height // 2))
+
+    return [half(prompt) for prompt in prompts]
 
 
 def unsized_prompts(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:

@@ -1,8 +1,8 @@
 """A fresh start for processes that torchrun started again.
 
-torchrun keeps one store for all its restarts. What the lost processes wrote there, such as the addresses at which they
-could be reached, is there still: a process that reads it before the new one has overwritten it waits for the dead, or
-is refused. So the processes of a start first agree on a name that no start before had, and meet under it.
+torchrun keeps one store for all its restarts, with what dead processes wrote into it. A new process may read a dead
+one's address there. It then waits in vain, or is refused. So the processes of a start first agree on a name that no
+start before had, and meet under it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore, is_initialized  # type: ignore[attr-defined]
 
-TIMEOUT = timedelta(minutes=30)  # as torch has it for groups; nodes may start minutes apart
-POLL = 0.05  # seconds
+TIMEOUT = timedelta(minutes=30)  # nodes may start minutes apart
+POLL = 0.05  # seconds; a signal is answered in between
 
 
 def group_settings(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Arguments of `torch.distributed.init_process_group`; none where no store outlives the processes, or it is done.
+    """Arguments of `torch.distributed.init_process_group`: empty if no store outlives the processes, or they have met.
 
-    Every rank must call it.
+    DeepSpeed takes no store, so it meets as before. Every rank must call it.
 
     Raises:
         TimeoutError: if not all processes come.
     """
     rank, processes = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     if processes == 1 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or is_initialized():
+        return {}
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return {}
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = TCPStore(host, port, processes, is_master=False, timeout=TIMEOUT)
@@ -39,24 +41,32 @@ def group_settings(environment: Mapping[str, str] = os.environ) -> dict[str, Any
 def agree(store: Store, rank: int, processes: int, timeout: timedelta = TIMEOUT) -> str:
     """The name of this start, the same for all its processes, and for no other start's.
 
-    A greeting in the store may be of a dead process. So rank 0 answers each under the name that stands in it, and goes
-    on until all ranks of its own start have confirmed.
+    A greeting in the store may be of a dead process. So rank 0 answers every greeting, and goes on until those that
+    stand there have all been confirmed.
+
+    Raises:
+        TimeoutError: if not all processes come.
     """
-    mine = uuid.uuid4().hex
+    mine, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+
+    def read(key: str) -> str | None:
+        return store.get(key).decode() if store.check([key]) else None
+
     if rank:
         store.set(f"greeting/{rank}", mine)
-        store.wait([f"answer/{mine}"], timeout)
-        name = store.get(f"answer/{mine}").decode()
-        store.set(f"{name}/confirmed/{rank}", "")
+        while (name := read(f"answer/{mine}")) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"rank 0 did not start within {timeout}")
+            time.sleep(POLL)
+        store.set(f"{name}/confirmed/{mine}", "")
         return name
-    missing, end = set(range(1, processes)), time.monotonic() + timeout.total_seconds()
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"greeting/{other}"]):
-                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", mine)
-            if store.check([f"{mine}/confirmed/{other}"]):
-                missing.remove(other)
+    while True:
+        greetings = {other: read(f"greeting/{other}") for other in range(1, processes)}
+        for greeting in filter(None, greetings.values()):
+            store.set(f"answer/{greeting}", mine)
+        missing = [other for other, one in greetings.items() if not one or read(f"{mine}/confirmed/{one}") is None]
+        if not missing:
+            return mine
         if time.monotonic() > end:
-            raise TimeoutError(f"ranks {sorted(missing)} did not start within {timeout}")
+            raise TimeoutError(f"ranks {missing} did not start within {timeout}")
         time.sleep(POLL)
-    return mine

@@ -17,11 +17,14 @@ from safetensors import safe_open
 
 from benchmarks.harness import ROOT, Comparison, Target, compare, median_interval, report
 from benchmarks.interleave import Runner, Snapshot, interleave
+from benchmarks.pipelines import ours as our_arm
 from benchmarks.settings import SETTINGS, Folders, build
 from benchmarks.snapshot_quality import SnapshotEvaluator, as_good
+from benchmarks.startup import commands
 from benchmarks.time_to_quality import reached
 from benchmarks.training_runs import OURS_TRIALS, TrainingRuns
 from ldm.data.dataset import read_captioned
+from ldm.inference.defaults import Defaults
 from ldm.models.unet import UNetConfig
 
 SCRIPT = """
@@ -292,3 +295,20 @@ def test_quality_is_reached_when_all_later_snapshots_keep_it(
     found, results = reached(cast(SnapshotEvaluator, evaluator), evaluator.snapshots, FROZEN, goal)
     assert found == since and evaluator.calls == calls
     assert [result["rank"] for result in results] == ranks[-calls:]  # in the order of training
+
+
+def test_large_pictures_are_measured_where_there_is_an_upscaler(tmp_path: Path) -> None:
+    Defaults(8, 3.0).save(tmp_path)
+    without = commands(tmp_path, tmp_path)
+    (tmp_path / "upscaler").mkdir()
+    [(name, (ours, stock, _))] = [one for one in commands(tmp_path, tmp_path).items() if one[0] not in without]
+    assert name == "first upscaled picture, stock at its defaults"
+    assert ours[-1] == "--upscale" and stock[-3:] == ["50", "3.0", str(tmp_path / "upscaler")]
+
+
+def test_the_rows_of_a_student_are_counted() -> None:
+    arm = our_arm(ROOT / "models/emoji", torch.device("cpu"))
+    assert arm.rate(1)["unet_rows_per_picture"] == arm.pipeline.student.defaults.num_inference_steps == 4
+    arm.rows = 0
+    arm.generate(["pizza"], num_inference_steps=2, guidance_scale=3.0)
+    assert arm.rows == 4  # the model itself, guided

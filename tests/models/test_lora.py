@@ -20,6 +20,7 @@ from ldm.models.lora import (
     FACTS,
     WEIGHTS,
     LoRAConfig,
+    LoRAFacts,
     active_adapters,
     add_adapters,
 )
@@ -214,6 +215,9 @@ def test_a_file_is_a_function_of_the_adapters(tiny_pipeline_folder: Path, tmp_pa
 def test_facts_are_in_the_file_and_beside_it(two: tuple[Path, Path]) -> None:
     facts = read_lora(two[0] / WEIGHTS).facts
     assert facts == json.loads((two[0] / FACTS).read_text("utf-8"))
+    assert "few_steps" not in facts and "sampler" not in facts  # as its base is sampled
+    few = LoRAFacts("tiny", [], few_steps=4, sampler="lcm").to_dict()
+    assert (few["few_steps"], few["sampler"]) == (4, "lcm")
     assert facts["base"] == "tiny" and facts["trigger"] == "in a style" and len(facts["base_weights"]) == 5
 
 
