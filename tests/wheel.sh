@@ -9,9 +9,11 @@ trap 'rm -rf "$work"' EXIT
 unset PYTHONPATH
 
 "${PYTHON:-python3}" -m venv "$work/venv"
+mkdir "$work/source"  # built from a copy: another installation of this checkout may be writing beside it
+git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf - | tar -xf - -C "$work/source"
 # files alone: Python compiles what it imports, the rest of 1.9 GB never is
 pip="$work/venv/bin/python -m pip --disable-pip-version-check --quiet"
-$pip wheel --no-deps --wheel-dir "$work" .
+$pip wheel --no-deps --wheel-dir "$work" "$work/source"
 $pip install --no-compile --constraint constraints.txt "$(echo "$work"/ldm-*.whl)[demo]"
 
 mkdir "$work/elsewhere" "$work/offline"
