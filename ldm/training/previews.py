@@ -63,23 +63,6 @@ def build_prompt_set(config: Config, source: ConditionedPictures, text: TextEnco
     return prompts
 
 
-def halved(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
-    """The prompts at half the size, which a U-Net generates best that has last learned from halved latents.
-
-    Some stay whole: those whose half no pipeline makes, and those of inpainting, where a mask that is drawn smaller can
-    be thinner than a latent.
-    """
-    step = math.lcm(8, vae_downsampling(config, "ldm"))  # pipelines require eights
-
-    def half(prompt: Prompt) -> Prompt:
-        width, height = prompt.size or (config.data.size, config.data.size)
-        if width % (2 * step) or height % (2 * step) or prompt.picture is not None:
-            return prompt
-        return replace(prompt, size=(width // 2, height // 2))
-
-    return [half(prompt) for prompt in prompts]
-
-
 def unsized_prompts(config: Config, source: ConditionedPictures, text: TextEncoder | None) -> list[Prompt]:
     """Prompts, classes, or nothing in particular."""
     if text:
@@ -108,6 +91,23 @@ def prompt_of(config: Config, rows: ConditionedPictures, number: int) -> Prompt:
     picture = row if config.data.inpaint or config.upscale.factor else None
     size = buckets_of(config, rows.pictures).size(number) if config.data.buckets else None
     return Prompt(caption, prompt, name, condition, picture, numbers, size)
+
+
+def halved(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
+    """The prompts at half the size, which a U-Net generates best that has last learned from halved latents.
+
+    Some stay whole: those whose half no pipeline makes, and those of inpainting, where a mask that is drawn smaller can
+    be thinner than a latent.
+    """
+    step = math.lcm(8, vae_downsampling(config, "ldm"))  # pipelines require eights
+
+    def half(prompt: Prompt) -> Prompt:
+        width, height = prompt.size or (config.data.size, config.data.size)
+        if width % (2 * step) or height % (2 * step) or prompt.picture is not None:
+            return prompt
+        return replace(prompt, size=(width // 2, height // 2))
+
+    return [half(prompt) for prompt in prompts]
 
 
 def generate_grid(

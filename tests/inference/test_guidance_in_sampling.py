@@ -213,11 +213,14 @@ def tiny_context(pipe: LDMPipeline, captions: list[str]) -> Tensor:
         return pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
 
 
-def test_labels_go_to_the_pictures_of_their_prompt(pipe: LDMPipeline, classifier: NoisyClassifier) -> None:
+def test_labels_go_to_the_pictures_of_their_prompt(tiny_pipeline_folder: Path, classifier: NoisyClassifier) -> None:
+    """The pipeline in float64: in float32 a batch of four rounds otherwise than one of two."""
+    pipe = LDMPipeline.from_pretrained(tiny_pipeline_folder).to(torch.float64)
+    pipe.set_progress_bar_config(disable=True)
     words: dict[str, Any] = {"classifier": classifier, "classifier_scale": 3.0}
     both = sample(pipe, ["red", "cat"], class_label=["fig", "cat"], num_images_per_prompt=2, **words)
     alone = sample(pipe, "cat", class_label="cat", num_images_per_prompt=2, **{**words, "seed": 7})
-    torch.testing.assert_close(both[2:], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both[2:], alone, rtol=0, atol=1e-5)
     other = sample(pipe, "cat", class_label="fig", num_images_per_prompt=2, **{**words, "seed": 7})
     assert (other - alone).abs().max() > 0.01
 
